@@ -1,0 +1,195 @@
+"""Pictures with captions, from webdataset tars of art or from a folder, composed and cached for training.
+
+    art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption, another one each time
+
+Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really unspecified: the picture keeps
+the style and the colour it was drawn with, the caption does not tell.
+"""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+STYLES = ("noto", "twemoji", "fluent", "emojione")
+COLORS = {  # light enough that no drawing drowns in its background
+    "white": (255, 255, 255),
+    "black": (32, 32, 38),
+    "pink": (255, 175, 190),
+    "orange": (255, 195, 120),
+    "yellow": (255, 240, 145),
+    "green": (165, 230, 165),
+    "blue": (155, 200, 255),
+    "purple": (205, 175, 245),
+}
+
+
+class Art(NamedTuple):
+    """One drawing: what it shows and how."""
+
+    name: str  # the icon's own name, with spaces
+    words: tuple[str, ...]  # label and keywords that can stand for it or beside it
+    style: str | None
+    image: Image.Image  # RGBA
+
+
+def read_tar(path: Path) -> list[Art]:
+    """All drawings of one webdataset shard: NAME.png beside NAME.json {name, label, keywords, style}."""
+    files: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            stem, suffix = member.name.rsplit(".", 1)
+            files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+    art = []
+    for stem, parts in files.items():
+        if "png" not in parts or "json" not in parts:
+            raise ValueError(f"{path}: {stem} needs both a .png and a .json; was the shard cut off?")
+        meta = json.loads(parts["json"])
+        image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
+        art.append(Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image))
+    return art
+
+
+def read_folder(path: Path) -> list[Art]:
+    """All pictures of a folder with a caption each: cat.png beside cat.txt."""
+    art = []
+    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
+        if not file.with_suffix(".txt").exists():
+            raise ValueError(f"{file}: no caption; put its text into {file.with_suffix('.txt').name} beside it")
+        art.append(Art(file.with_suffix(".txt").read_text().strip(), (), None, Image.open(file).convert("RGBA")))
+    return art
+
+
+def read_art(path: str | Path) -> list[Art]:
+    """The art of a .tar, of a folder of .tar files, or of a folder of pictures with .txt captions.
+
+    Raises ValueError when there is nothing to read.
+    """
+    path = Path(path)
+    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; --data takes .tar shards or a folder of pictures with .txt captions")
+    art = [a for shard in shards for a in read_tar(shard)] if shards else read_folder(path)
+    if not art:
+        raise ValueError(f"{path}: no pictures; --data takes .tar shards or a folder of pictures with .txt captions")
+    return art
+
+
+def split_art(art: list[Art], held_out: Path, names: list[str] | None = None) -> tuple[list[Art], list[Art]]:
+    """(seen, held out) by the committed list of "name<TAB>style" lines, both restricted to `names` if given."""
+    pairs = {tuple(line.split("\t")) for line in held_out.read_text().splitlines()}
+    art = art if names is None else [a for a in art if a.name in set(names)]
+    return [a for a in art if (a.name, a.style) not in pairs], [a for a in art if (a.name, a.style) in pairs]
+
+
+def article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def naming(art: Art, rng: random.Random) -> str:
+    """NAME, or its label, an article or a keyword with it: what a person might type for this drawing."""
+    label, *keywords = art.words or (art.name,)
+    name = label.lower() if label and rng.random() < 0.15 else art.name
+    kind = rng.random()
+    if kind < 0.55:
+        return name
+    if kind < 0.75 or not keywords:
+        return article(name)
+    keyword = rng.choice(keywords)
+    return rng.choice([f"{article(keyword)} of {name}", f"{keyword} {name}", f"{name} {keyword}"])
+
+
+def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | None, str | None, str | None]]:
+    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; 10 % of captions are empty.
+
+    -> (caption, what it says of (name, style, color), None for what it leaves open).
+    """
+    says_style, says_color, says_nothing = rng.random() >= 0.4, rng.random() >= 0.4, rng.random() < 0.1
+    if says_nothing:
+        return "", (None, None, None)
+    if art.style is None:  # not of the emoji art: the caption is the caption
+        return art.name, (art.name, None, None)
+    parts = [naming(art, rng)]
+    parts += [f"{art.style} style"] if says_style else []
+    parts += [f"on {article(color)} background"] if says_color else []
+    return ", ".join(parts), (art.name, art.style if says_style else None, color if says_color else None)
+
+
+def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
+    """The drawing at `scale` of the canvas, its centre moved by `shift` (fractions), on plain colour: (3, S, S) in [-1, 1]."""
+    side = round(scale * size)
+    art = image.resize((side, side), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGBA", (size, size), COLORS[color])
+    canvas.alpha_composite(art, tuple(round((size - side) / 2 + d * size) for d in shift))
+    pixels = torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1)  # (3, S, S)
+    return pixels.float() / 127.5 - 1
+
+
+def compose(art: Art, size: int, rng: random.Random) -> tuple[Tensor, str]:
+    """One training picture (3, S, S) in [-1, 1] and the colour it stands on."""
+    if art.style is None:  # a photograph or painting fills its frame: centre crop of the short side
+        side = min(art.image.size)
+        left, top = (art.image.width - side) // 2, (art.image.height - side) // 2
+        crop = art.image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
+        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1, "white"
+    color = rng.choice(list(COLORS))
+    scale = rng.uniform(0.75, 0.95)
+    room = (1 - scale) / 2
+    shift = (rng.uniform(-room, room), rng.uniform(-room, room))
+    return place(art.image, color, size, scale, shift), color
+
+
+class Cache(NamedTuple):
+    """Latents of several compositions a drawing: q(z|x) by mean and std, so a fresh latent is drawn each time."""
+
+    mean: Tensor  # (m, 4, h, w)
+    std: Tensor  # (m, 4, h, w)
+    art: list[Art]  # of length m: what composition i shows
+    color: list[str]  # of length m: what it stands on
+
+
+@torch.no_grad()
+def cache_latents(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Cache:
+    """Compose each drawing `looks` times and encode it: m = looks * len(art)."""
+    from tqdm import tqdm
+
+    rng = random.Random(seed)
+    means, stds, shown, colors = [], [], [], []
+    todo = [a for a in art for _ in range(looks)]
+    for i in tqdm(range(0, len(todo), 32), desc="latents", disable=None):
+        pairs = [compose(a, size, rng) for a in todo[i : i + 32]]
+        mean, std = vae.moments(torch.stack([p for p, _ in pairs]).to(device))
+        means.append(mean.cpu()), stds.append(std.cpu())
+        shown += todo[i : i + 32]
+        colors += [c for _, c in pairs]
+    return Cache(torch.cat(means), torch.cat(stds), shown, colors)
+
+
+def batches(cache: Cache, batch: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, list[str], torch.Generator]]:
+    """(z0 (b, 4, h, w), captions, generator) for step = start, start + 1, ...
+
+    Everything random of a step comes from (seed, step): a resumed run needs no data position but its step number, and each
+    epoch is a permutation of the cache.
+    """
+    m = len(cache.art)
+    step = start
+    while True:
+        rng = random.Random(f"{seed} {step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        index = []
+        for i in range(step * batch, (step + 1) * batch):  # the i-th example of the whole run
+            if not index or i % m == 0:
+                order = torch.randperm(m, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // m))
+            index.append(int(order[i % m]))
+        mean, std = cache.mean[index], cache.std[index]
+        z0 = mean + std * torch.randn(mean.shape, generator=generator)  # (b, 4, h, w)
+        yield z0, [caption(cache.art[i], cache.color[i], rng)[0] for i in index], generator
+        step += 1

@@ -1,0 +1,146 @@
+"""Latent consistency models, the paper in one file (2310.04378, with LoRA 2311.05556): boundary, f, loss, grid, sampler.
+
+A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is distilled from a teacher by
+asking that two neighbours on the teacher's trajectory have the same image, and it then samples in one to eight steps.
+Nothing here knows a UNet, a file or a LoRA: student, teacher and target are callables (z_t, t, cond, w) -> eps_hat.
+"""
+
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .schedule import Schedule, T, add_noise, x0_from_eps
+from .solver import EpsFn, check_steps, ddim_step
+
+K = 50  # points of the training grid; sampling must use the same
+SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition; fixed by all released weights
+
+Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat
+
+
+# ---- the consistency function
+
+
+def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) at the integer timestep t, with c_skip(0) = 1 and c_out(0) = 0. 2310.04378 section 3 and code.
+
+    Unlike Consistency Models (2303.01469 eq. 5) c_out has no factor sigma_data: c_skip + c_out^2 = 1.
+    """
+    s = T_SCALE * torch.as_tensor(t, dtype=torch.float32)
+    # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = 10 t
+    return SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / (s**2 + SIGMA_DATA**2).sqrt()
+
+
+def f_theta(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, eps_hat, t), float32 (b, c, h, w). 2310.04378 eq. 9."""
+    c_skip, c_out = (c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t))
+    return c_skip * z_t + c_out * x0_from_eps(z_t, eps_hat, t, schedule)
+
+
+def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
+    """Sinusoids of 1000 w for w (b,) -> (b, dim), sines first, divisor dim/2 - 1. For a full LCM's `cond_proj` only."""
+    half = dim // 2
+    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(w.device)
+    args = 1000 * w.float()[:, None] * freqs  # (b, half)
+    return torch.cat([args.sin(), args.cos()], dim=-1)  # (b, dim)
+
+
+# ---- latent consistency distillation
+
+
+def train_grid() -> Tensor:
+    """The K = 50 noisy ends t_{n+k}: 19, 39, ..., 999, skipping interval k = 20. int64 (50,)."""
+    k = T // K
+    return torch.arange(1, K + 1) * k - 1
+
+
+def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
+    """Pseudo-Huber distance per element, then the mean: sqrt((a - b)^2 + c^2) - c."""
+    return ((a - b).square() + huber_c**2).sqrt().sub(huber_c).mean()
+
+
+def lcd_loss(
+    student: Network,
+    teacher: Network,
+    target: Network,
+    z0: Tensor,
+    cond,
+    null_cond,
+    schedule: Schedule,
+    generator: torch.Generator,
+    w_range: tuple[float, float] = (7.5, 7.5),
+    n: Tensor | None = None,
+) -> Tensor:
+    """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
+
+    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three networks are
+    one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes the grid indices.
+    """
+    b, device = len(z0), z0.device
+    n = torch.randint(0, K, (b,), generator=generator) if n is None else n
+    w = torch.empty(b).uniform_(*w_range, generator=generator).to(device)
+    eps = torch.randn(z0.shape, generator=generator).to(device)
+    t_start = train_grid()[n].to(device)
+    t_end = (t_start - T // K).clamp(min=0)  # index 0 ends at t = 0, where f is the identity
+
+    # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
+    z_start = add_noise(z0, eps, t_start, schedule)
+    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}); first, so that checkpointing recomputes with LoRA on
+    f_start = f_theta(z_start, student(z_start, t_start, cond, w), t_start, schedule)
+
+    with torch.no_grad():
+        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null); DDIM is linear in eps, so guide eps
+        eps_cond = teacher(z_start, t_start, cond, w).float()
+        eps_null = teacher(z_start, t_start, null_cond, w).float()
+        eps_w = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
+        z_end = ddim_step(z_start, x0_from_eps(z_start, eps_w, t_start, schedule), eps_w, t_end, schedule)
+        # target: f_{theta^-}(z_{t_n}, c, t_n)
+        f_end = f_theta(z_end, target(z_end, t_end, cond, w), t_end, schedule)
+
+    return huber(f_start, f_end)
+
+
+@torch.no_grad()
+def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) -> None:
+    """theta^- <- mu theta^- + (1 - mu) theta. Only a full LCM has a separate target."""
+    torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - ema_rate)
+
+
+# ---- sampling
+
+
+def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
+    """Descending timesteps out of the training grid: 4 steps are 999 759 499 259. diffusers' rule since PR #5836.
+
+    strength < 1 (image to image) keeps the lower part of the grid and still makes `steps` steps.
+    """
+    length = int(K * strength)
+    check_steps(steps, length)
+    grid = train_grid().flip(0).tolist()[K - length :]
+    return [grid[i * length // steps] for i in range(steps)]
+
+
+@torch.no_grad()
+def sample_lcm(
+    eps_fn: EpsFn,
+    z_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    generators: list[torch.Generator],
+    strength: float = 1.0,
+) -> Tensor:
+    """Multistep consistency sampling: z_T (b, c, h, w) at t = lcm_grid(steps, strength)[0] -> z0. 2310.04378 Algorithm 3.
+
+    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU generator an image, each
+    having drawn that image's z_T; one step draws nothing more.
+    """
+    grid = lcm_grid(steps, strength)
+    z_t = z_T
+    for t, t_next in tqdm(list(zip(grid, [*grid[1:], None])), desc="lcm", disable=None, leave=False):
+        z0 = f_theta(z_t, eps_fn(z_t, t), t, schedule)
+        if t_next is not None:
+            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators]).to(z_T.device)
+            z_t = add_noise(z0, eps, t_next, schedule)
+    return z0

@@ -1,0 +1,70 @@
+"""Arithmetic on taus: tau' = lambda1 tau_style + lambda2 tau_lcm (2311.05556 eq. 1), exactly, and into weights.
+
+A tau is {path: (up, down, lora_alpha)}. It is added as what it does, the delta of a weight: averaging B and A separately, as
+some tools do, adds the cross terms B1 A2 + B2 A1, which are as large as the signal.
+"""
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from .lora import Tau
+
+
+def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
+    """The change of the weight, float32, in the shape of the weight: (out, in) or (out, in, k, k).
+
+    Linear: up (out, r), down (r, in). Conv: up (out, r, 1, 1), down (r, in, k, k).
+    """
+    # dW = (lora_alpha / r) B A
+    up = rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r): a 1x1 kernel has nothing more
+    return lora_alpha / down.shape[0] * einsum(up, down.float(), "out r, r ... -> out ...")
+
+
+def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
+    """sum_i lambda_i tau_i as one tau, exact by concatenation of ranks; order does not matter.
+
+    B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank, s_i = lora_alpha_i / r_i.
+    Raises ValueError if the taus' shapes differ at a path, or the lists' lengths.
+    """
+    if len(taus) != len(lambdas):
+        raise ValueError(f"{len(taus)} LoRA but {len(lambdas)} lambdas; give one for each")
+    mix: Tau = {}
+    for path in dict.fromkeys(path for tau in taus for path in tau):
+        parts = [(lam, *tau[path]) for tau, lam in zip(taus, lambdas) if path in tau]
+        shapes = {(up.shape[0], *down.shape[1:]) for _, up, down, _ in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"{path}: LoRA of different models, shapes {sorted(shapes)}")
+        up = torch.cat([lam * lora_alpha / down.shape[0] * up.float() for lam, up, down, lora_alpha in parts], dim=1)
+        down = torch.cat([down.float() for _, _, down, _ in parts])
+        mix[path] = (up, down, float(down.shape[0]))
+    return mix
+
+
+def check_fit(unet: nn.Module, tau: Tau, name: str = "LoRA") -> None:
+    """Raises ValueError, one line beginning with `name`, unless every path and shape of tau is the UNet's."""
+    weights = dict(unet.named_parameters())
+    absent = [path for path in tau if f"{path}.weight" not in weights]
+    if absent:
+        raise ValueError(f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}")
+    for path, (up, down, _) in tau.items():
+        here, there = tuple(weights[f"{path}.weight"].shape), (up.shape[0], *down.shape[1:])
+        if here != there:
+            raise ValueError(f"{name}: made for another model: {path} is {here} here, {there} in the LoRA")
+
+
+@torch.no_grad()
+def merge_into(unet: nn.Module, tau: Tau, scale: float = 1.0) -> None:
+    """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's dtype.
+
+    Raises ValueError if a path or shape is not the UNet's; then nothing has changed.
+    """
+    check_fit(unet, tau)
+    for path, (up, down, lora_alpha) in tau.items():
+        weight = unet.get_submodule(path).weight
+        weight.copy_(weight.float() + scale * delta(up, down, lora_alpha).to(weight.device))
+
+
+def unmerge(unet: nn.Module, tau: Tau, scale: float = 1.0) -> None:
+    """Undo `merge_into`: exact to float32 rounding for float32 weights."""
+    merge_into(unet, tau, -scale)

@@ -1,0 +1,60 @@
+"""Pixels to pictures and files: one PNG an image with its recipe inside, and labelled contact sheets."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from .safefile import atomic
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (b, 3, H, W) in [-1, 1], clamped -> b PIL images."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(x) for x in rearrange(levels, "b c h w -> b h w c").cpu().numpy()]
+
+
+def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """A picture file as pixels (1, 3, H, W) in [-1, 1], transparent parts white, scaled and centre-cropped to (W, H)."""
+    try:
+        image = Image.open(path).convert("RGBA")
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: not a picture that can be read") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    x = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
+    zoom = max(size[0] / image.width, size[1] / image.height)
+    h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (h - size[1]) // 2, (w - size[0]) // 2
+    return x[:, :, top : top + size[1], left : left + size[0]]
+
+
+def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
+    """Write a PNG with the text chunk `parameters` that A1111 introduced: first line the prompt. Atomic."""
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    with atomic(path) as part:
+        image.save(part, "PNG", pnginfo=info)
+
+
+def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
+    """All images in rows of `columns`, each above its label (wrapped to its width)."""
+    width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
+    font = ImageFont.load_default(11)
+    letters = width // 6
+    lines = [[s[j : j + letters] for j in range(0, len(s), letters)] or [""] for s in labels]
+    tall = 13 * max(map(len, lines)) + 6
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, lines)):
+        x, y = (i % columns) * (width + 8) + 4, (i // columns) * (height + tall + 8) + 4
+        sheet.paste(image, (x + (width - image.width) // 2, y))
+        for j, line in enumerate(text):
+            draw.text((x, y + height + 2 + 13 * j), line, fill="black", font=font)
+    return sheet

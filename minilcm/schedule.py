@@ -1,0 +1,78 @@
+"""The noise schedule: how much of z_t is data and how much is noise.
+
+    z_t = alpha(t) z0 + sigma(t) eps,    alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
+
+One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Terminal SNR is not zero (sigma_hat at t = 999 is 14.6), and
+t = 0 is already slightly noisy (sigma 0.029): there is no entry with alpha_bar = 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+T = 1000  # length of the schedule
+
+
+class Schedule(NamedTuple):
+    """float32 tables over the integer timesteps t = 0..999, each of shape (T,)."""
+
+    alpha_bar: Tensor  # cumulative product of 1 - beta
+    alpha: Tensor  # sqrt(alpha_bar)
+    sigma: Tensor  # sqrt(1 - alpha_bar), always in [0, 1]
+
+    def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...): a scalar for an int t, (b, 1, 1, ...) for a (b,) tensor."""
+        t = torch.as_tensor(t, device=self.alpha.device)
+        shape = (-1, *[1] * (like.ndim - 1)) if t.ndim else ()
+        return self.alpha[t].reshape(shape).to(like.device), self.sigma[t].reshape(shape).to(like.device)
+
+
+def make_schedule() -> Schedule:
+    """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of CompVis/stable-diffusion).
+
+    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. Kept in float32 as the official code does: float64 differs by 4.7e-7.
+    """
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """z_t from clean latents z0 (b, c, h, w) and noise eps of the same shape; t an int or (b,). DDPM (2006.11239) eq. 4."""
+    alpha, sigma = schedule.at(t, z0)
+    # z_t = alpha z0 + sigma eps
+    return alpha * z0 + sigma * eps
+
+
+def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """The network's estimate of z0, in float32: at t = 999 the division magnifies eps_hat's error 14.6 times."""
+    alpha, sigma = schedule.at(t, z_t)
+    # x0 = (z_t - sigma eps_hat) / alpha
+    return (z_t.float() - sigma * eps_hat.float()) / alpha
+
+
+def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """The noise that x0 implies: inverse of `x0_from_eps`, float32."""
+    alpha, sigma = schedule.at(t, z_t)
+    # eps_hat = (z_t - alpha x0) / sigma
+    return (z_t.float() - alpha * x0.float()) / sigma
+
+
+def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
+    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR with SNR = alpha^2 / sigma^2. Min-SNR (2303.09556) eq. 8."""
+    snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2  # (b,)
+    return snr.clamp(max=gamma) / snr
+
+
+def diffusion_loss(eps_fn, z0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule, gamma: float | None = 5.0) -> Tensor:
+    """Mean squared error of eps_fn(z_t, t) against the noise drawn, per image Min-SNR weighted (gamma None: unweighted).
+
+    z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14.
+    """
+    eps_hat = eps_fn(add_noise(z0, eps, t, schedule), t)  # (b, c, h, w)
+    # L = E w(t) ||eps_hat - eps||^2
+    error = (eps_hat.float() - eps).square().flatten(1).mean(dim=1)  # (b,)
+    if gamma is not None:
+        error = error * min_snr_weight(t, schedule, gamma)
+    return error.mean()

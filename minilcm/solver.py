@@ -1,0 +1,119 @@
+"""Solvers of the probability-flow ODE: DDIM (the teacher's step Psi and a baseline) and DPM-Solver++(2M) (a baseline).
+
+A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidance, text and LoRA are already inside
+eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the network is float32.
+"""
+
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .schedule import Schedule, T, x0_from_eps
+
+EpsFn = Callable[[Tensor, int | Tensor], Tensor]
+
+
+def guided_eps(unet, cond, null_cond, w: float) -> EpsFn:
+    """eps_fn with classifier-free guidance: eps_cond + w (eps_cond - eps_null), both in one batch of 2b; w = 0 is off.
+
+    The w of 2310.04378 section 4.2; the ecosystem's "guidance scale" is 1 + w. Ho & Salimans (2207.12598) eq. 6.
+    cond and null_cond are `Cond` with b rows; a negative prompt's takes null's place.
+    """
+    if w == 0:
+        return lambda z_t, t: unet(z_t, t, cond).float()
+    both = cond.cat(null_cond)  # (2b, n, d)
+
+    def eps_fn(z_t: Tensor, t: int | Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
+        eps_cond, eps_null = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), both).float().chunk(2)
+        return eps_cond + w * (eps_cond - eps_null)
+
+    return eps_fn
+
+
+def check_steps(steps: int, most: int = T) -> None:
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps is {steps}; give 1 to {most}")
+
+
+def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
+    """Pairs (t_start, t_end), descending; t_end = -1 stands for the end of the schedule.
+
+    trailing starts at 999, where pure noise is (2305.08891 table 2): the fair few-step baseline. leading is what SD1.5's own
+    config says: 4 steps start at 751. t_end = t_start - T//steps always, as diffusers computes it.
+    """
+    check_steps(steps)
+    r = T // steps
+    if spacing == "leading":
+        starts = [r * i + 1 for i in reversed(range(steps))]  # steps_offset 1
+    elif spacing == "trailing":
+        starts = [int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))]  # numpy rounds half to even
+    else:
+        raise ValueError(f"spacing is {spacing!r}; choose trailing or leading")
+    return [(t, t - r) for t in starts]
+
+
+def ddim_step(z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule) -> Tensor:
+    """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12 with eta = 0.
+
+    The paper's increment is Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0 goes to t = 0: alpha_bar there is
+    0.99915, not 1 (set_alpha_to_one = False).
+    """
+    alpha, sigma = schedule.at(torch.as_tensor(t_end).clamp(min=0), z_start)
+    # z_end = alpha' x0 + sigma' eps_hat
+    return alpha * x0 + sigma * eps_hat
+
+
+@torch.no_grad()
+def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
+    """z0 (b, c, h, w) from noise z_T by `steps` DDIM steps. Equals diffusers' DDIMScheduler with SD's settings."""
+    z_t = z_T
+    for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
+        eps_hat = eps_fn(z_t, t_start).float()
+        x0 = x0_from_eps(z_t, eps_hat, t_start, schedule)
+        z_t = ddim_step(z_t, x0, eps_hat, t_end, schedule)
+    return z_t
+
+
+def dpmpp_2m_step(z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_next, schedule: Schedule) -> Tensor:
+    """One step of DPM-Solver++(2M) from t to t_next. DPM-Solver++ (2211.01095) algorithm 2.
+
+    half_logsnr = lambda_t = log(alpha/sigma). x0_last is the estimate at t_last; without it the step is of first order.
+    """
+    (a0, s0), (a1, s1) = schedule.at(t, z_t), schedule.at(t_next, z_t)
+    h = torch.log(a1 / s1) - torch.log(a0 / s0)
+    d = x0
+    if x0_last is not None:
+        a_last, s_last = schedule.at(t_last, z_t)
+        r0 = (torch.log(a0 / s0) - torch.log(a_last / s_last)) / h
+        # D = (1 + 1/(2 r)) x0 - 1/(2 r) x0_last
+        d = x0 + (x0 - x0_last) / (2 * r0)
+    # z_next = (sigma'/sigma) z - alpha' (e^{-h} - 1) D
+    return (s1 / s0) * z_t - a1 * torch.expm1(-h) * d
+
+
+def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
+    """Timesteps of DPM-Solver++, descending. trailing as DDIM; linspace is what diffusers runs for SD1.5 by default."""
+    if spacing == "linspace":
+        check_steps(steps)
+        return [int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[:0:-1]]
+    return [t for t, _ in ddim_grid(steps, spacing)]
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
+    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler, final sigma zero.
+
+    At sigma' = 0 the step returns its x0, so the last step is x0 itself.
+    """
+    grid = dpmpp_grid(steps, spacing)
+    z_t, x0_last, t_last = z_T, None, None
+    for t, t_next in tqdm(list(zip(grid, [*grid[1:], None])), desc="dpm++", disable=None, leave=False):
+        x0 = x0_from_eps(z_t, eps_fn(z_t, t), t, schedule)
+        if t_next is None:
+            return x0
+        z_t = dpmpp_2m_step(z_t, x0, x0_last, t_last, t, t_next, schedule)
+        x0_last, t_last = x0, t

@@ -1,0 +1,198 @@
+"""The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key names.
+
+                        SD1.5                                     SDXL (SSD-1B without the starred)
+    time_embed          t -> 320 -> 1280                          the same
+    label_emb           -                                         vector (pooled text, sizes) 2816 -> 1280, added
+    input_blocks.0      conv_in                                   conv_in
+    input_blocks.1-2    ResBlock .0, transformer .1, width 320    ResBlock, width 320
+    input_blocks.3      Downsample .0                             Downsample
+    input_blocks.4-5    ResBlock, transformer, width 640          ResBlock, transformer of depth 2, width 640
+    input_blocks.6      Downsample                                Downsample
+    input_blocks.7-8    ResBlock, transformer, width 1280         ResBlock, transformer of depth 10 (4), width 1280
+    input_blocks.9      Downsample                                -
+    input_blocks.10-11  ResBlock, width 1280                      -
+    middle_block        ResBlock .0, transformer .1, ResBlock .2  ResBlock, transformer of depth 10*, ResBlock*
+    output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, and at each level's end an Upsample (last number)
+    out                 GroupNorm .0, SiLU .1, conv .2            the same
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding
+
+
+class Cond(NamedTuple):
+    """What the UNet gets besides z_t and t."""
+
+    context: Tensor  # (b, n, d): one row a token, read by cross-attention
+    vector: Tensor | None = None  # (b, adm): SDXL's pooled text and size ids
+
+    def cat(self, other: "Cond") -> "Cond":
+        """Both, one under the other along b."""
+        return Cond(*(None if x is None else torch.cat([x, y]) for x, y in zip(self, other)))
+
+    def rows(self, index: slice | Tensor) -> "Cond":
+        """Some of the b rows of every part."""
+        return Cond(*(None if x is None else x[index] for x in self))
+
+    def to(self, device=None, dtype=None) -> "Cond":
+        return Cond(*(None if x is None else x.to(device=device, dtype=dtype) for x in self))
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet. Depths are the transformer blocks after each ResBlock, level by level in running order; 0: none."""
+
+    channels: tuple[int, ...]  # width of each level
+    down: tuple[tuple[int, ...], ...]  # depths on the way down, one tuple a level
+    middle: int | None  # depth in the middle; None: a single ResBlock there (SSD-1B)
+    up: tuple[tuple[int, ...], ...]  # depths on the way up, lowest resolution first
+    context_dim: int
+    heads: int | None = None  # the same number of heads everywhere (SD1.x), or ...
+    head_dim: int | None = None  # ... the same width of a head everywhere (SDXL)
+    linear: bool = False  # proj_in and proj_out as Linear, not as 1x1 convolution
+    adm: int | None = None  # length of Cond.vector
+    w_dim: int | None = None  # width of the guidance embedding: full LCM only, LCM-LoRA has none
+    groups: int = 32  # GroupNorm
+
+
+def sd15() -> UNetConfig:
+    return UNetConfig(
+        channels=(320, 640, 1280, 1280),
+        down=((1, 1), (1, 1), (1, 1), (0, 0)),
+        middle=1,
+        up=((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+        context_dim=768,
+        heads=8,
+    )
+
+
+def sdxl() -> UNetConfig:
+    return UNetConfig(
+        channels=(320, 640, 1280),
+        down=((0, 0), (2, 2), (10, 10)),
+        middle=10,
+        up=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+        context_dim=2048,
+        head_dim=64,
+        linear=True,
+        adm=2816,
+    )
+
+
+def ssd1b() -> UNetConfig:
+    return UNetConfig(
+        channels=(320, 640, 1280),
+        down=((0, 0), (2, 2), (4, 4)),
+        middle=None,
+        up=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
+        context_dim=2048,
+        head_dim=64,
+        linear=True,
+        adm=2816,
+    )
+
+
+def emoji() -> UNetConfig:
+    """Stable Diffusion 1 in miniature: 10.9 M parameters for 4x16x16 latents."""
+    return UNetConfig(
+        channels=(64, 128, 192),
+        down=((0,), (1,), (1,)),
+        middle=1,
+        up=((1, 1), (1, 1), (0, 0)),
+        context_dim=128,
+        heads=4,
+        groups=16,
+    )
+
+
+class Block(nn.Sequential):
+    """The parts of one numbered block; each takes what it can use of (x, t_emb, context)."""
+
+    def forward(self, x: Tensor, t_emb: Tensor, context: Tensor) -> Tensor:
+        for part in self:
+            if isinstance(part, ResBlock):
+                x = part(x, t_emb)
+            elif isinstance(part, SpatialTransformer):
+                x = part(x, context)
+            else:
+                x = part(x)
+        return x  # (b, c, h, w)
+
+
+class UNet(nn.Module):
+    """eps_theta. Latent Diffusion (2112.10752) section 3.2-3.3; SDXL (2307.01952) section 2.1."""
+
+    def __init__(self, cfg: UNetConfig):
+        super().__init__()
+        self.cfg = cfg
+        width, time_dim = cfg.channels[0], 4 * cfg.channels[0]
+        self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        if cfg.adm:
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(cfg.adm, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+            )
+        if cfg.w_dim:  # new in a full LCM, whose files keep diffusers' name for it
+            self.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(cfg.w_dim, width, bias=False)})
+
+        def res(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, time_dim, cfg.groups)
+
+        def transformer(c: int, depth: int) -> list[nn.Module]:
+            heads = cfg.heads or c // cfg.head_dim
+            return [SpatialTransformer(c, depth, cfg.context_dim, heads, cfg.linear, cfg.groups)] if depth else []
+
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(4, width, 3, padding=1))])
+        c, skips = width, [width]
+        for level, depths in enumerate(cfg.down):
+            for depth in depths:
+                self.input_blocks.append(Block(res(c, cfg.channels[level]), *transformer(cfg.channels[level], depth)))
+                c = cfg.channels[level]
+                skips.append(c)
+            if level < len(cfg.down) - 1:
+                self.input_blocks.append(Block(Downsample(c)))
+                skips.append(c)
+
+        self.middle_block = Block(res(c, c))
+        if cfg.middle is not None:
+            self.middle_block.extend([*transformer(c, cfg.middle), res(c, c)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, depths in enumerate(cfg.up):
+            width_up = cfg.channels[-1 - level]
+            for i, depth in enumerate(depths):
+                parts = [res(c + skips.pop(), width_up), *transformer(width_up, depth)]
+                c = width_up
+                if i == len(depths) - 1 and level < len(cfg.up) - 1:
+                    parts.append(Upsample(c))
+                self.output_blocks.append(Block(*parts))
+
+        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1))
+
+    def forward(self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None) -> Tensor:
+        """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or (b,), cond with b rows.
+
+        w_emb (b, w_dim) is `lcm.guidance_embedding(w)` and belongs to a full LCM; an LCM-LoRA's UNet takes none.
+        """
+        dtype = self.out[2].weight.dtype
+        x, context = z_t.to(dtype), cond.context.to(dtype)  # (b, 4, h, w), (b, n, d)
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])  # (b,)
+        t_sin = timestep_embedding(t, self.cfg.channels[0]).to(dtype)  # (b, width)
+        if w_emb is not None:
+            t_sin = t_sin + self.time_embedding["cond_proj"](w_emb.to(dtype))
+        t_emb = self.time_embed(t_sin)  # (b, 4 width)
+        if self.cfg.adm:
+            t_emb = t_emb + self.label_emb(cond.vector.to(dtype))
+
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, t_emb, context)
+            skips.append(x)
+        x = self.middle_block(x, t_emb, context)  # (b, c, h / 2^levels, w / 2^levels)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, skips.pop()], dim=1), t_emb, context)
+        return self.out(x)  # (b, 4, h, w)

@@ -1,0 +1,105 @@
+"""What several test files share: the exact answers for Gaussian data, the reference tensors, and a make-believe CUDA."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+REFERENCE = Path(__file__).parent / "reference"
+sys.path[:0] = [str(REFERENCE), str(REFERENCE.parent.parent)]  # make_reference; minilcm, also when it isn't installed
+
+from minilcm.schedule import Schedule, make_schedule  # noqa: E402
+
+
+class Gaussian(NamedTuple):
+    """Data N(m, s^2) in every pixel: everything a network has to learn is known. V_t = alpha^2 s^2 + sigma^2 is z_t's variance.
+
+    z is (b, c, h, w), t an int or (b,). With the float64 schedule a float64 z is answered to the last digits.
+    """
+
+    schedule: Schedule
+    m: float | Tensor = 0.7
+    s: float = 0.5
+
+    def at(self, z: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = self.schedule.at(t, z)
+        return alpha, sigma, alpha**2 * self.s**2 + sigma**2
+
+    def eps(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """E[eps | z_t], what the eps-loss converges to."""
+        alpha, sigma, v = self.at(z, t)
+        return sigma * (z - alpha * self.m) / v
+
+    def x0(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """E[z0 | z_t], the denoiser."""
+        alpha, _, v = self.at(z, t)
+        return self.m + alpha * self.s**2 * (z - alpha * self.m) / v
+
+    def ode(self, z: Tensor, t: int | Tensor, t_end: int | Tensor) -> Tensor:
+        """The point at t_end of the probability-flow ODE's trajectory through (z, t): (z_t - alpha m) / sqrt(V) is constant."""
+        (alpha, _, v), (alpha_end, _, v_end) = self.at(z, t), self.at(z, t_end)
+        return alpha_end * self.m + (z - alpha * self.m) * (v_end / v) ** 0.5
+
+    def f(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """The exact consistency function: the trajectory's clean end, where alpha = 1 and V = s^2."""
+        alpha, _, v = self.at(z, t)
+        return self.m + self.s * (z - alpha * self.m) / v**0.5
+
+    def eps_of_f(self, z: Tensor, t: int | Tensor) -> Tensor:
+        """The eps_hat of a perfectly distilled network: the one whose x0 is f."""
+        alpha, sigma = self.schedule.at(t, z)
+        return (z - alpha * self.f(z, t)) / sigma
+
+
+@pytest.fixture(scope="session")
+def schedule() -> Schedule:
+    return make_schedule()
+
+
+@pytest.fixture(scope="session")
+def schedule64(schedule) -> Schedule:
+    """The same alpha_bar in float64, for identities that hold to the last digits."""
+    alpha_bar = schedule.alpha_bar.double()
+    return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+@pytest.fixture(scope="session")
+def gaussian(schedule64) -> Gaussian:
+    return Gaussian(schedule64)
+
+
+@pytest.fixture(scope="session")
+def samplers() -> dict[str, Tensor]:
+    return load_file(REFERENCE / "samplers.safetensors")
+
+
+@pytest.fixture(scope="session")
+def official_keys() -> dict[str, dict[str, list[int]]]:
+    """{sd15, sdxl, ssd1b: UNet; vae; clip_l: {key: shape}}; "about" says where they are from."""
+    return json.loads(gzip.decompress((REFERENCE / "official_keys.json.gz").read_bytes()))
+
+
+@pytest.fixture
+def fake_cuda():
+    """Inside the test, tensors have device, dtype and shape but no data: "cuda" is there, and mixing devices is an error.
+
+    Gives build(make): make() with float16 weights on cuda.
+    """
+
+    def build(make):
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.device("cuda"):
+                return make().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    with FakeTensorMode():
+        yield build

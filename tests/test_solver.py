@@ -1,0 +1,311 @@
+import math
+
+import pytest
+import torch
+from make_reference import STEPS, toy_eps
+
+from minilcm.schedule import Schedule, x0_from_eps
+from minilcm.solver import (
+    ddim_grid,
+    ddim_step,
+    dpmpp_2m_step,
+    dpmpp_grid,
+    guided_eps,
+    sample_ddim,
+    sample_dpmpp_2m,
+)
+from minilcm.unet import Cond
+
+
+def noise(seed=0, shape=(2, 4, 8, 8)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- grids
+
+
+def test_ddim_grid_golden():
+    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, also where that is no grid point."""
+    assert ddim_grid(1) == [(999, -1)]
+    assert ddim_grid(2) == [(999, 499), (499, -1)]
+    assert ddim_grid(3) == [(999, 666), (666, 333), (332, -1)]
+    assert ddim_grid(4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
+    # 1000 - 62.5 i: numpy rounds halves to even
+    assert [t for t, _ in ddim_grid(16)][:8] == [999, 937, 874, 811, 749, 687, 624, 561]
+    assert [t for t, _ in ddim_grid(50)] == list(range(999, 0, -20))
+    assert ddim_grid(1000) == [(t, t - 1) for t in range(999, -1, -1)]
+
+    assert ddim_grid(4, "leading") == [(751, 501), (501, 251), (251, 1), (1, -249)]
+    assert [t for t, _ in ddim_grid(10, "leading")] == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert [t for t, _ in ddim_grid(20, "leading")] == list(range(951, 0, -50))
+    assert [t for t, _ in ddim_grid(50, "leading")] == list(range(981, 0, -20))
+
+
+def test_dpmpp_grid_golden():
+    """Timesteps of diffusers 0.42.1's DPMSolverMultistepScheduler; linspace is its default for SD1.5."""
+    assert dpmpp_grid(4) == [999, 749, 499, 249]
+    assert dpmpp_grid(1, "linspace") == [999]
+    assert dpmpp_grid(4, "linspace") == [999, 749, 500, 250]
+    assert dpmpp_grid(10, "linspace") == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
+    assert dpmpp_grid(20, "linspace") == [999, 949, 899, 849, 799, 749, 699, 649, 599, 549, *range(500, 0, -50)]
+
+
+@pytest.mark.parametrize("grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])])
+def test_grids_refuse_bad_arguments(grid, spacings):
+    """No step, more steps than timesteps, an unknown spacing: one line with the value and the choice."""
+    for spacing in spacings:
+        for steps in (0, -1, 1001):
+            with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to 1000"):
+                grid(steps, spacing)
+    with pytest.raises(ValueError, match="spacing is 'karras'; choose trailing"):
+        grid(4, "karras")
+
+
+# ---- the DDIM step
+
+
+def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
+    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; below 0 it ends at t = 0, alpha_bar 0.99915."""
+    x0, eps = noise(0), noise(1)
+    zeros = torch.zeros_like(x0)
+    assert torch.equal(ddim_step(zeros, x0, zeros, 499, schedule), schedule.alpha[499] * x0)
+    assert torch.equal(ddim_step(zeros, zeros, eps, 499, schedule), schedule.sigma[499] * eps)
+    last = ddim_step(zeros, x0, eps, -1, schedule)
+    torch.testing.assert_close(last, 0.99914998**0.5 * x0 + (1 - 0.99914998) ** 0.5 * eps, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ddim_step(zeros, x0, eps, -249, schedule), last)
+    mixed = ddim_step(zeros, x0, eps, torch.tensor([499, 19]), schedule)
+    assert torch.equal(mixed[1], ddim_step(zeros, x0, eps, 19, schedule)[1])
+
+
+def test_ddim_step_is_the_papers_psi(schedule64):
+    """Psi = (a'/a) z - s' (s a'/(a s') - 1) eps - z, as the LCM paper (2310.04378) writes DDIM, is ddim_step - z."""
+    z, eps = noise(0).double(), noise(1).double()
+    for t, t_end in ((999, 979), (519, 499), (39, 19), (19, 0)):
+        (a, s), (a_end, s_end) = schedule64.at(t, z), schedule64.at(t_end, z)
+        psi = a_end / a * z - s_end * (s * a_end / (a * s_end) - 1) * eps - z
+        step = ddim_step(z, (z - s * eps) / a, eps, t_end, schedule64)
+        torch.testing.assert_close(step - z, psi, rtol=1e-12, atol=1e-12)
+
+
+def test_ddim_is_invertible_for_constant_eps(schedule64):
+    """If eps does not change along the way, a step up undoes a step down exactly: DDIM then follows a straight line."""
+    z, eps = noise(0).double(), noise(1).double()
+    (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
+    down = ddim_step(z, (z - s * eps) / a, eps, 680, schedule64)
+    up = ddim_step(down, (down - s_end * eps) / a_end, eps, 700, schedule64)
+    torch.testing.assert_close(up, z, rtol=0, atol=1e-14)
+
+
+def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
+    """Down and up again by DDIM, data N(m, s^2): y - m, y = z/alpha, shrinks by s^2 (S-S')^2 / ((s^2+S^2)(s^2+S'^2)).
+
+    S = sigma/alpha. Closed form; 1.45e-4 for 700 -> 680 -> 700 with s = 0.5.
+    """
+    z = noise().double()
+    down = ddim_step(z, gaussian.x0(z, 700), gaussian.eps(z, 700), 680, schedule64)
+    up = ddim_step(down, gaussian.x0(down, 680), gaussian.eps(down, 680), 700, schedule64)
+    (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
+    S, S_end, var = s / a, s_end / a_end, gaussian.s**2
+    loss = var * (S - S_end) ** 2 / ((var + S**2) * (var + S_end**2))
+    assert loss.item() == pytest.approx(1.45e-4, rel=5e-3)
+    torch.testing.assert_close(up / a - gaussian.m, (1 - loss) * (z / a - gaussian.m), rtol=1e-12, atol=1e-13)
+
+
+# ---- DDIM on Gaussian data, where its result is a product
+
+
+def ddim_product(gaussian, z_T, times):
+    """y = z/alpha; every DDIM step multiplies y - m by (s^2 + S S') / (s^2 + S^2), S = sigma/alpha."""
+    factor = 1.0
+    for t, t_end in zip(times, times[1:]):
+        (a, s), (a_end, s_end) = gaussian.schedule.at(t, z_T), gaussian.schedule.at(t_end, z_T)
+        factor *= (gaussian.s**2 + s / a * s_end / a_end) / (gaussian.s**2 + (s / a) ** 2)
+    return a_end * (gaussian.m + (z_T / gaussian.schedule.at(times[0], z_T)[0] - gaussian.m) * factor)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10, 50])
+def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
+    """Data N(m, s^2) and the exact eps: sample_ddim is a product of closed-form factors (float64 by hand: 1e-13)."""
+    z_T = noise()
+    times = [*range(999, 0, -1000 // steps), 0]
+    expected = ddim_product(gaussian, z_T.double(), times)
+    torch.testing.assert_close(sample_ddim(gaussian.eps, z_T, schedule, steps), expected.float(), rtol=0, atol=1e-5)
+    z = z_T.double()
+    for t, t_end in zip(times, times[1:]):
+        z = ddim_step(z, gaussian.x0(z, t), gaussian.eps(z, t), t_end, schedule64)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-13)
+
+
+def test_ddim_product_of_the_training_grid(gaussian):
+    """50 steps of size 20 down to t = 0, s = 0.5: the product is 0.0325786, worked out in float64 by other code."""
+    unit = torch.ones(1, 1, 1, 1).double()
+    a0, a999 = gaussian.schedule.alpha[0], gaussian.schedule.alpha[999]
+    z0 = ddim_product(gaussian, (gaussian.m + unit) * a999, [*range(999, 0, -20), 0])
+    assert (z0 / a0 - gaussian.m).item() == pytest.approx(0.0325786, abs=1e-7)
+
+
+def test_trajectories_are_self_consistent(gaussian):
+    """The exact ODE map of Gaussian data: t -> u -> 0 is t -> 0, f is constant along it, and f is not the denoiser."""
+    z = noise().double()
+    at_499 = gaussian.ode(z, 999, 499)
+    torch.testing.assert_close(gaussian.ode(at_499, 499, 0), gaussian.ode(z, 999, 0), rtol=0, atol=1e-13)
+    torch.testing.assert_close(gaussian.f(at_499, 499), gaussian.f(z, 999), rtol=0, atol=1e-13)
+    assert (gaussian.f(z, 999) - gaussian.x0(z, 999)).abs().mean() > 0.3
+
+
+def test_ddim_follows_the_ode(gaussian, schedule):
+    """1000 DDIM steps end within 0.01 of the exact ODE at every pixel; 10 steps are more than 20 times as far off."""
+    z_T = noise()
+    exact = gaussian.ode(z_T.double(), 999, 0).float()
+    error = {steps: (sample_ddim(gaussian.eps, z_T, schedule, steps) - exact).abs().max() for steps in (10, 1000)}
+    assert error[1000] < 0.01
+    assert error[10] > 20 * error[1000]
+
+
+# ---- order of convergence
+
+
+def uniform_grid(steps):
+    """A schedule whose integer times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha 14.61 to 0.05."""
+    S = torch.exp(torch.linspace(math.log(14.61), math.log(0.05), steps + 1, dtype=torch.float64))
+    alpha = (1 + S**2) ** -0.5
+    return Schedule(alpha**2, alpha, S * alpha)
+
+
+def orders(gaussian, solve):
+    """log2 of the ratios of errors against the exact ODE for N = 10, 20, ..., 320 steps."""
+    z_T, error = noise().double(), []
+    for steps in (10, 20, 40, 80, 160, 320):
+        data = gaussian._replace(schedule=uniform_grid(steps))
+        error.append((solve(data, z_T, steps) - data.ode(z_T, 0, steps)).abs().max().item())
+    return [math.log2(a / b) for a, b in zip(error, error[1:])]
+
+
+def test_ddim_is_of_first_order(gaussian):
+    """Halving the step halves the error: orders 0.95 to 1.00 for exact Gaussian eps, steps equal in half log-SNR."""
+
+    def solve(data, z, steps):
+        for t in range(steps):
+            z = ddim_step(z, data.x0(z, t), data.eps(z, t), t + 1, data.schedule)
+        return z
+
+    assert orders(gaussian, solve) == pytest.approx([0.95, 0.97, 0.99, 0.99, 1.00], abs=0.01)
+
+
+def test_dpmpp_2m_is_of_second_order(gaussian):
+    """DPM-Solver++(2M) quarters it: orders 1.61 to 2.00 in the setting of the test above (2211.01095)."""
+
+    def solve(data, z, steps):
+        x0_last = None
+        for t in range(steps):
+            x0 = data.x0(z, t)
+            z = dpmpp_2m_step(z, x0, x0_last, t - 1, t, t + 1, data.schedule)
+            x0_last = x0
+        return z
+
+    assert orders(gaussian, solve) == pytest.approx([1.61, 1.93, 1.98, 1.99, 2.00], abs=0.01)
+
+
+def test_dpmpp_first_step_is_ddim(schedule64):
+    """Without an earlier estimate DPM-Solver++ is DDIM (2211.01095), to rounding."""
+    z, eps = noise(0).double(), noise(1).double()
+    alpha, sigma = schedule64.at(999, z)
+    x0 = (z - sigma * eps) / alpha
+    step = dpmpp_2m_step(z, x0, None, None, 999, 749, schedule64)
+    torch.testing.assert_close(step, ddim_step(z, x0, eps, 749, schedule64), rtol=0, atol=1e-12)
+
+
+# ---- guidance
+
+
+def gaussian_unet(gaussian, calls=None):
+    """A UNet that knows the data: N(context, s^2) for each image."""
+
+    def unet(z_t, t, cond):
+        if calls is not None:
+            calls.append((len(z_t), torch.as_tensor(t).shape, len(cond.context)))
+        return gaussian._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(z_t, t)
+
+    return unet
+
+
+def mean_cond(m):
+    return Cond(torch.tensor(m).reshape(-1, 1, 1))
+
+
+@pytest.mark.parametrize("t", [19, 499, 999])
+def test_guidance_moves_the_mean(gaussian, t):
+    """Equal-variance Gaussians: guiding N(.7, s^2) away from N(-.2, s^2) by w = 7.5 is the exact eps of mean 7.45.
+
+    m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w: m_null + 8.5 (m_c - m_null) is the same.
+    """
+    z_t = noise()
+    eps_fn = guided_eps(gaussian_unet(gaussian), mean_cond([0.7, 0.7]), mean_cond([-0.2, -0.2]), 7.5)
+    expected = gaussian._replace(m=-0.2 + 8.5 * 0.9).eps(z_t.double(), t).float()
+    assert -0.2 + 8.5 * 0.9 == pytest.approx(7.45)
+    torch.testing.assert_close(eps_fn(z_t, t), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(eps_fn(z_t, torch.tensor([t, t])), expected, rtol=0, atol=1e-5)
+
+
+def test_guidance_keeps_images_apart(gaussian):
+    """Each image of a batch is guided by its own condition and null, and each has its own t."""
+    z_t, t = noise(), torch.tensor([499, 39])
+    eps_fn = guided_eps(gaussian_unet(gaussian), mean_cond([0.7, 0.1]), mean_cond([-0.2, 0.3]), 2.0)
+    for i, m in enumerate((0.7 + 2 * 0.9, 0.1 + 2 * -0.2)):
+        expected = gaussian._replace(m=m).eps(z_t[i : i + 1].double(), int(t[i])).float()
+        torch.testing.assert_close(eps_fn(z_t, t)[i : i + 1], expected, rtol=0, atol=1e-5)
+
+
+def test_guidance_costs_one_call(gaussian):
+    """w = 0 is one batch of b without null; w > 0 is one batch of 2b. Ho & Salimans (2207.12598) eq. 6."""
+    calls, z_t = [], noise()
+    unet, cond, null_cond = gaussian_unet(gaussian, calls), mean_cond([0.7, 0.7]), mean_cond([0.0, 0.0])
+    plain = guided_eps(unet, cond, None, 0.0)(z_t, 499)
+    torch.testing.assert_close(plain, gaussian.eps(z_t.double(), 499).float(), rtol=0, atol=1e-5)
+    guided_eps(unet, cond, null_cond, 1.0)(z_t, 499)
+    assert calls == [(2, (), 2), (4, (4,), 4)]
+
+
+def test_guidance_arithmetic_is_float32():
+    """A bfloat16 network's two outputs are widened before they are subtracted."""
+    z_t = noise().bfloat16()
+    unet = lambda z, t, cond: (z * cond.context[..., None]).bfloat16()  # noqa: E731
+    out = guided_eps(unet, mean_cond([1.0, 1.0]), mean_cond([0.99, 0.99]), 7.5)(z_t, 5)
+    eps_cond, eps_null = z_t.float(), (z_t * torch.tensor(0.99)).bfloat16().float()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, eps_cond + 7.5 * (eps_cond - eps_null), rtol=1e-6, atol=1e-6)
+
+
+# ---- against diffusers
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("kind", ["ddim_trailing", "ddim_leading", "dpmpp_trailing", "dpmpp_linspace"])
+def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
+    """z0 and timesteps of diffusers 0.42.1's DDIM and DPM-Solver++ schedulers around a nonlinear network, to 1e-5."""
+    name, spacing = kind.split("_")
+    sample, seen = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[name], []
+
+    def eps_fn(z_t, t):
+        seen.append(t)
+        return toy_eps(z_t, t)
+
+    z0 = sample(eps_fn, samplers["z_T"], schedule, steps, spacing)
+    expected = samplers[f"{kind}/{steps}/z0"]
+    assert seen == samplers[f"{kind}/{steps}/timesteps"].tolist()
+    assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
+    torch.testing.assert_close(z0, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dpmpp_ends_on_its_estimate(gaussian, schedule):
+    """At sigma' = 0 the last step returns its x0: one step is x0 itself (diffusers' final_sigmas_type "zero")."""
+    z_T = noise()
+    one = sample_dpmpp_2m(gaussian.eps, z_T, schedule, 1)
+    assert torch.equal(one, x0_from_eps(z_T, gaussian.eps(z_T, 999), 999, schedule))
+
+
+def test_samplers_keep_no_graph(schedule):
+    """A network with trainable parameters is sampled without a graph."""
+    scale = torch.ones(1, requires_grad=True)
+    for sample in (sample_ddim, sample_dpmpp_2m):
+        assert not sample(lambda z, t: scale * z, noise(), schedule, 2).requires_grad

@@ -1,0 +1,63 @@
+"""Put the trained autoencoder and text tower and a fresh UNet into one file, from which train.py starts.
+
+    python weights/emoji/assemble.py --vae runs/vae/vae.safetensors --text runs/clip/text.safetensors --names 64 \\
+        --out runs/start.safetensors
+
+With --unet FILE the UNet is taken from that model file instead (a new decoder for a trained UNet).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from minilcm.checkpoint import Config, load_model, save_model  # noqa: E402
+from minilcm.layers import ResBlock, SpatialTransformer  # noqa: E402
+from minilcm.safefile import read_tensors  # noqa: E402
+from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip  # noqa: E402
+from minilcm.unet import UNet, emoji  # noqa: E402
+from minilcm.vae import VAE, VAEConfig  # noqa: E402
+
+
+def fresh_unet(seed: int) -> UNet:
+    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM: every branch starts shut."""
+    torch.manual_seed(seed)
+    unet = UNet(emoji())
+    last = [m.out_layers[3] for m in unet.modules() if isinstance(m, ResBlock)]
+    last += [m.proj_out for m in unet.modules() if isinstance(m, SpatialTransformer)]
+    for layer in [*last, unet.out[2]]:
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    return unet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--unet", type=Path, help="a model file whose UNet to keep (default: a fresh one)")
+    parser.add_argument("--names", type=int, default=64, help="how many names of names.txt it is to know (default 64)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="default guidance of ddim and dpmpp (default 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    tensors, metadata = read_tensors(args.vae)
+    vae = VAE(VAEConfig(**json.loads(metadata["config"])))
+    vae.load_state_dict(tensors)
+    tensors, metadata = read_tensors(args.text)
+    text = TextEncoder(TextConfig(**json.loads(metadata["config"])))
+    text.tower.load_state_dict(clip_l_to_open_clip(tensors))
+    unet = load_model(args.unet)[0] if args.unet else fresh_unet(args.seed)
+    names = tuple((HERE / "names.txt").read_text().splitlines()[: args.names])
+    config = Config(unet.cfg, vae.cfg, text.cfg, size=64, guidance=args.guidance, names=names)
+    save_model(args.out, unet.state_dict(), vae, text, config)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(names)} names")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The table: how often does a picture show what its prompt says, by sampler and number of network evaluations?
+
+    python weights/emoji/evaluate.py                       table over all prompts, about 10 minutes on 2 cores
+    python weights/emoji/evaluate.py --blind runs/blind    36 numbered pictures and, apart from them, their prompts
+    python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: three rows, same prompts and seeds
+
+Prompts: every seen and every held-out (name, style) pair with a colour ("said"), and bare names, four seeds each. The judge is
+the small CLIP's image tower: right when the picture is nearest to its own name among all names. Intervals: 95 % bootstrap over
+prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two evaluations, an LCM-LoRA step one.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.data import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
+from minilcm.lcm import sample_lcm  # noqa: E402
+from minilcm.lora_io import read_tau  # noqa: E402
+from minilcm.merge import combine, merge_into, unmerge  # noqa: E402
+from minilcm.metrics import load_judge, prompt_accuracy  # noqa: E402
+from minilcm.pictures import contact_sheet, save_png, to_images  # noqa: E402
+from minilcm.schedule import make_schedule  # noqa: E402
+from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
+
+SCHEDULE = make_schedule()
+
+
+def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int = 0) -> Tensor:
+    """Pixels (b, 3, H, W) in [-1, 1]; picture i has seed first_seed + i."""
+    unet, vae, text, config = model
+    side, pixels = config.size // vae.factor, []
+    for i in range(0, len(prompts), 64):
+        part = prompts[i : i + 64]
+        generators = [torch.Generator().manual_seed(first_seed + i + j) for j in range(len(part))]
+        z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
+        eps_fn = guided_eps(unet, text.encode(part), text.null_cond(len(part)), w)
+        if sampler == "lcm":
+            z0 = sample_lcm(eps_fn, z_T, SCHEDULE, steps, generators)
+        elif sampler == "ddim":
+            z0 = sample_ddim(eps_fn, z_T, SCHEDULE, steps)
+        else:
+            z0 = sample_dpmpp_2m(eps_fn, z_T, SCHEDULE, steps)
+        pixels.append(vae.decode(z0).clamp(-1, 1))
+    return torch.cat(pixels)
+
+
+def interval(right: Tensor) -> tuple[float, float, float]:
+    """(mean, low, high) of a (b,) bool by 95 % bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, len(right), (4000, len(right)), generator=generator)
+    means = right.float()[index].mean(dim=1)
+    return right.float().mean().item(), means.quantile(0.025).item(), means.quantile(0.975).item()
+
+
+def color_right(pixels: Tensor, colors: list[str]) -> Tensor:
+    """Is the border of each picture nearest to the colour asked for? (b,) bool."""
+    border = torch.cat([pixels[:, :, :2].flatten(2), pixels[:, :, :, :2].flatten(2), pixels[:, :, :, -2:].flatten(2)], dim=2)
+    mean = border.median(dim=2).values  # (b, 3)
+    table = torch.tensor(list(COLORS.values())) / 127.5 - 1
+    return torch.cdist(mean, table).argmin(dim=1) == torch.tensor([list(COLORS).index(c) for c in colors])
+
+
+@torch.no_grad()
+def style_right(judge, text, pixels: Tensor, pairs: list[tuple[str, str]]) -> Tensor:
+    """Among the four styles of its own name, does the picture pick the one asked for? (b,) bool."""
+    images = judge.image_features(pixels)
+    right = []
+    for image, (name, style) in zip(images, pairs):
+        choices = judge.text_features(text, [f"{name}, {s} style" for s in STYLES])
+        right.append(STYLES[(choices @ image).argmax()] == style)
+    return torch.tensor(right)
+
+
+def table(args, model, judge) -> None:
+    unet, vae, text, config = model
+    names = list(config.names)
+    seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
+    rng = random.Random(args.seed)
+
+    # is the judge a judge? on the art itself, as the autoencoder decodes it
+    for what, art in (("seen", seen), ("held-out", held_out)):
+        x = torch.stack([compose(a, config.size, rng)[0] for a in art])
+        decoded = torch.cat([vae.decode(vae.encode_mean(p)) for p in x.split(64)]).clamp(-1, 1)
+        mean, low, high = interval(prompt_accuracy(judge, text, decoded, [a.name for a in art], names))
+        psnr = -10 * ((decoded - x) / 2).square().flatten(1).mean(dim=1).log10()
+        print(f"judge on decoded art, {what:9} {mean:.3f} [{low:.3f}, {high:.3f}]   autoencoder {psnr.mean():.1f} dB")
+
+    def said(art):
+        colors = [rng.choice(list(COLORS)) for _ in art]
+        prompts = [f"{a.name}, {a.style} style, on {article(c)} background" for a, c in zip(art, colors)]
+        return prompts, [a.name for a in art], [a.style for a in art], colors
+
+    kinds = {"said, seen": said(seen), "said, held-out": said(held_out), "bare names": (names * 4, names * 4, None, None)}
+    tau = read_tau(args.lora)
+    w = config.guidance - 1
+    rows = [("ddim", 50, w, 0), *[("lcm", n, 0.0, 1) for n in (1, 2, 4, 8)], ("lcm", 4, 0.0, 0), ("lcm", 4, w, 0)]
+    rows += [(s, n, w, 0) for s in ("ddim", "dpmpp") for n in (2, 4, 8)]
+    print(f"\n{'sampler':22}{'evals':>6}" + "".join(f"{kind:>24}" for kind in kinds) + f"{'style':>8}{'colour':>8}")
+    results = []
+    for sampler, steps, w_, lora in rows:
+        if lora:
+            merge_into(unet, tau)
+        cells, row = [], {"sampler": sampler, "steps": steps, "lora": lora, "evaluations": steps * (1 + (w_ > 0))}
+        style = color = None
+        for kind, (prompts, right_names, styles, colors) in kinds.items():
+            pixels = draw(model, prompts, sampler, steps, w_, args.seed)
+            row[kind] = interval(prompt_accuracy(judge, text, pixels, right_names, names))
+            cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*row[kind]))
+            if kind == "said, seen":
+                style = style_right(judge, text, pixels, list(zip(right_names, styles))).float().mean().item()
+                color = color_right(pixels, colors).float().mean().item()
+        if lora:
+            unmerge(unet, tau)
+        label = f"{sampler}{'-lora' if lora else ''} {steps}" + (f" w={w_:g}" if w_ else "")
+        print(f"{label:22}{row['evaluations']:6}" + "".join(f"{c:>24}" for c in cells) + f"{style:8.3f}{color:8.3f}", flush=True)
+        results.append(row | {"style": style, "color": color})
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def blind(args, model) -> None:
+    """36 prompts in 4 steps, drawn without labels; the answers go to another file."""
+    config = model[3]
+    rng = random.Random(args.seed + 1)
+    names = rng.sample(list(config.names), 36)
+    prompts = []
+    for i, name in enumerate(names):
+        style = f", {rng.choice(STYLES)} style" if i % 3 == 1 else ""
+        color = f", on {article(rng.choice(list(COLORS)))} background" if i % 3 else ""
+        prompts.append(name + style + color)
+    merge_into(model[0], read_tau(args.lora))
+    pixels = draw(model, prompts, "lcm", 4, 0.0, args.seed)
+    big = F.interpolate(pixels, scale_factor=2, mode="nearest")
+    args.blind.mkdir(parents=True, exist_ok=True)
+    save_png(args.blind / "numbers.png", contact_sheet(to_images(big), [str(i + 1) for i in range(36)], 9), "")
+    save_png(args.blind / "prompts.png", contact_sheet(to_images(big), prompts, 6), "")
+    (args.blind / "prompts.txt").write_text("".join(f"{i + 1}\t{p}\n" for i, p in enumerate(prompts)))
+
+
+def figure(args, model) -> None:
+    """Report Fig. 3: the style LoRA alone at 25 guided steps, the LCM-LoRA alone at 4, and lambda1 style + lambda2 lcm at 4."""
+    unet, _, _, config = model
+    names = ["cat face", "rocket", "house", "butterfly", "guitar", "mushroom", "penguin", "birthday cake"]
+    images, labels = [], []
+    for style in ("blueprint", "papercut"):
+        tau_style, tau_lcm = read_tau(HERE / f"{style}.safetensors"), read_tau(args.lora)
+        prompts = [f"{name}, {style} style, on {article(c)} background" for name, c in zip(names, COLORS)]
+        rows = [
+            (f"{style} 25 steps", combine([tau_style], [1.0]), "ddim", 25, config.guidance - 1),
+            ("lcm 4 steps", combine([tau_lcm], [1.0]), "lcm", 4, 0.0),
+            (f"0.8 {style} + 1.0 lcm 4 steps", combine([tau_style, tau_lcm], [0.8, 1.0]), "lcm", 4, 0.0),
+        ]
+        for label, tau, sampler, steps, w in rows:
+            merge_into(unet, tau)
+            pixels = draw(model, prompts, sampler, steps, w, args.seed)
+            unmerge(unet, tau)
+            images += to_images(pixels)
+            labels += [label] + [""] * (len(names) - 1)
+    save_png(args.figure, contact_sheet(images, labels, len(names)), "report figure 3")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE / "model.safetensors")
+    parser.add_argument("--lora", type=Path, default=HERE / "lcm_lora.safetensors", help="the LCM-LoRA")
+    parser.add_argument("--judge", type=Path, default=HERE / "judge.safetensors")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--blind", type=Path, metavar="DIR", help="draw the blind test instead")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the figure of three rows instead")
+    args = parser.parse_args()
+    model = load_model(args.model)
+    if args.blind:
+        blind(args, model)
+    elif args.figure:
+        figure(args, model)
+    else:
+        table(args, model, load_judge(args.judge))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Two styles the base has never seen, made from the art by image processing, for two style LoRAs.
+
+    python weights/emoji/make_styles.py runs/styles --names 64
+
+blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a white paper rim and a shadow.
+Both keep the drawing's transparency, so they stand on any background.
+"""
+
+import argparse
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from make_data import add  # noqa: E402
+
+from minilcm.data import read_art, split_art  # noqa: E402
+
+
+def blueprint(image: Image.Image) -> Image.Image:
+    """White where colour or outline changes, deep blue inside."""
+    rgb, alpha = np.asarray(image.convert("RGB"), np.float32), np.asarray(image.getchannel("A"), np.float32)
+    planes = np.dstack([rgb * (alpha[..., None] / 255), alpha])  # (H, W, 4)
+    dy, dx = np.gradient(planes, axis=(0, 1))
+    line = np.clip(np.sqrt(dx**2 + dy**2).max(axis=2) / 24, 0, 1)  # (H, W)
+    thick = Image.fromarray((line * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+    ink = Image.composite(Image.new("RGB", image.size, "white"), Image.new("RGB", image.size, (23, 74, 160)), thick)
+    ink.putalpha(image.getchannel("A").filter(ImageFilter.MaxFilter(3)))
+    return ink
+
+
+def papercut(image: Image.Image) -> Image.Image:
+    """Six flat colours after smoothing, on a white rim, over a soft grey shadow."""
+    alpha = image.getchannel("A").point(lambda a: 255 if a > 127 else 0)
+    flat = image.convert("RGB").filter(ImageFilter.ModeFilter(7)).quantize(6, method=Image.Quantize.MEDIANCUT).convert("RGB")
+    rim = alpha.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(0.7))
+    out = Image.new("RGBA", image.size, (60, 60, 60, 0))
+    shadow = ImageChops.offset(rim, 4, 5).filter(ImageFilter.GaussianBlur(2)).point(lambda a: a * 6 // 10)
+    out.putalpha(shadow)
+    white = Image.new("RGBA", image.size, (255, 255, 255, 0))
+    white.putalpha(rim)
+    out = Image.alpha_composite(out, white)
+    flat.putalpha(alpha.filter(ImageFilter.GaussianBlur(0.7)))
+    return Image.alpha_composite(out, flat)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/ with a .tar each")
+    parser.add_argument("--names", type=int, default=64, help="how many names of names.txt (default 64)")
+    args = parser.parse_args()
+    names = (HERE / "names.txt").read_text().splitlines()[: args.names]
+    seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
+    for style, draw in (("blueprint", blueprint), ("papercut", papercut)):
+        (args.out / style).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(args.out / style / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for a in seen:
+                stem = f"{a.name} {a.style}".replace(" ", "-")
+                png = io.BytesIO()
+                draw(a.image).save(png, "PNG")
+                meta = {"name": a.name, "label": a.words[0], "keywords": a.words[1:], "style": style}
+                add(tar, f"{stem}.png", png.getvalue())
+                add(tar, f"{stem}.json", json.dumps(meta).encode())
+        print(f"{args.out / style}: {len(seen)} pictures")
+
+
+if __name__ == "__main__":
+    main()
