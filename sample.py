@@ -11,6 +11,7 @@ guidance - 1. Several --lora add up exactly: tau' = lambda1 tau_style + lambda2 
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from minilcm import __version__
 from minilcm.checkpoint import load_model
-from minilcm.lcm import lcm_grid, sample_lcm
+from minilcm.lcm import K, lcm_grid, sample_lcm
 from minilcm.lora_io import read_tau
 from minilcm.memory import default_dtype, resident
 from minilcm.merge import check_fit, combine, merge_into
@@ -52,12 +53,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
     add("--model", type=Path, default=WEIGHTS / "model.safetensors", help="checkpoint (default: the shipped emoji model)")
     add("--dtype", choices=DTYPES, help="number format of the UNet (default: what the processor does well)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
     add("--out", default="pictures/", metavar="FILE.png|DIR/", help="one picture's file, or a folder (default pictures/)")
     add("--sheet", type=Path, metavar="FILE.png", help="also write one labelled sheet of all pictures")
     args = parser.parse_args(argv)
 
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
+    args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each, in the PNG and on the sheet
+    args.negative = " ".join(args.negative.split())
     if not args.prompts and not args.list:
         parser.error('no prompt; try: python sample.py "a slice of pizza"')
     if args.count < 1:
@@ -66,8 +69,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
     if args.image and args.sampler != "lcm":
         parser.error("--image needs --sampler lcm")
-    if not 0 < args.strength <= 1:
-        parser.error(f"--strength is {args.strength}; give a number above 0, up to 1")
+    if not 1 / K <= args.strength <= 1:
+        parser.error(f"--strength is {args.strength}; give a number from {1 / K:g} to 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
     return args
@@ -76,12 +79,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def parse_lora(text: str) -> tuple[Path, float]:
     """`FILE[:LAMBDA]` -> (path, lambda)."""
     name, colon, number = text.rpartition(":")
-    if not colon:
+    if not colon or Path(text).is_file():  # a file's name may hold a colon
         name, number = text, "1"
     try:
         lam = float(number)
     except ValueError:
-        raise ValueError(f"--lora {text}: {number} is not a number; give FILE:LAMBDA, for example {name}:0.8") from None
+        lam = math.nan
+    if not math.isfinite(lam):
+        raise ValueError(f"--lora {text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8")
     return (WEIGHTS / "lcm_lora.safetensors" if name == "lcm" else Path(name)), lam
 
 
@@ -128,6 +133,10 @@ def main(args: argparse.Namespace) -> None:
     merge_into(unet, combine(taus, [lam for _, lam in loras]))
     unet = unet.to(dtype)
 
+    out = Path(args.out)
+    for folder in [out.parent if args.out.endswith(".png") else out] + ([args.sheet.parent] if args.sheet else []):
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong path costs none
+
     for prompt in args.prompts:
         if config.names and (near := nearest_names(prompt, config.names)):
             print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
@@ -157,8 +166,6 @@ def main(args: argparse.Namespace) -> None:
     with resident(vae, args.device):
         images = [to_images(vae.decode(z0))[0] for z0 in latents]
 
-    out = Path(args.out)
-    (out.parent if args.out.endswith(".png") else out).mkdir(parents=True, exist_ok=True)
     for k, ((_, prompt), picture) in enumerate(zip(jobs, images)):
         lora = ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras)
         parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
@@ -169,7 +176,6 @@ def main(args: argparse.Namespace) -> None:
         save_png(path, picture, parameters)
         print(path)
     if args.sheet:
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
         labels = [f"{prompt} ({args.seed + k})" for k, (_, prompt) in enumerate(jobs)]
         save_png(args.sheet, contact_sheet(images, labels, min(6, len(images))), " ".join(sys.argv[1:]))
         print(args.sheet)
@@ -178,5 +184,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

@@ -55,14 +55,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="all randomness comes from it (default 0)")
     add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
     add("--resume", action="store_true", help="go on from --out/state.safetensors")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
-    add("--compile", action="store_true", help="compile the UNet with torch.compile: minutes at the start, then faster")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
     args = parser.parse_args(argv)
     if args.objective == "lcm" and args.full:
         parser.error("--objective lcm needs --rank N")
     for flag in ("steps", "batch", "looks", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
     return args
 
 
@@ -92,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
         art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
     elif config.names:
         art = [a for a in art if a.style is None or a.name in config.names]
+    if not art:
+        raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
     cache = cache_latents(vae, art, config.size, args.looks, args.seed, device)
     null_cond = text.null_cond(args.batch)
 
@@ -101,16 +104,15 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         saved = load_state(args.out / "state.safetensors", named | {f"average.{k}": v for k, v in average.items()}, optimizer)
         for key, value in run.items():
-            if saved["flags"][key] != value:
-                raise ValueError(f"--resume: --{key} was {saved['flags'][key]}, is now {value}; give the flags of that run")
+            if (was := saved["flags"].get(key)) != value:
+                raise ValueError(f"--resume: --{key.replace('_', '-')} was {was}, is now {value}; give the flags of that run")
         start = saved["step"]
 
     # ---- the three networks of Algorithm 1: one UNet with LoRA on, off, and on without gradient
-    net = torch.compile(unet) if args.compile else unet
 
     def student(z_t: Tensor, t: Tensor, cond, w=None) -> Tensor:
         with torch.autocast(device, dtype=half, enabled=half != torch.float32):
-            return net(z_t, t, cond)
+            return unet(z_t, t, cond)
 
     def teacher(z_t: Tensor, t: Tensor, cond, w=None) -> Tensor:
         with lora_off(unet):
@@ -178,10 +180,12 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = lr
 
         loss = loss_of(*next(data))
-        if not loss.isfinite():
-            raise ValueError(f"loss is {loss.item()} at step {step}; the last saved state is good, lower --lr")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise ValueError(
+                f"loss is {loss.item()}, norm of its gradient {norm.item()} at step {step}; the last saved state is good, lower --lr"
+            )
         optimizer.step()
         optimizer.zero_grad()
         # average <- mu average + (1 - mu) weights, with mu growing to 0.9995
@@ -200,5 +204,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

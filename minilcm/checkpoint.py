@@ -66,14 +66,23 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[UN
         raise ValueError(f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint")
     if "minilcm.config" not in metadata:
         raise ValueError(f"{path}: no minilcm.config in the header; only models written by minilcm are supported")
-    config = from_json(metadata["minilcm.config"])
+    try:
+        config = from_json(metadata["minilcm.config"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: minilcm.config is not one of this version ({error})") from None
+    if stray := sorted(key for key in tensors if not key.startswith((UNET, VAE_, TEXT))):
+        raise ValueError(f"{path}: {len(stray)} keys belong to no part of the model, first: {', '.join(stray[:5])}")
     part = {p: {k[len(p) :]: v.to(dtype) for k, v in tensors.items() if k.startswith(p)} for p in (UNET, VAE_, TEXT)}
     with torch.device("meta"):
         unet, vae = UNet(config.unet), VAE(config.vae)
     text = TextEncoder(config.text)
     load_strict(unet, part[UNET], f"{path}: UNet")
     load_strict(vae, part[VAE_], f"{path}: VAE")
-    load_strict(text.tower, clip_l_to_open_clip(part[TEXT]), f"{path}: text tower")
+    try:
+        tower = clip_l_to_open_clip(part[TEXT])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: text tower: a layer's q, k, v are not all there or do not fit ({error})") from None
+    load_strict(text.tower, tower, f"{path}: text tower")
     for module in (unet, vae, text):
         module.requires_grad_(False).eval()
     return unet, vae, text, config

@@ -43,17 +43,24 @@ class Art(NamedTuple):
 def read_tar(path: Path) -> list[Art]:
     """All drawings of one webdataset shard: NAME.png beside NAME.json {name, label, keywords, style}."""
     files: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            stem, suffix = member.name.rsplit(".", 1)
-            files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stem, _, suffix = member.name.rpartition(".")
+                if member.isfile() and suffix in ("png", "json"):
+                    files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+    except (OSError, tarfile.TarError):
+        raise ValueError(f"{path}: not a .tar file, or cut off; copy or make it again") from None
     art = []
     for stem, parts in files.items():
         if "png" not in parts or "json" not in parts:
             raise ValueError(f"{path}: {stem} needs both a .png and a .json; was the shard cut off?")
-        meta = json.loads(parts["json"])
-        image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
-        art.append(Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image))
+        try:
+            meta = json.loads(parts["json"])
+            image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
+            art.append(Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
     return art
 
 
@@ -63,7 +70,11 @@ def read_folder(path: Path) -> list[Art]:
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
         if not file.with_suffix(".txt").exists():
             raise ValueError(f"{file}: no caption; put its text into {file.with_suffix('.txt').name} beside it")
-        art.append(Art(file.with_suffix(".txt").read_text().strip(), (), None, Image.open(file).convert("RGBA")))
+        try:
+            text, image = file.with_suffix(".txt").read_text(encoding="utf-8"), Image.open(file).convert("RGBA")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: picture or caption cannot be read ({error})") from None
+        art.append(Art(text.strip(), (), None, image))
     return art
 
 
@@ -74,8 +85,8 @@ def read_art(path: str | Path) -> list[Art]:
     """
     path = Path(path)
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; --data takes .tar shards or a folder of pictures with .txt captions")
+    if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
+        raise ValueError(f"{path}: no such folder or .tar file; --data takes .tar shards or a folder of pictures with .txt captions")
     art = [a for shard in shards for a in read_tar(shard)] if shards else read_folder(path)
     if not art:
         raise ValueError(f"{path}: no pictures; --data takes .tar shards or a folder of pictures with .txt captions")

@@ -60,8 +60,11 @@ def read_tau(path: str | Path) -> Tau:
         down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
         if down is None or up is None:
             raise ValueError(f"{path}: {target} has only one of lora_down and lora_up; the file is incomplete")
-        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0] or down.shape[0] == 0:
+        rank, kernel = down.shape[:1], (1,) * (down.ndim - 2)
+        if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *kernel) or 0 in rank:
             raise ValueError(f"{path}: {target} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise ValueError(f"{path}: {target} alpha has {parts['alpha'].numel()} values, not one")
         tau[target] = (up, down, parts["alpha"].item() if "alpha" in parts else float(down.shape[0]))
     return tau
 

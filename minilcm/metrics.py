@@ -61,7 +61,7 @@ def prompt_accuracy(judge: Judge, text: TextEncoder, pixels: Tensor, names: list
     """
     scores = judge.image_features(pixels) @ judge.text_features(text, choices).T  # (b, n)
     picked = scores.argmax(dim=1)
-    return picked == torch.tensor([choices.index(name) for name in names])
+    return picked == torch.tensor([choices.index(name) for name in names], device=picked.device)
 
 
 @torch.no_grad()

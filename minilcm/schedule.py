@@ -61,7 +61,8 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
 
 def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
     """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR with SNR = alpha^2 / sigma^2. Min-SNR (2303.09556) eq. 8."""
-    snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2  # (b,)
+    alpha, sigma = schedule.at(t, t)
+    snr = (alpha / sigma) ** 2  # (b,)
     return snr.clamp(max=gamma) / snr
 
 

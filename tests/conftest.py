@@ -1,4 +1,4 @@
-"""What several test files share: the exact answers for Gaussian data, the reference tensors, and a make-believe CUDA."""
+"""What several test files share: exact answers for Gaussian data, reference tensors, a make-believe CUDA."""
 
 import gzip
 import json
@@ -19,9 +19,9 @@ from minilcm.schedule import Schedule, make_schedule  # noqa: E402
 
 
 class Gaussian(NamedTuple):
-    """Data N(m, s^2) in every pixel: everything a network has to learn is known. V_t = alpha^2 s^2 + sigma^2 is z_t's variance.
+    """Data N(m, s^2) in every pixel: everything a network has to learn is known.
 
-    z is (b, c, h, w), t an int or (b,). With the float64 schedule a float64 z is answered to the last digits.
+    V_t = alpha^2 s^2 + sigma^2 is the variance of z_t. z is (b, c, h, w), t an int or (b,).
     """
 
     schedule: Schedule
@@ -43,7 +43,7 @@ class Gaussian(NamedTuple):
         return self.m + alpha * self.s**2 * (z - alpha * self.m) / v
 
     def ode(self, z: Tensor, t: int | Tensor, t_end: int | Tensor) -> Tensor:
-        """The point at t_end of the probability-flow ODE's trajectory through (z, t): (z_t - alpha m) / sqrt(V) is constant."""
+        """The point at t_end of the ODE's trajectory through (z, t), where (z_t - alpha m) / sqrt(V) is constant."""
         (alpha, _, v), (alpha_end, _, v_end) = self.at(z, t), self.at(z, t_end)
         return alpha_end * self.m + (z - alpha * self.m) * (v_end / v) ** 0.5
 
@@ -88,13 +88,13 @@ def official_keys() -> dict[str, dict[str, list[int]]]:
 
 @pytest.fixture
 def fake_cuda():
-    """Inside the test, tensors have device, dtype and shape but no data: "cuda" is there, and mixing devices is an error.
+    """Inside the test, tensors have device, dtype and shape but no data; "cuda" exists, and mixing devices is an error.
 
-    Gives build(make): make() with float16 weights on cuda.
+    Gives build(make, dtype): make() with weights of that dtype on cuda.
     """
 
-    def build(make):
-        torch.set_default_dtype(torch.float16)
+    def build(make, dtype):
+        torch.set_default_dtype(dtype)
         try:
             with torch.device("cuda"):
                 return make().requires_grad_(False)

@@ -25,7 +25,7 @@ def noise(seed=0, shape=(2, 4, 8, 8)):
 
 
 def test_ddim_grid_golden():
-    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, also where that is no grid point."""
+    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, on the grid or not."""
     assert ddim_grid(1) == [(999, -1)]
     assert ddim_grid(2) == [(999, 499), (499, -1)]
     assert ddim_grid(3) == [(999, 666), (666, 333), (332, -1)]
@@ -50,7 +50,9 @@ def test_dpmpp_grid_golden():
     assert dpmpp_grid(20, "linspace") == [999, 949, 899, 849, 799, 749, 699, 649, 599, 549, *range(500, 0, -50)]
 
 
-@pytest.mark.parametrize("grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])])
+@pytest.mark.parametrize(
+    "grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])]
+)
 def test_grids_refuse_bad_arguments(grid, spacings):
     """No step, more steps than timesteps, an unknown spacing: one line with the value and the choice."""
     for spacing in spacings:
@@ -65,7 +67,7 @@ def test_grids_refuse_bad_arguments(grid, spacings):
 
 
 def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
-    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; below 0 it ends at t = 0, alpha_bar 0.99915."""
+    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0, alpha_bar 0.99915."""
     x0, eps = noise(0), noise(1)
     zeros = torch.zeros_like(x0)
     assert torch.equal(ddim_step(zeros, x0, zeros, 499, schedule), schedule.alpha[499] * x0)
@@ -166,7 +168,7 @@ def test_ddim_follows_the_ode(gaussian, schedule):
 
 
 def uniform_grid(steps):
-    """A schedule whose integer times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha 14.61 to 0.05."""
+    """A schedule whose times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha = 14.61 to 0.05."""
     S = torch.exp(torch.linspace(math.log(14.61), math.log(0.05), steps + 1, dtype=torch.float64))
     alpha = (1 + S**2) ** -0.5
     return Schedule(alpha**2, alpha, S * alpha)

@@ -1,0 +1,175 @@
+"""tau' = lambda1 tau_style + lambda2 tau_lcm: exact for different ranks and lora_alpha != rank, and into weights."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import random_tau, tiny_unet
+from torch import nn
+
+from minilcm.lora import Tau, add_lora, load_tau
+from minilcm.merge import check_fit, combine, delta, merge_into, unmerge
+from minilcm.unet import Cond
+
+PATHS = ("to_q", "op")  # a Linear and a convolution
+LAMBDAS = [0.8, 1.0, -0.3]
+
+
+def small_net(seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"to_q": nn.Linear(5, 7), "op": nn.Conv2d(4, 6, 3, stride=2, padding=1)}).requires_grad_(False)
+
+
+def three_taus() -> list[Tau]:
+    """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths lora_alpha / rank all different and none of them 1."""
+    net = small_net()
+    return [random_tau(net, 1, 2, 5.0, size=1.0), random_tau(net, 2, 4, 0.5, size=1.0), random_tau(net, 3, 3, 8.0, size=1.0)]
+
+
+def exact_delta(up: torch.Tensor, down: torch.Tensor, lora_alpha: float) -> torch.Tensor:
+    """dW[o, ...] = (lora_alpha / r) sum_r B[o, r] A[r, ...], entry by entry in float64."""
+    rank = down.shape[0]
+    terms = [up[:, r].double().reshape(-1, *[1] * (down.ndim - 1)) * down[r].double() for r in range(rank)]
+    return lora_alpha / rank * sum(terms)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 5e-6) -> None:
+    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_delta(path):
+    """`delta` has the weight's shape and is the entry-by-entry sum; also for factors in float16, summed in float32."""
+    up, down, lora_alpha = three_taus()[0][path]
+    assert delta(up, down, lora_alpha).shape == small_net()[path].weight.shape
+    close(delta(up, down, lora_alpha), exact_delta(up, down, lora_alpha))
+    half = delta(up.half(), down.half(), lora_alpha)
+    assert half.dtype == torch.float32
+    close(half, exact_delta(up.half(), down.half(), lora_alpha))
+
+
+def test_delta_is_what_the_layer_adds():
+    """A convolution with delta as its weight does what lora_down (with the base's stride) then lora_up do: LoRA eq. 3."""
+    up, down, lora_alpha = three_taus()[0]["op"]
+    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    two = lora_alpha / 2 * torch.conv2d(torch.conv2d(x, down, stride=2, padding=1), up)
+    close(torch.conv2d(x, delta(up, down, lora_alpha), stride=2, padding=1), two, 2e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_combine_is_the_weighted_sum_of_deltas(path):
+    """The mix's delta == sum lambda_i delta_i; its rank is the sum of ranks and its lora_alpha equals it."""
+    taus = three_taus()
+    mix = combine(taus, LAMBDAS)
+    assert mix[path][1].shape[0] == mix[path][2] == 2 + 4 + 3
+    close(delta(*mix[path]), sum(lam * exact_delta(*tau[path]) for lam, tau in zip(LAMBDAS, taus)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_combine_is_linear_and_has_no_order(path):
+    """Linear in each lambda, the same for each of the six orders, and zero for lambdas of zero."""
+    taus = three_taus()
+    at = {lam: delta(*combine(taus, [lam, 0.7, 0.2])[path]) for lam in (0.0, 1.0, 2.5)}
+    close(at[2.5], at[0.0] + 2.5 * (at[1.0] - at[0.0]), 2e-5)
+    for order in itertools.permutations(range(3)):
+        mixed = combine([taus[i] for i in order], [LAMBDAS[i] for i in order])
+        close(delta(*mixed[path]), delta(*combine(taus, LAMBDAS)[path]))
+    assert not delta(*combine(taus, [0, 0, 0])[path]).any()
+
+
+def test_combine_keeps_modules_that_only_one_lora_has():
+    """An attention-only style and a full LCM-LoRA: where one has no module, the other's delta is alone there."""
+    style, lcm, _ = three_taus()
+    del style["op"]
+    mix = combine([style, lcm], [0.8, 1.0])
+    assert set(mix) == set(PATHS)
+    close(delta(*mix["op"]), exact_delta(*lcm["op"]))
+    assert combine([], []) == {}
+
+
+def test_combine_then_merge_is_merge_after_merge():
+    """W + dW_mix == (W + lambda_1 dW_1) + lambda_2 dW_2."""
+    once, twice = small_net(), small_net()
+    style, lcm, _ = three_taus()
+    merge_into(once, combine([style, lcm], [0.8, 1.0]))
+    merge_into(twice, style, 0.8)
+    merge_into(twice, lcm, 1.0)
+    for path in PATHS:
+        close(once[path].weight, twice[path].weight)
+        assert torch.equal(once[path].bias, small_net()[path].bias)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_combine_is_not_the_average_of_the_factors(path):
+    """Adding sqrt(lambda s) B and sqrt(lambda s) A of two LoRA, as peft's "linear" does, gives the sum plus cross terms
+    sqrt(l1 s1 l2 s2) (B1 A2 + B2 A1), as large as the signal for random factors (LCM.md 7.13). `combine` is free of them.
+    """
+    net = small_net()
+    one, two = random_tau(net, 1, 3, 4.0, size=1.0)[path], random_tau(net, 2, 3, 2.0, size=1.0)[path]
+    l1, l2 = 0.8, 1.0
+    c1, c2 = (l1 * one[2] / 3) ** 0.5, (l2 * two[2] / 3) ** 0.5
+    averaged = exact_delta(c1 * one[0] + c2 * two[0], c1 * one[1] + c2 * two[1], 3.0)
+    exact = l1 * exact_delta(*one) + l2 * exact_delta(*two)
+    cross = c1 * c2 * (exact_delta(one[0], two[1], 3.0) + exact_delta(two[0], one[1], 3.0))
+    close(averaged, exact + cross, 1e-5)
+    assert 0.5 < cross.norm() / exact.norm() < 2
+    close(delta(*combine([{path: one}, {path: two}], [l1, l2])[path]), exact)
+
+
+def test_unmerge_restores():
+    """Merge then unmerge gives the weights back to 1e-6, in float32."""
+    net = small_net()
+    tau = random_tau(net, 1, 2, 5.0)
+    merge_into(net, tau, 0.7)
+    assert all((net[path].weight - small_net()[path].weight).abs().max() > 0.1 for path in PATHS)
+    unmerge(net, tau, 0.7)
+    for path in PATHS:
+        close(net[path].weight, small_net()[path].weight, 1e-6)
+
+
+def test_merged_unet_equals_live_lora_layers():
+    """The whole UNet: LoRA layers (load_tau) and merged weights give one output, alone and mixed with a second LoRA."""
+    generator = torch.Generator().manual_seed(0)
+    z_t, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 32)))
+    tau = random_tau(tiny_unet(), 1, 2, 3.0, size=0.1)
+    live, merged, base = tiny_unet(), tiny_unet(), tiny_unet()
+    add_lora(live, 2, 3.0)
+    load_tau(live, tau)
+    merge_into(merged, tau)
+    with torch.no_grad():
+        out = [unet(z_t, 499, Cond(context)) for unet in (live, merged, base)]
+        close(out[0], out[1], 1e-4)
+        assert (out[0] - out[2]).abs().max() > 0.05
+        style = random_tau(tiny_unet(), 2, 4, 1.0, size=0.1)
+        merge_into(live, style, 0.5)  # into the base weight below the LoRA layer
+        merge_into(base, combine([tau, style], [1.0, 0.5]))
+        close(live(z_t, 499, Cond(context)), base(z_t, 499, Cond(context)), 1e-4)
+
+
+def test_a_lora_of_another_model_is_refused_and_changes_nothing():
+    """One line that names the LoRA, the first module and both shapes; then no weight has changed, not even a fitting one."""
+    net, tau = small_net(), three_taus()[0]
+    other = {"to_q": tau["to_q"], "op": (tau["op"][0], torch.zeros(2, 4, 1, 1), 5.0)}
+    with pytest.raises(ValueError, match=r"^style.st: made for another model: op is \(6, 4, 3, 3\) here, \(6, 4, 1, 1\) in"):
+        check_fit(net, other, "style.st")
+    with pytest.raises(ValueError, match=r"^LoRA: made for another model: op is"):
+        merge_into(net, other)
+    with pytest.raises(ValueError, match=r"made for another model: 1 of 3 modules are not here, first: to_k"):
+        merge_into(net, {**tau, "to_k": tau["to_q"]})
+    assert all(torch.equal(net[path].weight, small_net()[path].weight) for path in PATHS)
+    with pytest.raises(ValueError, match="2 LoRA but 1 lambdas"):
+        combine([tau, tau], [1.0])
+    with pytest.raises(ValueError, match=r"op: LoRA of different models"):
+        combine([tau, other], [1.0, 1.0])
+
+
+def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
+    """W(bfloat16) + dW(float32) -> bfloat16 equals the float64 sum rounded once, which rounding dW first does not."""
+    net, tau = small_net().bfloat16(), three_taus()[0]
+    before = {path: net[path].weight.clone() for path in PATHS}
+    merge_into(net, tau)
+    for path in PATHS:
+        dw = delta(*tau[path])
+        assert net[path].weight.dtype == torch.bfloat16
+        assert torch.equal(net[path].weight, (before[path].double() + dw.double()).bfloat16())
+        assert not torch.equal(net[path].weight, before[path] + dw.bfloat16())

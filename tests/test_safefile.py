@@ -1,0 +1,49 @@
+"""Files are whole or absent."""
+
+import pytest
+import torch
+
+from minilcm.safefile import atomic, read_tensors, write_tensors
+
+
+def test_atomic_replaces_only_on_success(tmp_path):
+    """The target changes when the block ends, not before; an exception keeps the old file and removes the temporary one."""
+    path = tmp_path / "file.txt"
+    with atomic(path) as part:
+        part.write_text("one")
+        assert not path.exists() and part.parent == tmp_path  # the same folder, so that renaming is atomic
+    assert path.read_text() == "one"
+    with pytest.raises(KeyError), atomic(path) as part:
+        part.write_text("half of tw")
+        raise KeyError
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    with atomic(path) as part:
+        part.write_text("two")
+    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_round_trip(tmp_path):
+    """Values, dtypes and metadata come back; a view that is not contiguous is written as what it shows."""
+    square = torch.arange(9.0).reshape(3, 3)
+    tensors = {"b": square.T, "a": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    write_tensors(tmp_path / "x.safetensors", tensors, {"who": "me"})
+    read, metadata = read_tensors(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys() and metadata == {"format": "pt", "who": "me"}
+    assert all(torch.equal(read[key], tensors[key]) and read[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    """The order in which a dict was filled does not show in the file."""
+    write_tensors(tmp_path / "x", {"a": torch.zeros(2), "b": torch.ones(3)}, {})
+    write_tensors(tmp_path / "y", {"b": torch.ones(3), "a": torch.zeros(2)}, {})
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\x08" + bytes(7) + b"{", b"\xff" * 7 + b"\x7f{", b"PK\x03\x04" + b"x" * 99])
+def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
+    """Empty, too short, a header without end, an absurd header length, a zip: ValueError, one line, with the path."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_tensors(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)

@@ -1,0 +1,467 @@
+"""sample.py on a tiny model: same seed same bytes, alone or among others; what the files say; one line for each mistake."""
+
+import io
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
+
+import sample
+from minilcm.checkpoint import load_model
+from minilcm.lcm import lcm_grid, sample_lcm
+from minilcm.lora import ATTENTION
+from minilcm.lora_io import read_tau, write_tau
+from minilcm.merge import merge_into
+from minilcm.pictures import read_image, to_images
+from minilcm.schedule import add_noise, make_schedule
+from minilcm.solver import guided_eps, sample_ddim
+from minilcm.unet import UNetConfig
+
+EMOJI_NAMES = tuple((ROOT / "weights/emoji/names.txt").read_text().splitlines()[:64])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model, a LoRA `lcm` for all targets, a LoRA `style` for attention only, and a picture."""
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "model.safetensors")
+    write_tau(folder / "lcm.safetensors", random_tau(tiny_unet(), 1, 2, 3.0, size=0.1), {})
+    write_tau(folder / "style.safetensors", random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION, size=0.3), {})
+    Image.linear_gradient("L").convert("RGB").save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture
+def draw(files, tmp_path):
+    """draw(*flags) runs sample.py and gives {file name: bytes} of the folder that it wrote to, in the order of names."""
+    count = itertools.count()
+
+    def run(*flags: str, loras=("lcm.safetensors",), out: str = "") -> dict[str, bytes]:
+        out = out or f"{tmp_path}/out{next(count)}/"
+        argv = [*flags, "--model", str(files / "model.safetensors"), "--device", "cpu", "--out", out]
+        argv += [x for lora in loras for x in ("--lora", str(files / lora))]
+        sample.main(sample.parse(argv))
+        return {p.name: p.read_bytes() for p in sorted((Path(out).parent if out.endswith(".png") else Path(out)).iterdir())}
+
+    return run
+
+
+def only(pictures: dict[str, bytes]) -> bytes:
+    (data,) = pictures.values()
+    return data
+
+
+def levels(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data))).astype(int)
+
+
+def lines_in(data: bytes) -> list[str]:
+    return Image.open(io.BytesIO(data)).text["parameters"].split("\n")
+
+
+def same_picture(a: bytes, b: bytes) -> bool:
+    return np.array_equal(levels(a), levels(b))
+
+
+# ---- what is drawn
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "ddim", "dpmpp"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_seed_same_bytes_alone_or_among_others(draw, sampler, dtype):
+    """Two runs give the same files; picture i of six (two prompts, three each) has the bytes of a run of its prompt alone with
+    --seed seed + i (STYLE.md 7.9); all six differ.
+    """
+    prompts, flags = ("cat face", "a rocket"), ("--sampler", sampler, "--dtype", dtype, "--steps", "3")
+    six = draw(*prompts, "--count", "3", "--seed", "7", *flags)
+    assert six == draw(*prompts, "--count", "3", "--seed", "7", *flags)
+    assert len(set(six.values())) == 6
+    for i in (0, 2, 4):
+        assert only(draw(prompts[i // 3], "--seed", str(7 + i), *flags)) == list(six.values())[i]
+
+
+def test_the_picture_is_the_pipeline_by_hand(draw, files):
+    """File -> LoRA merged -> prompt encoded -> noise of the seed -> LCM or guided DDIM -> decoded -> PNG: the same levels as
+    these calls made here, in float32.
+    """
+    unet, vae, text, _ = load_model(files / "model.safetensors")
+    merge_into(unet, read_tau(files / "lcm.safetensors"), 0.7)
+    cond, null_cond = text.encode(["rocket"]), text.encode([""])
+    for sampler, w in (("lcm", 0.0), ("ddim", 2.0)):
+        generator = torch.Generator().manual_seed(5)
+        z_T = torch.randn(1, 4, 8, 8, generator=generator)
+        eps_fn = guided_eps(unet, cond, null_cond, w)
+        with torch.no_grad():
+            if sampler == "lcm":
+                z0 = sample_lcm(eps_fn, z_T, make_schedule(), 3, [generator])
+            else:
+                z0 = sample_ddim(eps_fn, z_T, make_schedule(), 3)
+            expected = np.array(to_images(vae.decode(z0))[0]).astype(int)
+        flags = ("--steps", "3", "--seed", "5", "--dtype", "float32", "--sampler", sampler)
+        drawn = levels(only(draw("rocket", *flags, loras=["lcm.safetensors:0.7"])))
+        assert abs(drawn - expected).max() <= 1
+
+
+def test_files_and_what_they_say(draw):
+    """Names sort in the order of drawing; the PNG's text chunk is the prompt, the negative and the recipe."""
+    pictures = draw("pizza", "Cat face, on a pink background", "--count", "2", "--seed", "41", "--negative", "rocket")
+    assert list(pictures) == [
+        "0000_pizza_seed41.png",
+        "0001_pizza_seed42.png",
+        "0002_cat-face-on-a-pink-background_seed43.png",
+        "0003_cat-face-on-a-pink-background_seed44.png",
+    ]
+    prompt, negative, recipe = lines_in(pictures["0002_cat-face-on-a-pink-background_seed43.png"])
+    assert prompt == "Cat face, on a pink background" and negative == "Negative prompt: rocket"
+    assert recipe.startswith("Steps: 4, Sampler: lcm, CFG scale: 1, Seed: 43, Size: 32x32, Model: model, Lora: lcm:1, Version: ")
+    mixed = only(draw("pizza", loras=["lcm.safetensors:0.5", "style.safetensors:-2"]))
+    assert "Lora: lcm:0.5, style:-2," in lines_in(mixed)[1]
+    plain = only(draw("pizza", "--sampler", "ddim", "--steps", "2", loras=[]))
+    assert lines_in(plain)[0] == "pizza" and "Sampler: ddim, CFG scale: 3," in lines_in(plain)[1] and "Lora: none" in lines_in(plain)[1]
+
+
+def test_many_pictures_sort_in_the_order_of_their_seeds(draw):
+    """`ls` shows the order of drawing also past ten pictures and where a seed gets one more digit."""
+    names = list(draw("pizza", "--count", "12", "--seed", "95", "--steps", "1"))
+    assert [int(re.search(r"seed(\d+)", name)[1]) for name in names] == list(range(95, 107))
+
+
+def test_out_as_one_file(draw, tmp_path):
+    """--out FILE.png in a folder that is not there yet is that file alone, with the bytes that a folder would get."""
+    path = tmp_path / "a/new: folder/my pizza.png"
+    assert draw("pizza", out=str(path)) == {"my pizza.png": only(draw("pizza"))}
+
+
+def test_out_without_a_slash_is_a_folder(draw, tmp_path):
+    assert list(draw("pizza", out=str(tmp_path / "x/y"))) == ["0000_pizza_seed0.png"]
+
+
+def test_size(draw):
+    """--size WxH is width by height."""
+    assert levels(only(draw("pizza", "--size", "64x32"))).shape == (32, 64, 3)
+
+
+def test_sheet(draw, tmp_path):
+    """--sheet adds one picture with all of them, in order, in a folder of its own."""
+    pictures = draw("pizza", "rocket", "--count", "2", "--sheet", str(tmp_path / "new/sheet.png"))
+    sheet = np.array(Image.open(tmp_path / "new/sheet.png")).astype(int)
+    assert len(pictures) == 4
+    for i, data in enumerate(pictures.values()):
+        x = i * (96 + 8) + 4 + (96 - 32) // 2  # a cell is at least 96 wide, for its label
+        assert np.array_equal(sheet[4:36, x : x + 32], levels(data))
+
+
+@pytest.mark.parametrize(
+    "sampler, line",
+    [
+        (["lcm"], "lcm, 4 steps at t = 999 759 499 259, float32 on cpu"),
+        (["lcm", "--steps", "2"], "lcm, 2 steps at t = 999 499, float32 on cpu"),
+        (["ddim", "--steps", "4"], "ddim, 4 steps at t = 999 749 499 249, float32 on cpu"),
+        (["dpmpp", "--steps", "2"], "dpmpp, 2 steps at t = 999 499, float32 on cpu"),
+    ],
+)
+def test_the_grid_is_printed(draw, capsys, sampler, line):
+    """The timesteps of a run are told before it starts (LCM.md 2 and 3); then each file's path."""
+    draw("pizza", "--dtype", "float32", "--sampler", *sampler)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == line and out[1].endswith("0000_pizza_seed0.png") and len(out) == 2
+
+
+def test_default_steps(draw, capsys):
+    """lcm 4, ddim 25, dpmpp 20 steps, as --help says."""
+    for sampler, steps in (("lcm", 4), ("ddim", 25), ("dpmpp", 20)):
+        draw("pizza", "--sampler", sampler)
+        assert f"{sampler}, {steps} steps" in capsys.readouterr().out
+
+
+# ---- guidance
+
+
+def test_negative_counts_above_guidance_1_only(draw):
+    """At guidance 1, the default of lcm, the negative prompt changes no level; at 2 it does. ddim's default is the model's 3."""
+    plain, negative = draw("pizza"), draw("pizza", "--negative", "rocket", "--guidance", "1")
+    assert same_picture(only(plain), only(negative))
+    plain, negative = (draw("pizza", "--guidance", "2", *more) for more in ((), ("--negative", "rocket")))
+    assert not same_picture(only(plain), only(negative))
+    ddim = ("pizza", "--sampler", "ddim", "--steps", "3")
+    assert draw(*ddim) == draw(*ddim, "--guidance", f"{CONFIG.guidance}")
+    assert not same_picture(only(draw(*ddim)), only(draw(*ddim, "--guidance", "1")))
+
+
+def test_an_empty_negative_is_the_null_prompt(draw):
+    """--negative "" is what happens without it."""
+    assert draw("pizza", "--guidance", "2", "--negative", "") == draw("pizza", "--guidance", "2")
+
+
+# ---- LoRA
+
+
+def test_lambda(draw):
+    """Lambda 0 is the bare model, 1 the default; 0.5, 1 and -1 are three other pictures."""
+    flags = ("pizza", "--sampler", "ddim", "--steps", "2")
+    bare = draw(*flags, loras=[])
+    by_lambda = {x: only(draw(*flags, loras=[f"style.safetensors:{x}"])) for x in ("0", "0.5", "1", "-1", "1e0")}
+    assert same_picture(by_lambda["0"], only(bare))
+    assert only(draw(*flags, loras=["style.safetensors"])) == by_lambda["1"] == by_lambda["1e0"]
+    pictures = [only(bare), by_lambda["0.5"], by_lambda["1"], by_lambda["-1"]]
+    assert not any(same_picture(a, b) for a, b in itertools.combinations(pictures, 2))
+
+
+def test_several_loras_add_up(draw):
+    """lambda1 style + lambda2 lcm in either order is one picture to a level; the same file at 0.3 and 0.5 is it at 0.8."""
+    flags = ("pizza", "--dtype", "float32")
+    style, lcm = "style.safetensors:0.8", "lcm.safetensors:1.0"
+    one, other = only(draw(*flags, loras=[style, lcm])), only(draw(*flags, loras=[lcm, style]))
+    assert abs(levels(one) - levels(other)).max() <= 1
+    assert not same_picture(one, only(draw(*flags)))
+    twice = only(draw(*flags, loras=["lcm.safetensors:0.3", "lcm.safetensors:0.5"]))
+    assert abs(levels(twice) - levels(only(draw(*flags, loras=["lcm.safetensors:0.8"])))).max() <= 1
+
+
+def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
+    """`--lora lcm`, and --sampler lcm without any --lora, take lcm_lora.safetensors beside the shipped model; ddim takes none."""
+    shipped = files / "shipped"
+    shipped.mkdir()
+    (shipped / "lcm_lora.safetensors").write_bytes((files / "lcm.safetensors").read_bytes())
+    monkeypatch.setattr(sample, "WEIGHTS", shipped)
+    named = draw("pizza")
+    argv = ["--model", str(files / "model.safetensors"), "--device", "cpu", "pizza", "--out"]
+    for i, more in enumerate(([], ["--lora", "lcm"], ["--lora", "lcm:1.0"])):
+        sample.main(sample.parse([*argv, f"{shipped}/out{i}/", *more]))
+        assert same_picture((shipped / f"out{i}/0000_pizza_seed0.png").read_bytes(), only(named))
+    bare = draw("pizza", "--sampler", "ddim", "--steps", "2", loras=[])
+    assert "Lora: none" in lines_in(only(bare))[1]
+
+
+@pytest.mark.parametrize("name", ["a:b.safetensors", "lora:0.5", "my lora, é.safetensors"])
+def test_a_path_with_a_colon(draw, files, name):
+    """A file whose name holds a colon is found, with a lambda after it too."""
+    (files / name).write_bytes((files / "style.safetensors").read_bytes())
+    for lam in ("", ":0.5"):
+        expected = draw("pizza", "--steps", "1", loras=[f"style.safetensors{lam}"])
+        assert same_picture(only(draw("pizza", "--steps", "1", loras=[name + lam])), only(expected))
+
+
+# ---- image to image
+
+
+def test_image_and_strength(draw, files):
+    """--image starts at the noised latent of the picture at the shortened grid's first timestep: the same levels as these calls
+    made here. The strength, the picture and the seed each change the result.
+    """
+    unet, vae, text, _ = load_model(files / "model.safetensors")
+    merge_into(unet, read_tau(files / "lcm.safetensors"))
+    generator, schedule, grid = torch.Generator().manual_seed(0), make_schedule(), lcm_grid(2, 0.4)
+    assert grid == [399, 199]
+    with torch.no_grad():
+        z0 = vae.encode_mean(read_image(files / "picture.png", (32, 32)))
+        start = add_noise(z0, torch.randn(1, 4, 8, 8, generator=generator), 399, schedule)
+        eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
+        expected = to_images(vae.decode(sample_lcm(eps_fn, start, schedule, 2, [generator], 0.4)))[0]
+    flags = ("pizza", "--steps", "2", "--dtype", "float32", "--image", str(files / "picture.png"))
+    drawn = only(draw(*flags, "--strength", "0.4"))
+    assert abs(levels(drawn) - np.array(expected)).max() <= 1
+    Image.new("RGB", (40, 30), "red").save(files / "red.png")
+    others = [
+        draw(*flags, "--strength", "0.8"),
+        draw(*flags, "--strength", "0.4", "--seed", "1"),
+        draw(*flags[:-1], str(files / "red.png"), "--strength", "0.4"),
+        draw(*flags),
+    ]
+    assert not any(same_picture(drawn, only(other)) for other in others)
+
+
+# ---- prompts as people type them
+
+
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("", "0000__seed0.png"),
+        ("../../etc/pizza", "0000_etc-pizza_seed0.png"),
+        ("/pizza/", "0000_pizza_seed0.png"),
+        ('a "pizza", it\'s 100% & <b>', "0000_a-pizza-it-s-100-b_seed0.png"),
+        ("寿司 🍣 пицца café", "0000_caf_seed0.png"),
+        ("-pizza", "0000_pizza_seed0.png"),
+        ("pizza\x00\x07", "0000_pizza_seed0.png"),
+        ("word " * 300, f"0000_{('word-' * 12)}_seed0.png"),
+    ],
+)
+def test_any_prompt_is_drawn_into_the_folder(draw, tmp_path, prompt, name):
+    """Slashes, quotes, other alphabets, control characters, nothing at all, far too much: one file with a plain name, in the
+    folder, whose text begins with the prompt.
+    """
+    pictures = draw("--steps", "1", "--sheet", str(tmp_path / "sheet.png"), "--", prompt)
+    assert list(pictures) == [name]
+    assert lines_in(only(pictures))[0] == prompt.strip()
+
+
+def test_line_breaks_in_prompts_are_spaces(draw):
+    """A prompt pasted over two lines is one line in the PNG, so that the first line is the prompt, and draws the same."""
+    broken = draw("cat\n  face,\r\n\tnoto style\n", "--negative", "a\nb")
+    assert broken == draw("cat face, noto style", "--negative", "a b")
+    assert lines_in(only(broken))[:2] == ["cat face, noto style", "Negative prompt: a b"]
+
+
+def test_long_prompts_say_what_is_ignored(draw, capsys):
+    """75 tokens are read; the line says which words were not, and the picture is that of the 75."""
+    long = draw("pizza " * 75 + "rocket", "--steps", "1")
+    assert "prompt cut after 75 tokens; ignored: 'rocket" in capsys.readouterr().out
+    assert same_picture(only(long), only(draw("pizza " * 75, "--steps", "1")))
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_list(draw, files, capsys):
+    """--list prints the names, one a line, and needs no prompt and no LoRA."""
+    sample.main(sample.parse(["--list", "--model", str(files / "model.safetensors")]))
+    assert capsys.readouterr().out.splitlines() == list(CONFIG.names)
+
+
+def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
+    """A prompt without a known name is drawn all the same, and the line names the nearest."""
+    assert len(draw("a rokcet", "cat face", "--steps", "1")) == 2
+    told = [line for line in capsys.readouterr().out.splitlines() if "no name" in line]
+    assert len(told) == 1 and told[0].startswith("'a rokcet' holds no name this model knows; nearest: rocket")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["pizza", "a slice of pizza", "Pizza, noto style", "apple", "two penguins? penguin!", "CAT FACE", "rocket, on a pink background"]
+)
+def test_known_names(prompt):
+    """A whole name anywhere in the prompt, or a word that only one name has, is known, in any case."""
+    assert sample.nearest_names(prompt, EMOJI_NAMES) == []
+
+
+@pytest.mark.parametrize("prompt, near", [("pengiun", "penguin"), ("helicopter", None), ("", None), ("???", None)])
+def test_unknown_names(prompt, near):
+    """Three names are offered, among them the one that was misspelt."""
+    offered = sample.nearest_names(prompt, EMOJI_NAMES)
+    assert len(offered) == 3 and set(offered) <= set(EMOJI_NAMES) and (near is None or near in offered)
+
+
+# ---- mistakes
+
+
+@pytest.fixture(scope="module")
+def bad_files(files):
+    """The wrong files of the cases below, beside the good ones."""
+    other = UNetConfig((64, 64, 64), ((0,), (1,), (1,)), 1, ((1, 1), (1, 1), (0, 0)), 32, heads=2, groups=8)
+    write_tau(files / "other_lora.safetensors", random_tau(tiny_unet(cfg=other), 0, 2, 3.0), {})
+    for name in ("model", "lcm"):
+        whole = (files / f"{name}.safetensors").read_bytes()
+        (files / f"cut_{name}.safetensors").write_bytes(whole[: len(whole) // 2])
+    (files / "words.txt").write_text("these are words")
+    (files / "folder.png").mkdir()
+    return files
+
+
+MISTAKES = [
+    ([], "no prompt; try: python sample.py"),
+    (["pizza", "--sampler", "euler"], "invalid choice: 'euler'"),
+    (["pizza", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
+    (["pizza", "--model", "{f}/cut_model.safetensors"], "cut_model.safetensors: file is damaged or incomplete"),
+    (["pizza", "--model", "{f}/lcm.safetensors"], "lcm.safetensors: this is a LoRA file; pass it with --lora"),
+    (["pizza", "--model", "{f}/words.txt"], "words.txt: not a safetensors file"),
+    (["--list", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
+    (["pizza", "--lora", "{f}/none.safetensors"], "none.safetensors: no such file"),
+    (["pizza", "--lora", "{f}/none.safetensors:0.5"], "none.safetensors: no such file"),
+    (["pizza", "--lora", "{f}/cut_lcm.safetensors"], "cut_lcm.safetensors: file is damaged or incomplete"),
+    (["pizza", "--lora", "{f}/model.safetensors"], "model.safetensors: this is a checkpoint; pass it with --model"),
+    (["pizza", "--lora", "{f}/other_lora.safetensors"], "other_lora.safetensors: made for another model: "),
+    (["pizza", "--lora", "{f}/lcm.safetensors:abc"], "'abc' is not a number; give FILE:LAMBDA, for example"),
+    (["pizza", "--lora", "{f}/lcm.safetensors:"], "'' is not a number"),
+    (["pizza", "--lora", "{f}/lcm.safetensors:nan"], "'nan' is not a number"),
+    (["pizza", "--lora", "{f}/lcm.safetensors:inf"], "'inf' is not a number"),
+    (["pizza", "--lora", ""], "no such file"),
+    (["pizza", "--image", "{f}/none.png"], "none.png: "),
+    (["pizza", "--image", "{f}/words.txt"], "words.txt: not a picture"),
+    (["pizza", "--image", "{f}"], ": not a picture"),
+    (["pizza", "--image", "{f}/picture.png", "--sampler", "ddim"], "--image needs --sampler lcm"),
+    (["pizza", "--image", "{f}/picture.png", "--strength", "0"], "--strength is 0.0; give a number from 0.02 to 1"),
+    (["pizza", "--image", "{f}/picture.png", "--strength", "1.5"], "--strength is 1.5"),
+    (["pizza", "--image", "{f}/picture.png", "--strength", "nan"], "--strength is nan"),
+    (["pizza", "--image", "{f}/picture.png", "--strength", "0.1", "--steps", "6"], "steps is 6; give 1 to 5"),
+    (["pizza", "--size", "40x32"], "--size 40x32: give WxH in multiples of 16, for example 32x32"),
+    (["pizza", "--size", "32x40"], "--size 32x40"),
+    (["pizza", "--size", "abc"], "--size abc"),
+    (["pizza", "--size", "32"], "--size 32"),
+    (["pizza", "--size", "0x0"], "--size 0x0"),
+    (["pizza", "--size", "-32x32"], "expected one argument"),
+    (["pizza", "--size", ""], "--size"),
+    (["pizza", "--steps", "0"], "steps is 0; give 1 to 50"),
+    (["pizza", "--steps", "-1"], "steps is -1; give 1 to 50"),
+    (["pizza", "--steps", "51"], "steps is 51; give 1 to 50"),
+    (["pizza", "--steps", "1001", "--sampler", "ddim"], "steps is 1001; give 1 to 1000"),
+    (["pizza", "--steps", "0", "--sampler", "dpmpp"], "steps is 0; give 1 to 1000"),
+    (["pizza", "--steps", "four"], "invalid int value: 'four'"),
+    (["pizza", "--count", "0"], "--count is 0; give 1 or more"),
+    (["pizza", "--seed", "x"], "invalid int value: 'x'"),
+    (["pizza", "--guidance", "strong"], "invalid float value: 'strong'"),
+    (["pizza", "--guidance", "nan"], "--guidance is nan"),
+    (["pizza", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["pizza", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["pizza", "rocket", "--out", "{t}/x.png"], "is one file for 2 pictures; give a folder: DIR/"),
+    (["pizza", "--count", "2", "--out", "{t}/x.png"], "is one file for 2 pictures; give a folder: DIR/"),
+    (["pizza", "--out", "{f}/words.txt"], "words.txt"),
+    (["pizza", "--out", "{f}/words.txt/x/"], "words.txt"),
+    (["pizza", "--out", "{f}/words.txt/x.png"], "words.txt"),
+    (["pizza", "--out", "{f}/folder.png"], "folder.png"),
+    (["pizza", "--sheet", "{f}/words.txt/sheet.png"], "words.txt"),
+    (["pizza", "--stepz", "4"], "unrecognized arguments: --stepz"),
+    (["pizza \udcff"], "surrogates not allowed"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES)
+def test_mistakes_give_one_line_and_no_file(bad_files, tmp_path, flags, message):
+    """Each mistake ends in one line that holds what was given; no file, whole or in part, was written anywhere."""
+
+    def files_there():
+        return sorted(p for folder in (bad_files, tmp_path) for p in folder.rglob("*") if p.is_file())
+
+    before = files_there()
+    base = ["--model", str(bad_files / "model.safetensors"), "--device", "cpu", "--out", f"{tmp_path}/out/"]
+    base += ["--lora", str(bad_files / "lcm.safetensors")]
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        sample.main(sample.parse([*base, *(x.format(f=bad_files, t=tmp_path) for x in flags)]))
+    text = str(caught.value)
+    assert message in text and "\n" not in text
+    assert not isinstance(caught.value, SystemExit) or isinstance(caught.value.code, str)  # a text: exit code 1
+    assert files_there() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(files):
+    with pytest.raises(SystemExit, match="PyTorch sees no CUDA device"):
+        sample.parse(["pizza", "--device", "cuda"])
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        ([], 1, "no prompt"),
+        (["pizza", "--model", "none.safetensors"], 1, "none.safetensors: no such file"),
+        (["pizza", "--out", "{f}/words.txt"], 1, "words.txt"),
+        (["pizza", "--out", "{t}/x/pizza.png"], 0, "pizza.png"),
+    ],
+)
+def test_as_a_command(bad_files, tmp_path, flags, code, message):
+    """`python sample.py`: a mistake is one line on stderr beginning with the script's name, exit 1, no traceback, no file; a
+    good command prints what it wrote and exits with 0.
+    """
+    base = ["--model", str(bad_files / "model.safetensors"), "--lora", str(bad_files / "lcm.safetensors"), "--device", "cpu"]
+    argv = [*base, "--out", f"{tmp_path}/out/", *(x.format(f=bad_files, t=tmp_path) for x in flags)]
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.startswith("sample.py: ") and done.stderr.count("\n") == 1 and message in done.stderr
+        assert not any(p.is_file() for p in tmp_path.rglob("*"))
+    else:
+        assert message in done.stdout.splitlines()[-1] and [p.name for p in tmp_path.rglob("*.png")] == ["pizza.png"]

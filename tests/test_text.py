@@ -1,0 +1,141 @@
+import pytest
+import torch
+from conftest import REFERENCE
+from make_reference import about, filled
+from safetensors.torch import load_file
+
+from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
+
+SMALL = TextConfig(width=32, layers=3, heads=4)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_file(REFERENCE / "text.safetensors")
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return about(REFERENCE / "text.safetensors")["keys"]["clip"]
+
+
+@pytest.fixture(scope="module")
+def text(keys):
+    encoder = TextEncoder(SMALL).requires_grad_(False)
+    encoder.tower.load_state_dict(clip_l_to_open_clip(filled(keys)))
+    return encoder
+
+
+# ---- against transformers
+
+
+def test_context_equals_transformers(text, reference):
+    """last_hidden_state (after the final norm) of transformers 5.24.0's CLIPTextModel, same weights, to 1e-5."""
+    context = text(reference["tokens"])
+    torch.testing.assert_close(context, reference["last_hidden_state"], rtol=1e-5, atol=1e-5)
+
+
+def test_encode_is_tokenize_then_forward(text, reference):
+    """The reference's three prompts become its tokens and its context; there is no vector."""
+    prompts = about(REFERENCE / "text.safetensors")["prompts"]
+    assert torch.equal(text.tokenize(prompts), reference["tokens"])
+    cond = text.encode(prompts)
+    torch.testing.assert_close(cond.context, reference["last_hidden_state"], rtol=1e-5, atol=1e-5)
+    assert cond.vector is None
+
+
+def test_attention_is_causal(text, reference):
+    """Changing a token leaves the context before it alone."""
+    tokens = reference["tokens"].clone()
+    tokens[1, 4] = 1125
+    before, after = text(reference["tokens"]), text(tokens)
+    torch.testing.assert_close(before[1, :4], after[1, :4], rtol=0, atol=1e-6)
+    assert (before[1, 4:] - after[1, 4:]).abs().amax(dim=1).min() > 1e-3
+
+
+# ---- key names
+
+
+def test_maps_are_inverse_over_clip_l(official_keys):
+    """All 196 weights of CLIP-L (position_ids is none): there and back is the identity, key by key, row by row."""
+    shapes = official_keys["clip_l"]
+    state = {}
+    for i, (key, shape) in enumerate(shapes.items()):
+        state[key] = torch.full((), float(i)).expand(shape)
+    there = clip_l_to_open_clip(state)
+    weights = {key: x for key, x in state.items() if key != "embeddings.position_ids"}
+    back = open_clip_to_clip_l(there)
+    assert len(shapes) == 197 and len(there) == 196 - 2 * 2 * 12  # q, k, v become one, weight and bias, 12 layers
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], x) for key, x in weights.items())
+    again = clip_l_to_open_clip(back)
+    assert again.keys() == there.keys() and all(torch.equal(again[key], x) for key, x in there.items())
+
+
+def test_clip_l_fits_the_tower(official_keys):
+    """Mapped key names and shapes of CLIP-L are those of the default tower, 123,060,480 parameters."""
+    with torch.device("meta"):
+        tower = TextEncoder().tower
+    state = {key: torch.empty(shape, device="meta") for key, shape in official_keys["clip_l"].items()}
+    mapped = clip_l_to_open_clip(state)
+    assert {k: x.shape for k, x in mapped.items()} == {k: x.shape for k, x in tower.state_dict().items()}
+    assert sum(x.numel() for x in tower.parameters()) == 123_060_480
+
+
+def test_qkv_order(keys):
+    """open_clip's in_proj holds q, k, v as rows in this order (torch.nn.MultiheadAttention)."""
+    state = filled(keys)
+    fused = clip_l_to_open_clip(state)["transformer.resblocks.1.attn.in_proj_weight"]
+    for x, rows in zip("qkv", fused.chunk(3)):
+        assert torch.equal(rows, state[f"encoder.layers.1.self_attn.{x}_proj.weight"])
+
+
+def test_missing_projection_is_an_error(keys):
+    """A layer with only two of q, k, v is a broken file, not a smaller one."""
+    state = filled(keys)
+    del state["encoder.layers.2.self_attn.v_proj.bias"]
+    with pytest.raises(KeyError, match="encoder.layers.2.self_attn.v_proj.bias"):
+        clip_l_to_open_clip(state)
+
+
+# ---- tokens
+
+
+def test_padding(text):
+    """49406, the prompt, 49407, and 49407 up to 77, as SD1.x pads (open_clip's own tokenizer would pad with 0)."""
+    ids = text.tokenize(["", "a cat"])
+    assert ids.shape == (2, 77) and ids.dtype == torch.int64
+    assert ids[0].tolist() == [49406] + [49407] * 76
+    assert ids[1].tolist() == [49406, 320, 2368] + [49407] * 74
+
+
+def test_long_prompts_are_cut_aloud(text, capsys):
+    """75 tokens fit; more are cut with one line that quotes what was ignored."""
+    ids = text.tokenize(["cat " * 75])
+    assert capsys.readouterr().out == ""
+    assert ids[0].tolist() == [49406] + [2368] * 75 + [49407]
+    ids = text.tokenize(["cat " * 75 + "red hat"])
+    assert capsys.readouterr().out == "prompt cut after 75 tokens; ignored: 'red hat '\n"
+    assert ids[0].tolist() == [49406] + [2368] * 75 + [49407]
+
+
+def test_null_cond_is_the_empty_prompt(text):
+    """SD1.x's null condition is the encoding of "", once for each image of the batch."""
+    null_cond = text.null_cond(3)
+    assert null_cond.context.shape == (3, 77, 32) and null_cond.vector is None
+    for row in null_cond.context:
+        assert torch.equal(row, text.encode([""]).context[0])
+
+
+# ---- devices and formats
+
+
+def test_text_on_cuda_in_float16(fake_cuda):
+    """A dry run with float16 weights on cuda: context is float16 on cuda."""
+    text = fake_cuda(lambda: TextEncoder(SMALL), torch.float16)
+    for cond in (text.encode(["a cat", "a red hat"]), text.null_cond(2)):
+        assert (cond.context.device.type, cond.context.dtype, cond.context.shape) == (
+            "cuda",
+            torch.float16,
+            (2, 77, 32),
+        )

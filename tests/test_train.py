@@ -1,0 +1,449 @@
+"""train.py on a tiny model: every objective, what is written, resume to the last bit, and one line for wrong flags."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny import CONFIG, ROOT, drawing, png, write_art, write_model
+
+import train
+from minilcm.checkpoint import load_model
+from minilcm.lcm import sample_lcm
+from minilcm.lora import add_lora, get_tau, load_tau, target_paths
+from minilcm.lora_io import read_recipe, read_tau
+from minilcm.merge import merge_into
+from minilcm.safefile import read_tensors
+from minilcm.schedule import diffusion_loss, make_schedule
+from minilcm.solver import guided_eps
+
+OBJECTIVES = {
+    "full": ["--objective", "diffusion", "--full"],
+    "style": ["--objective", "diffusion", "--rank", "3", "--alpha", "2"],
+    "lcm": ["--objective", "lcm", "--rank", "4", "--alpha", "6"],
+    "attention": ["--objective", "lcm", "--rank", "2", "--attention-only"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with model.safetensors, and art/ with two shards and a held_out.txt."""
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "model.safetensors")
+    (folder / "art").mkdir()
+    write_art(folder / "art/noto.tar", "noto"), write_art(folder / "art/fluent.tar", "fluent")
+    (folder / "art/held_out.txt").write_text("rocket\tfluent\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def keep_sigint():
+    """train.main takes over Ctrl-C; give it back to pytest."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def flags(files, out, objective: str, steps: int, *more: str) -> list[str]:
+    small = ["--batch", "3", "--looks", "2", "--device", "cpu", "--steps", str(steps)]
+    paths = ["--model", str(files / "model.safetensors"), "--data", str(files / "art"), "--out", str(out)]
+    return [*OBJECTIVES[objective], *small, *paths, *more]
+
+
+def run(*args) -> None:
+    train.main(train.parse(flags(*args)))
+
+
+def refused(argv: list[str]) -> str:
+    """The one line with which these flags end, exit code 1; called as `python train.py` would."""
+    with pytest.raises((SystemExit, ValueError, OSError)) as caught:
+        train.main(train.parse(argv))
+    message = str(caught.value)
+    assert message and "\n" not in message and message not in "0123"
+    return message
+
+
+# ---- the objectives
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_steps(files, tmp_path, objective, capsys):
+    """Two steps write what --help promises: result, sheet and state, all whole; the result is not where training started."""
+    run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
+    out = tmp_path / "new/run"
+    result = "model.safetensors" if objective == "full" else "lora.safetensors"
+    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state.safetensors", "step_000002.png"])
+    assert Image.open(out / "step_000002.png").text["parameters"] == "step 2"
+    metadata = json.loads(read_tensors(out / "state.safetensors")[1]["minilcm.run"])
+    assert metadata["step"] == 2 and metadata["flags"]["objective"] in OBJECTIVES[objective]
+    unet, *_ = load_model(files / "model.safetensors")
+    if objective == "full":
+        trained = load_model(out / result)
+        assert trained[3] == CONFIG
+        changed = [not torch.equal(a, b) for a, b in zip(unet.parameters(), trained[0].parameters())]
+        assert sum(changed) > 0.9 * len(changed)
+    else:
+        targets = train.ATTENTION if objective == "attention" else train.TARGETS
+        tau = read_tau(out / result)
+        assert sorted(tau) == sorted(target_paths(unet, targets))
+        assert {(down.shape[0], lora_alpha) for _, down, lora_alpha in tau.values()} == {
+            {"style": (3, 2.0), "lcm": (4, 6.0), "attention": (2, 2.0)}[objective]
+        }
+        assert all(up.any() for up, _, _ in tau.values())  # B started at zero; gradients flowed into each
+        expected = {"objective": OBJECTIVES[objective][1], "steps": "2", "model": "model.safetensors", "seed": "0"}
+        if objective != "style":
+            expected |= {"w": "7.5", "K": "50", "timestep_scaling": "10"}
+        assert read_recipe(out / result) == expected
+    assert "fixed" in capsys.readouterr().out
+
+
+def test_batch_seed_and_w_matter(files, tmp_path):
+    """Another --seed, --w, --lr or --batch gives another LoRA; the same flags give the same one, bit for bit."""
+    results = []
+    for i, more in enumerate([(), (), ("--seed", "1"), ("--w", "2"), ("--lr", "1e-3"), ("--batch", "2")]):
+        run(files, tmp_path / str(i), "attention", 1, *more)
+        results.append(read_tensors(tmp_path / str(i) / "lora.safetensors")[0])
+
+    def same(a, b):
+        return all(torch.equal(a[key], b[key]) for key in a)
+
+    assert same(results[0], results[1])
+    assert not any(same(results[0], other) for other in results[2:])
+
+
+def test_gradients_are_clipped(files, tmp_path, monkeypatch):
+    """What the optimizer sees has norm 1 although the gradient's is larger (LCM.md 1.8, bug 1: an empty iterator clips nothing)."""
+    norms, clip, step = [], torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def clip_spy(parameters, most):
+        norms.append([clip(parameters, most).item()])
+        return torch.tensor(norms[-1][0])
+
+    def step_spy(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms[-1].append(torch.stack([g.norm() for g in grads]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    run(files, tmp_path, "lcm", 3, "--w", "1000")
+    assert len(norms) == 3 and max(before for before, _ in norms) > 1.1
+    assert all(after == pytest.approx(min(before, 1), rel=1e-3) for before, after in norms)
+
+
+def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch):
+    """lr min(1, (step + 1) / 100) (1 + cos(pi step / steps)) / 2 at every step."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def step_spy(self, *args, **kwargs):
+        seen.extend(group["lr"] for group in self.param_groups)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    run(files, tmp_path, "attention", 4, "--lr", "1e-2")
+    assert seen == pytest.approx([1e-4 * k * c for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))])
+
+
+def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch):
+    """In every forward of LCM training the base weights are those of the file; student and target run with the LoRA on, with
+    and without gradient, the teacher (twice: prompt and null) with it off.
+    """
+    calls = []
+    original = train.lcd_loss
+
+    def spy(student, teacher, target, z0, *rest, **kwargs):
+        unet = teacher.__closure__[[c for c in teacher.__code__.co_freevars].index("unet")].cell_contents
+        base = load_model(files / "model.safetensors")[0]
+        state = unet.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
+
+        def wrap(name, network):
+            def call(z_t, t, cond, w):
+                out = network(z_t, t, cond, w)
+                same = torch.equal(out, network_off(base, z_t, t, cond))
+                calls.append((name, same, out.requires_grad))
+                return out
+
+            return call
+
+        return original(wrap("student", student), wrap("teacher", teacher), wrap("target", target), z0, *rest, **kwargs)
+
+    def network_off(base, z_t, t, cond):
+        half = torch.bfloat16 if train.default_dtype("cpu") != torch.float32 else torch.float32
+        with torch.no_grad(), torch.autocast("cpu", dtype=half, enabled=half != torch.float32):
+            return base(z_t, t, cond)
+
+    monkeypatch.setattr(train, "lcd_loss", spy)
+    run(files, tmp_path, "lcm", 3, "--lr", "1")
+    first, last = calls[:4], calls[8:12]
+    names = ["student", "teacher", "teacher", "target"]
+    grads = [True, False, False, False]
+    assert first == list(zip(names, [True] * 4, grads))  # B = 0: all are the base
+    assert last == list(zip(names, [False, True, True, False], grads))
+
+
+def test_lcm_training_lowers_the_fixed_loss(files, tmp_path, capsys):
+    """Twenty steps bring the loss at fixed (z0, t, noise) down by a tenth at least, from its value after five."""
+    run(files, tmp_path, "lcm", 20, "--lr", "0.3", "--w", "0", "--save-every", "5")
+    lines = capsys.readouterr().out.splitlines()
+    fixed = [float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line]
+    assert len(fixed) == 4 and fixed[-1] < 0.9 * fixed[0]
+
+
+def test_written_lora_samples_as_the_live_one(files, tmp_path):
+    """The file of an LCM run, read again: as live layers it gives exactly what the state's parameters give, rounded to float16;
+    merged into the weights it gives the same latents to 1e-3 (LCM.md 1.8, bug 2: a reload that drops the LoRA).
+    """
+    run(files, tmp_path, "lcm", 4, "--lr", "1")
+    tau = read_tau(tmp_path / "lora.safetensors")
+    state = read_tensors(tmp_path / "state.safetensors")[0]
+    latents = []
+    for how in ("state", "file", "merged", "base"):
+        unet, _, text, _ = load_model(files / "model.safetensors")
+        if how in ("state", "file"):
+            add_lora(unet, 4, 6.0)
+            load_tau(unet, tau)
+        if how == "state":
+            for path, (up, down, _) in get_tau(unet).items():
+                up.data, down.data = state[f"{path}.up"].half().float(), state[f"{path}.down"].half().float()
+        if how == "merged":
+            merge_into(unet, tau)
+        generator = torch.Generator().manual_seed(0)
+        z_T = torch.randn(1, 4, 8, 8, generator=generator)
+        eps_fn = guided_eps(unet, text.encode(["cat face"]), None, 0.0)
+        latents.append(sample_lcm(eps_fn, z_T, make_schedule(), 4, [generator]))
+    live, written, merged, base = latents
+    assert torch.equal(live, written)
+    assert (live - merged).abs().max() < 1e-3 * live.abs().max()
+    assert (live - base).abs().max() > 0.01 * live.abs().max()
+
+
+def test_full_training_writes_the_average(files, tmp_path):
+    """model.safetensors is the running average of the weights, not the last ones: after one step, 0.1 old + 0.9 new."""
+    run(files, tmp_path, "full", 1, "--lr", "1")
+    state, old = read_tensors(tmp_path / "state.safetensors")[0], load_model(files / "model.safetensors")[0].state_dict()
+    written = load_model(tmp_path / "model.safetensors")[0].state_dict()
+    for key, value in written.items():
+        torch.testing.assert_close(state[f"average.{key}"], 0.1 * old[key] + 0.9 * state[key], rtol=0, atol=1e-5)
+        assert torch.equal(value, state[f"average.{key}"].half().float())
+
+
+def test_a_folder_of_own_pictures(files, tmp_path):
+    """A style LoRA from two pictures with captions; the model's list of names does not limit them."""
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(drawing(i)))
+        (tmp_path / f"{i}.txt").write_text("a watercolour of my cat")
+    argv = [*flags(files, tmp_path / "out", "style", 2), "--data", str(tmp_path)]
+    train.main(train.parse(argv))
+    assert read_tau(tmp_path / "out/lora.safetensors")
+
+
+def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypatch):
+    """The cache holds no pair of held_out.txt, and no name outside the model's list."""
+    seen = []
+
+    def spy(vae, art, *args):
+        seen.extend((a.name, a.style) for a in art)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "cache_latents", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tmp_path, "lcm", 2)
+    assert sorted(seen) == sorted((n, s) for n in CONFIG.names for s in ("noto", "fluent") if (n, s) != ("rocket", "fluent"))
+
+
+def test_diffusion_loss_on_cuda(fake_cuda):
+    """A dry run with z0 and t on cuda, as train.py passes them, and the schedule's tables on the CPU."""
+    z0, t = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([5, 999], device="cuda")
+    loss = diffusion_loss(lambda z_t, t: z_t, z0, t, torch.randn_like(z0), make_schedule())
+    assert loss.device.type == "cuda" and loss.shape == ()
+
+
+# ---- resume
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C while `step` fetches its batch."""
+    original = train.batches
+
+    def interrupted(cache, batch, seed, start=0):
+        for i, data in enumerate(original(cache, batch, seed, start), start):
+            if i == step and seed >= 0:
+                signal.raise_signal(signal.SIGINT)
+            yield data
+
+    monkeypatch.setattr(train, "batches", interrupted)
+
+
+def contents(folder) -> dict:
+    """All tensors and headers that a run wrote, but for its own folder's name."""
+    return {p.name: read_tensors(p) for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("objective", ["full", "lcm"])
+def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, objective):
+    """6 steps == Ctrl-C in step 3, then --resume to 6: result and state (weights, averages, both moments) equal bit for bit.
+    The interrupted run ends its step, saves, and exits with the line that says how to go on.
+    """
+    run(files, tmp_path / "whole", objective, 6)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(SystemExit, match="stopped after step 3; go on with --resume"):
+            run(files, tmp_path / "parts", objective, 6)
+    assert json.loads(read_tensors(tmp_path / "parts/state.safetensors")[1]["minilcm.run"])["step"] == 3
+    half_way = contents(tmp_path / "parts")
+    run(files, tmp_path / "parts", objective, 6, "--resume")
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert whole.keys() == parts.keys() == half_way.keys()
+    for name, (tensors, metadata) in whole.items():
+        assert metadata == parts[name][1] and tensors.keys() == parts[name][0].keys()
+        assert all(torch.equal(tensors[key], parts[name][0][key]) for key in tensors)
+        assert not all(torch.equal(tensors[key], half_way[name][0][key]) for key in tensors)
+    sheets = [(tmp_path / run / "step_000006.png").read_bytes() for run in ("whole", "parts")]
+    assert sheets[0] == sheets[1]
+
+
+def test_saving_does_not_change_training(files, tmp_path):
+    """Validation, sheets and files on the way draw nothing that training draws: --save-every 1 gives the same LoRA."""
+    run(files, tmp_path / "a", "lcm", 3)
+    run(files, tmp_path / "b", "lcm", 3, "--save-every", "1")
+    a, b = (read_tensors(tmp_path / x / "lora.safetensors")[0] for x in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert len(list((tmp_path / "b").glob("*.png"))) == 3
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A finished run of one step; read only."""
+    handler = signal.getsignal(signal.SIGINT)
+    out = tmp_path_factory.mktemp("finished")
+    run(files, out, "attention", 1)
+    signal.signal(signal.SIGINT, handler)
+    return out
+
+
+@pytest.mark.parametrize("flag, was, now", [("--lr", "0.0003", "0.001"), ("--seed", "0", "5"), ("--w", "7.5", "3.0")])
+def test_resume_with_another_flag_is_refused(files, finished, flag, was, now):
+    """Both values are in the message, and nothing in --out has changed."""
+    before = {p: p.read_bytes() for p in finished.iterdir()}
+    message = refused([*flags(files, finished, "attention", 1), flag, now, "--resume"])
+    assert f"{flag} was {was}, is now {now}" in message
+    assert before == {p: p.read_bytes() for p in finished.iterdir()}
+
+
+def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_path):
+    """Another rank, another objective's tensors, and a folder without a state."""
+    assert "state of another model or objective" in refused(flags(files, finished, "lcm", 1, "--resume"))
+    assert "state of another model or objective" in refused(flags(files, finished, "full", 1, "--resume"))
+    assert "state.safetensors: no such file" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(files, finished):
+    """Nothing is left to do, and nothing is written."""
+    before = {p: p.read_bytes() for p in finished.iterdir()}
+    run(files, finished, "attention", 1, "--resume")
+    assert before == {p: p.read_bytes() for p in finished.iterdir()}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypatch, what):
+    """NaN in the loss, or only in its gradient, at the third step: an error that names the step, the files of step 2 intact."""
+    original, count = train.lcd_loss, []
+
+    def spoiled(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        count.append(loss.requires_grad)
+        if sum(count) == 3 and loss.requires_grad:
+            return loss * float("nan") if what == "loss" else loss + (0 * loss).sqrt()  # sqrt'(0) = inf, times 0
+        return loss
+
+    monkeypatch.setattr(train, "lcd_loss", spoiled)
+    argv = flags(files, tmp_path, "lcm", 3, "--save-every", "1")
+    with pytest.raises(ValueError, match="at step 2; the last saved state is good"):
+        train.main(train.parse(argv))
+    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 2
+    assert all(x.isfinite().all() for x in read_tensors(tmp_path / "state.safetensors")[0].values())
+    assert read_tau(tmp_path / "lora.safetensors")
+
+
+def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch):
+    """A full disk at the second save: the first save's files are whole, and the run resumes from them."""
+    original, saves = train.save_state, []
+
+    def full(path, *args):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError("No space left on device")
+        original(path, *args)
+
+    monkeypatch.setattr(train, "save_state", full)
+    argv = flags(files, tmp_path, "attention", 2, "--save-every", "1")
+    with pytest.raises(OSError):
+        train.main(train.parse(argv))
+    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 1
+    train.main(train.parse([*argv, "--resume"]))
+    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 2
+
+
+# ---- wrong flags
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "required: --objective"),
+        (["--objective", "lcm"], "--rank --full is required"),
+        (["--objective", "lcm", "--full"], "--objective lcm needs --rank"),
+        (["--objective", "lcm", "--full", "--rank", "2"], "not allowed with"),
+        (["--objective", "gan", "--rank", "2"], "invalid choice: 'gan'"),
+        (["--objective", "lcm", "--rank", "two"], "invalid int value: 'two'"),
+        (["--objective", "lcm", "--rank", "0"], "rank is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "-1"], "rank is -1; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--steps", "0"], "--steps is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--batch", "0"], "--batch is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--looks", "0"], "--looks is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--save-every", "0"], "--save-every is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--lr", "-1"], "learning rate: -1"),
+        (["--objective", "lcm", "--rank", "2", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--objective", "lcm", "--rank", "2", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--objective", "lcm", "--rank", "2", "--model", "none.safetensors"], "none.safetensors: no such file"),
+        (["--objective", "lcm", "--rank", "2", "--data", "none"], "none: no such folder"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/model.safetensors"], "model.safetensors: no such folder"),
+        (["--objective", "lcm", "--rank", "2", "--model", "{files}/art/noto.tar"], "noto.tar: not a safetensors file"),
+        (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors"], "exists"),
+        (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors/x"], "Not a directory"),
+    ],
+)
+def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
+    """Each mistake ends in one line that holds the value, before any file is written."""
+    base = ["--data", str(files / "art"), "--model", str(files / "model.safetensors"), "--out", str(tmp_path / "out")]
+    base += ["--steps", "1", "--device", "cpu"]
+    assert message in refused([*(base if argv else []), *(x.format(files=files) for x in argv)])
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(files, tmp_path):
+    assert "PyTorch sees no CUDA device" in refused([*flags(files, tmp_path, "lcm", 1), "--device", "cuda"])
+
+
+def test_art_of_other_names_only(files, tmp_path):
+    """A shard none of whose names the model knows is refused by name, not by an error about an empty list."""
+    write_model(tmp_path / "other.safetensors", config=CONFIG.__class__(**(vars(CONFIG) | {"names": ("teapot",)})))
+    argv = [*flags(files, tmp_path / "out", "lcm", 1), "--model", str(tmp_path / "other.safetensors")]
+    for data in (files / "art", files / "art/noto.tar"):
+        assert f"{data}: none of its drawings has a name that" in refused([*argv, "--data", str(data)])
+
+
+def test_as_a_command(files):
+    """`python train.py`: an error is one line on stderr, without traceback, exit code 1; --help explains and exits with 0."""
+    for argv, code in ((flags(files, files / "model.safetensors", "lcm", 1), 1), (["--help"], 0)):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
+        else:
+            assert "--save-every N" in done.stdout and not done.stderr

@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from conftest import REFERENCE
+from make_reference import about, filled
+from safetensors.torch import load_file
+from torch import nn
+
+from minilcm.vae import VAE, VAEConfig
+
+KINDS = {
+    "f8": VAEConfig(channels=(16, 16, 32, 32), res_blocks=2, groups=8, scale=1.0),
+    "f4": VAEConfig(channels=(16, 32, 32), res_blocks=1, groups=8, scale=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_file(REFERENCE / "vae.safetensors")
+
+
+def vae_of(kind, **changes):
+    """The reference's VAE: its weights are drawn from its key names, so this also compares the key sets, strictly."""
+    vae = VAE(VAEConfig(**vars(KINDS[kind]) | changes)).requires_grad_(False)
+    vae.load_state_dict(filled(about(REFERENCE / "vae.safetensors")["keys"][kind]))
+    return vae
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_diffusers(reference, kind):
+    """Mean and std of q(z|x), and pixels of a latent, as diffusers 0.42.1's AutoencoderKL has them; to 1e-5."""
+    vae = vae_of(kind)
+    mean, std = vae.moments(reference["pixels"])
+    torch.testing.assert_close(mean, reference[f"{kind}/mean"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(std, reference[f"{kind}/std"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vae.decode(reference[f"{kind}/z"]), reference[f"{kind}/decoded"], rtol=1e-5, atol=1e-5)
+    assert vae.factor == int(kind[1])
+
+
+def test_official_keys(official_keys):
+    """Keys, shapes and 83,653,863 parameters of SD1.5's first_stage_model on the meta device; f8, scale 0.18215."""
+    with torch.device("meta"):
+        vae = VAE()
+    assert {key: list(x.shape) for key, x in vae.state_dict().items()} == official_keys["vae"]
+    assert sum(x.numel() for x in vae.parameters()) == 83_653_863
+    assert (vae.factor, vae.cfg.scale) == (8, 0.18215)
+    norms = [m for m in vae.modules() if isinstance(m, nn.GroupNorm)]
+    assert norms and all(norm.eps == 1e-6 and norm.num_groups == 32 for norm in norms)
+
+
+def test_scale_is_applied_inside(reference):
+    """z = scale * q(z|x) on the way in and z / scale on the way out (0.18215 in the config of SD1.5)."""
+    plain, scaled = vae_of("f4"), vae_of("f4", scale=0.18215)
+    for a, b in zip(plain.moments(reference["pixels"]), scaled.moments(reference["pixels"])):
+        torch.testing.assert_close(b, 0.18215 * a)
+    z = reference["f4/z"]
+    torch.testing.assert_close(scaled.decode(0.18215 * z), reference["f4/decoded"], rtol=1e-5, atol=1e-4)
+    assert torch.equal(scaled.encode_mean(reference["pixels"]), scaled.moments(reference["pixels"])[0])
+
+
+def test_encode_draws_from_its_generator(reference):
+    """encode is mean + std * n with n the generator's next normal numbers: reproducible, and new at the next call."""
+    vae, g = vae_of("f4", scale=0.5), torch.Generator().manual_seed(7)
+    first, second = vae.encode(reference["pixels"], g), vae.encode(reference["pixels"], g)
+    mean, std = 0.5 * reference["f4/mean"], 0.5 * reference["f4/std"]
+    g = torch.Generator().manual_seed(7)
+    for z in (first, second):
+        torch.testing.assert_close(z, mean + std * torch.randn(mean.shape, generator=g), rtol=1e-5, atol=1e-5)
+
+
+def test_log_variance_is_clamped(reference):
+    """log variance is held to [-30, 20], as LDM's DiagonalGaussianDistribution does, so that std cannot overflow."""
+    vae = vae_of("f4")
+    vae.quant_conv.weight.zero_()
+    vae.quant_conv.bias[:4], vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = 0.25, 1000.0, -1000.0
+    mean, std = vae.moments(reference["pixels"])
+    assert (mean == 0.25).all()
+    assert std[0, :, 0, 0].tolist() == pytest.approx([math.exp(10)] * 2 + [math.exp(-15)] * 2)
+
+
+def test_vae_on_cuda_in_float16(fake_cuda):
+    """A dry run with float16 weights on cuda and a CPU generator: latents and pixels come back float32 on cuda."""
+    vae = fake_cuda(lambda: VAE(KINDS["f8"]), torch.float16)
+    z0 = vae.encode(torch.randn(2, 3, 32, 48, device="cuda"), torch.Generator())
+    assert (z0.device.type, z0.dtype, z0.shape) == ("cuda", torch.float32, (2, 4, 4, 6))
+    pixels = vae.decode(z0)
+    assert (pixels.device.type, pixels.dtype, pixels.shape) == ("cuda", torch.float32, (2, 3, 32, 48))
