@@ -38,23 +38,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, exit 1
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help='what to draw: NAME[, STYLE style][, on a COLOR background]')
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw: NAME[, STYLE style][, on a COLOR background]")
     add("--list", action="store_true", help="print the names the model knows, one a line, and stop")
     add("--count", type=int, default=1, metavar="N", help="pictures a prompt (default 1)")
-    add("--seed", type=int, default=0, help="picture i of the run, prompts first, then count, uses seed + i (default 0)")
+    add(
+        "--seed", type=int, default=0, help="picture i of the run, prompts first, then count, uses seed + i (default 0)"
+    )
     add("--steps", type=int, help="sampling steps: lcm 1-50 (default 4), ddim (25) and dpmpp (20) 1-1000")
     add("--sampler", choices=STEPS, default="lcm", help="lcm needs an LCM-LoRA to be sharp (default lcm)")
-    add("--guidance", type=float, help="1 is off; 2 evaluations a step above (default: 1 for lcm, else the model's own)")
+    add(
+        "--guidance", type=float, help="1 is off; 2 evaluations a step above (default: 1 for lcm, else the model's own)"
+    )
     add("--negative", default="", metavar="PROMPT", help="steer away from this; needs guidance above 1")
-    add("--lora", action="append", metavar="FILE[:LAMBDA]", help="add a LoRA, times LAMBDA (default 1); repeatable. The word "
-        "lcm means the shipped LCM-LoRA; without any --lora, --sampler lcm uses that, the others none")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:LAMBDA]",
+        help="add a LoRA, times LAMBDA (default 1); repeatable. The word "
+        "lcm means the shipped LCM-LoRA; without any --lora, --sampler lcm uses that, the others none",
+    )
     add("--image", type=Path, metavar="FILE", help="start from this picture (image to image, --sampler lcm)")
     add("--strength", type=float, default=0.5, help="with --image: how much to redraw, 0-1 (default 0.5)")
     add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
-    add("--model", type=Path, default=WEIGHTS / "model.safetensors", help="checkpoint (default: the shipped emoji model)")
+    add(
+        "--model",
+        type=Path,
+        default=WEIGHTS / "model.safetensors",
+        help="checkpoint (default: the shipped emoji model)",
+    )
     add("--dtype", choices=DTYPES, help="number format of the UNet (default: what the processor does well)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
-    add("--out", default="pictures/", metavar="FILE.png|DIR/", help="one picture's file, or a folder (default pictures/)")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there)",
+    )
+    add(
+        "--out",
+        default="pictures/",
+        metavar="FILE.png|DIR/",
+        help="one picture's file, or a folder (default pictures/)",
+    )
     add("--sheet", type=Path, metavar="FILE.png", help="also write one labelled sheet of all pictures")
     args = parser.parse_args(argv)
 
@@ -69,6 +93,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
     if args.image and args.sampler != "lcm":
         parser.error("--image needs --sampler lcm")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        parser.error(f"--guidance is {args.guidance}; give a number, 1 for none")
     if not 1 / K <= args.strength <= 1:
         parser.error(f"--strength is {args.strength}; give a number from {1 / K:g} to 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -141,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
         if config.names and (near := nearest_names(prompt, config.names)):
             print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
     with resident(text, args.device):
-        cond = text.encode(args.prompts)
+        conds = [text.encode([prompt]) for prompt in args.prompts]  # one at a time too: a batch rounds differently
         neg_cond = text.encode([args.negative])
     print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
 
@@ -153,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
             generator = torch.Generator().manual_seed(args.seed + k)
             shape = (1, 4, height // vae.factor, width // vae.factor)
             z_T = torch.randn(shape, generator=generator).to(args.device)
-            eps_fn = guided_eps(unet, cond.rows(slice(i, i + 1)), neg_cond, w)
+            eps_fn = guided_eps(unet, conds[i], neg_cond, w)
             if args.sampler == "lcm":
                 strength = args.strength if args.image else 1.0
                 start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)
@@ -170,7 +196,9 @@ def main(args: argparse.Namespace) -> None:
         lora = ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras)
         parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
         parameters += f"Steps: {args.steps}, Sampler: {args.sampler}, CFG scale: {1 + w:g}, Seed: {args.seed + k}, "
-        parameters += f"Size: {width}x{height}, Model: {args.model.stem}, Lora: {lora or 'none'}, Version: minilcm {__version__}"
+        parameters += (
+            f"Size: {width}x{height}, Model: {args.model.stem}, Lora: {lora or 'none'}, Version: minilcm {__version__}"
+        )
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         path = out if args.out.endswith(".png") else out / f"{k:04d}_{slug}_seed{args.seed + k}.png"
         save_png(path, picture, parameters)

@@ -6,9 +6,9 @@
     a base model     python train.py --objective diffusion --full --model runs/start.safetensors \\
                          --data weights/emoji/art --out runs/base --steps 14000
 
-diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the teacher
-is the model itself with its LoRA off, guided by w. --out gets lora.safetensors (or model.safetensors), a sheet of pictures
-after every save, and state.safetensors, with which --resume goes on as if never stopped.
+diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the
+teacher is the model itself with its LoRA off, guided by w. --out gets lora.safetensors (or model.safetensors), a sheet
+of pictures after every save, and state.safetensors, with which --resume goes on as if never stopped.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minilcm.checkpoint import load_model, load_state, save_model, save_state
 from minilcm.data import STYLES, batches, cache_latents, read_art, split_art
-from minilcm.lcm import K, T_SCALE, lcd_loss, sample_lcm
+from minilcm.lcm import T_SCALE, K, lcd_loss, sample_lcm
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
 from minilcm.memory import default_dtype
@@ -38,24 +38,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
     add = parser.add_argument
-    add("--objective", choices=["diffusion", "lcm"], required=True, help="what to learn: eps, or the consistency function")
+    add(
+        "--objective",
+        choices=["diffusion", "lcm"],
+        required=True,
+        help="what to learn: eps, or the consistency function",
+    )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of rank N on the frozen UNet")
     size.add_argument("--full", action="store_true", help="train all weights of the UNet (diffusion only)")
     add("--alpha", type=float, help="lora_alpha; the LoRA's strength is alpha / rank (default: the rank)")
-    add("--attention-only", action="store_true", help="LoRA on the attention projections only, as many style LoRAs have it")
+    add(
+        "--attention-only",
+        action="store_true",
+        help="LoRA on the attention projections only, as many style LoRAs have it",
+    )
     add("--model", type=Path, default=SHIPPED, help="checkpoint to start from (default: the shipped emoji model)")
-    add("--data", type=Path, required=True, help=".tar shards, a folder of them, or a folder of pictures with .txt captions")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help=".tar shards, a folder of them, or a folder of pictures with .txt captions",
+    )
     add("--out", type=Path, required=True, help="folder for the result, the sheets and the state")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures a step (default 16)")
     add("--lr", type=float, default=3e-4, help="learning rate after warm-up, then cosine to 0 (default 3e-4)")
-    add("--w", type=float, default=7.5, help="lcm: guidance strength distilled in, the paper's w = guidance - 1 (default 7.5)")
+    add(
+        "--w",
+        type=float,
+        default=7.5,
+        help="lcm: guidance strength distilled in, the paper's w = guidance - 1 (default 7.5)",
+    )
     add("--looks", type=int, default=8, help="compositions made and encoded of each drawing (default 8)")
     add("--seed", type=int, default=0, help="all randomness comes from it (default 0)")
     add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
     add("--resume", action="store_true", help="go on from --out/state.safetensors")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there)")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there)",
+    )
     args = parser.parse_args(argv)
     if args.objective == "lcm" and args.full:
         parser.error("--objective lcm needs --rank N")
@@ -102,10 +126,14 @@ def main(args: argparse.Namespace) -> None:
     run = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "out", "device", "save_every")}
     start = 0
     if args.resume:
-        saved = load_state(args.out / "state.safetensors", named | {f"average.{k}": v for k, v in average.items()}, optimizer)
+        saved = load_state(
+            args.out / "state.safetensors", named | {f"average.{k}": v for k, v in average.items()}, optimizer
+        )
         for key, value in run.items():
             if (was := saved["flags"].get(key)) != value:
-                raise ValueError(f"--resume: --{key.replace('_', '-')} was {was}, is now {value}; give the flags of that run")
+                raise ValueError(
+                    f"--resume: --{key.replace('_', '-')} was {was}, is now {value}; give the flags of that run"
+                )
         start = saved["step"]
 
     # ---- the three networks of Algorithm 1: one UNet with LoRA on, off, and on without gradient
@@ -142,7 +170,9 @@ def main(args: argparse.Namespace) -> None:
         unet.eval()
         recipe = {"objective": args.objective, "steps": str(step), "model": args.model.name, "seed": str(args.seed)}
         if args.rank is not None:
-            lcm = {"w": f"{args.w:g}", "K": str(K), "timestep_scaling": f"{T_SCALE:g}"} if args.objective == "lcm" else {}
+            lcm = (
+                {"w": f"{args.w:g}", "K": str(K), "timestep_scaling": f"{T_SCALE:g}"} if args.objective == "lcm" else {}
+            )
             write_tau(args.out / "lora.safetensors", get_tau(unet), recipe | lcm)
         else:
             save_model(args.out / "model.safetensors", average, vae, text, config)
@@ -165,7 +195,9 @@ def main(args: argparse.Namespace) -> None:
         else:
             z0 = sample_ddim(guided_eps(unet, cond, text.null_cond(8), config.guidance - 1), z_T, schedule, 20)
         [x.copy_(live[k]) for k, x in named.items()]
-        save_png(args.out / f"step_{step:06d}.png", contact_sheet(to_images(vae.decode(z0)), prompts, 8), f"step {step}")
+        save_png(
+            args.out / f"step_{step:06d}.png", contact_sheet(to_images(vae.decode(z0)), prompts, 8), f"step {step}"
+        )
 
     names_to_draw = list(dict.fromkeys(a.name for a in art))[:: max(1, len({a.name for a in art}) // 8)]
     names_to_draw = (names_to_draw * 8)[:8]
@@ -183,9 +215,8 @@ def main(args: argparse.Namespace) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (loss.isfinite() and norm.isfinite()):
-            raise ValueError(
-                f"loss is {loss.item()}, norm of its gradient {norm.item()} at step {step}; the last saved state is good, lower --lr"
-            )
+            what = f"loss is {loss.item()}, norm of its gradient {norm.item()} at step {step}"
+            raise ValueError(f"{what}; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         # average <- mu average + (1 - mu) weights, with mu growing to 0.9995

@@ -39,12 +39,16 @@ def from_json(text: str) -> Config:
         return cls(**{key: tuples(value) for key, value in fields.items()})
 
     raw = json.loads(text)
-    parts = dict(unet=build(UNetConfig, raw["unet"]), vae=build(VAEConfig, raw["vae"]), text=build(TextConfig, raw["text"]))
+    parts = dict(
+        unet=build(UNetConfig, raw["unet"]), vae=build(VAEConfig, raw["vae"]), text=build(TextConfig, raw["text"])
+    )
     return build(Config, raw | parts)
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Put `state` into a module built on meta. Raises ValueError naming the first missing, unknown or misshapen keys."""
+    """Put `state` into a module built on meta. Raises ValueError naming the first missing, unknown or misshapen
+    keys.
+    """
     want, problems = module.state_dict(), []
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
     problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"] if missing else []
@@ -89,7 +93,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[UN
 
 
 def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config) -> None:
-    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict, so that an average can be written."""
+    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict, so that an average can be
+    written.
+    """
     parts = {UNET: unet, VAE_: vae.state_dict(), TEXT: open_clip_to_clip_l(text.tower.state_dict())}
     tensors = {prefix + key: value.half() for prefix, state in parts.items() for key, value in state.items()}
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
@@ -110,7 +116,9 @@ def save_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
 
 @torch.no_grad()
 def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict:
-    """Fill `named` and the optimizer in place from `save_state`'s file and return `run`. Raises ValueError on other keys."""
+    """Fill `named` and the optimizer in place from `save_state`'s file and return `run`. Raises ValueError on other
+    keys.
+    """
     tensors, metadata = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):

@@ -2,16 +2,17 @@
 
     art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption, another one each time
 
-Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really unspecified: the picture keeps
-the style and the colour it was drawn with, the caption does not tell.
+Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really unspecified: the picture
+keeps the style and the colour it was drawn with, the caption does not tell.
 """
 
 import io
 import json
 import random
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +87,9 @@ def read_art(path: str | Path) -> list[Art]:
     path = Path(path)
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
     if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
-        raise ValueError(f"{path}: no such folder or .tar file; --data takes .tar shards or a folder of pictures with .txt captions")
+        raise ValueError(
+            f"{path}: no such folder or .tar file; --data takes .tar shards or a folder of pictures with .txt captions"
+        )
     art = [a for shard in shards for a in read_tar(shard)] if shards else read_folder(path)
     if not art:
         raise ValueError(f"{path}: no pictures; --data takes .tar shards or a folder of pictures with .txt captions")
@@ -134,7 +137,9 @@ def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | 
 
 
 def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
-    """The drawing at `scale` of the canvas, its centre moved by `shift` (fractions), on plain colour: (3, S, S) in [-1, 1]."""
+    """The drawing at `scale` of the canvas, its centre moved by `shift` (fractions), on plain colour: (3, S, S) in
+    [-1, 1].
+    """
     side = round(scale * size)
     art = image.resize((side, side), Image.Resampling.BICUBIC)
     canvas = Image.new("RGBA", (size, size), COLORS[color])
@@ -187,8 +192,8 @@ def cache_latents(vae, art: list[Art], size: int, looks: int, seed: int, device=
 def batches(cache: Cache, batch: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, list[str], torch.Generator]]:
     """(z0 (b, 4, h, w), captions, generator) for step = start, start + 1, ...
 
-    Everything random of a step comes from (seed, step): a resumed run needs no data position but its step number, and each
-    epoch is a permutation of the cache.
+    Everything random of a step comes from (seed, step): a resumed run needs no data position but its step number, and
+    each epoch is a permutation of the cache.
     """
     m = len(cache.art)
     step = start

@@ -1,8 +1,8 @@
 """The blocks a Stable Diffusion UNet is built from, under their official LDM names.
 
-`self` attributes carry the key names of the official files (`in_layers.2`, `ff.net.0.proj`): what is a number there is a
-place in an nn.Sequential here. Local names and comments are ours. Letters: b batch, c channels, h w latent size, n tokens,
-d width of a token.
+`self` attributes carry the key names of the official files (`in_layers.2`, `ff.net.0.proj`): what is a number there is
+a place in an nn.Sequential here. Local names and comments are ours. Letters: b batch, c channels, h w latent size, n
+tokens, d width of a token.
 """
 
 import math
@@ -107,7 +107,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention among the pixels, cross-attention to the prompt, feed-forward; each with LayerNorm and residual."""
+    """Self-attention among the pixels, cross-attention to the prompt, feed-forward; each with LayerNorm and
+    residual.
+    """
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -125,7 +127,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """`depth` transformer blocks over the h*w pixels as tokens, between two projections, with a residual around all.
 
-    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False), Linear in SDXL: the same product, another key shape.
+    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False), Linear in SDXL: the same product, another key
+    shape.
     """
 
     def __init__(self, channels: int, depth: int, context_dim: int, heads: int, linear: bool, groups: int):

@@ -1,11 +1,11 @@
-"""Latent consistency models, the paper in one file (2310.04378, with LoRA 2311.05556): boundary, f, loss, grid, sampler.
+"""Latent consistency models (2310.04378), the paper in one file: boundary, f, loss, grid, sampler.
 
 A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is distilled from a teacher by
 asking that two neighbours on the teacher's trajectory have the same image, and it then samples in one to eight steps.
 Nothing here knows a UNet, a file or a LoRA: student, teacher and target are callables (z_t, t, cond, w) -> eps_hat.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,9 @@ def lcd_loss(
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
 
-    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three networks are
-    one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes the grid indices.
+    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three
+    networks are one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes
+    the grid indices.
     """
     b, device = len(z0), z0.device
     n = torch.randint(0, K, (b,), generator=generator) if n is None else n
@@ -117,6 +118,8 @@ def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
     strength < 1 (image to image) keeps the lower part of the grid and still makes `steps` steps.
     """
     length = int(K * strength)
+    if length < 1:
+        raise ValueError(f"strength is {strength}; give {1 / K} to 1")
     check_steps(steps, length)
     grid = train_grid().flip(0).tolist()[K - length :]
     return [grid[i * length // steps] for i in range(steps)]
@@ -131,10 +134,10 @@ def sample_lcm(
     generators: list[torch.Generator],
     strength: float = 1.0,
 ) -> Tensor:
-    """Multistep consistency sampling: z_T (b, c, h, w) at t = lcm_grid(steps, strength)[0] -> z0. 2310.04378 Algorithm 3.
+    """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first t -> z0.
 
-    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU generator an image, each
-    having drawn that image's z_T; one step draws nothing more.
+    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU generator an image,
+    each having drawn that image's z_T; one step draws nothing more.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T

@@ -2,13 +2,14 @@
 
     W' x = W x + (lora_alpha / rank) B A x,    A = lora_down (r, in), B = lora_up (out, r).   LoRA (2106.09685) eq. 3
 
-A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still loads official files, and
-its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau is the dict {path: (up, down, lora_alpha)}.
+A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still loads official
+files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau is the dict {path: (up, down,
+lora_alpha)}.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,11 @@ def add_lora(
     targets: tuple[str, ...] = TARGETS,
     generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze the model, adapt its target layers in place (same weights, same keys) and return the LoRA parameters, float32.
+    """Freeze the model, adapt its target layers in place (same weights, same keys) and return the LoRA parameters,
+    float32.
 
-    A is drawn Kaiming-uniform(sqrt 5) by `generator`, B is zero: the model's output does not change. lora_alpha None: rank.
-    Raises ValueError for a rank below 1.
+    A is drawn Kaiming-uniform(sqrt 5) by `generator`, B is zero: the model's output does not change. lora_alpha None:
+    rank. Raises ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more")
@@ -99,9 +101,13 @@ def add_lora(
         layer.__class__ = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
         with torch.device(layer.weight.device):
             layer.adapt(rank, float(rank if lora_alpha is None else lora_alpha))
-        bound = 1 / math.sqrt(layer.lora_down.weight[0].numel())  # kaiming_uniform_(a=sqrt(5)) is U(-1/sqrt(fan_in), ...)
+        bound = 1 / math.sqrt(
+            layer.lora_down.weight[0].numel()
+        )  # kaiming_uniform_(a=sqrt(5)) is U(-1/sqrt(fan_in), ...)
         with torch.no_grad():
-            layer.lora_down.weight.copy_(torch.empty(layer.lora_down.weight.shape).uniform_(-bound, bound, generator=generator))
+            layer.lora_down.weight.copy_(
+                torch.empty(layer.lora_down.weight.shape).uniform_(-bound, bound, generator=generator)
+            )
             layer.lora_up.weight.zero_()
         parameters += [layer.lora_down.weight, layer.lora_up.weight]
     return parameters
@@ -128,7 +134,9 @@ def get_tau(model: nn.Module) -> Tau:
 
 @torch.no_grad()
 def load_tau(model: nn.Module, tau: Tau) -> None:
-    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the model's own."""
+    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the model's
+    own.
+    """
     layers = lora_layers(model)
     if set(layers) != set(tau):
         odd = sorted(set(layers) ^ set(tau))
@@ -136,5 +144,7 @@ def load_tau(model: nn.Module, tau: Tau) -> None:
     for path, (up, down, lora_alpha) in tau.items():
         layer = layers[path]
         if layer.lora_down.weight.shape != down.shape or layer.lora_alpha != lora_alpha:
-            raise ValueError(f"{path}: rank {layer.rank} alpha {layer.lora_alpha}, file has {down.shape[0]}, {lora_alpha}")
+            raise ValueError(
+                f"{path}: rank {layer.rank} alpha {layer.lora_alpha}, file has {down.shape[0]}, {lora_alpha}"
+            )
         layer.lora_up.weight.copy_(up), layer.lora_down.weight.copy_(down)

@@ -6,7 +6,7 @@ Such a name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up amon
 """
 
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ PREFIX = "lora_unet_"
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
-@lru_cache(maxsize=None)
+@cache
 def module_table(family) -> dict[str, str]:
     """{flattened name: LDM path} of the Linear and Conv2d modules of a family's UNet, from the module tree itself."""
     with torch.device("meta"):

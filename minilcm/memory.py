@@ -1,7 +1,7 @@
 """Where a network sits, and in which number format."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 @contextmanager
 def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """The module on `device` for one block, then back on the CPU: with three networks, only one is on the card at a time."""
+    """The module on `device` for one block, then back on the CPU: with three networks, only one is on the card at a
+    time.
+    """
     try:
         yield module.to(device)
     finally:

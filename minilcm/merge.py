@@ -1,7 +1,7 @@
 """Arithmetic on taus: tau' = lambda1 tau_style + lambda2 tau_lcm (2311.05556 eq. 1), exactly, and into weights.
 
-A tau is {path: (up, down, lora_alpha)}. It is added as what it does, the delta of a weight: averaging B and A separately, as
-some tools do, adds the cross terms B1 A2 + B2 A1, which are as large as the signal.
+A tau is {path: (up, down, lora_alpha)}. It is added as what it does, the delta of a weight: averaging B and A
+separately, as some tools do, adds the cross terms B1 A2 + B2 A1, which are as large as the signal.
 """
 
 import torch
@@ -46,7 +46,9 @@ def check_fit(unet: nn.Module, tau: Tau, name: str = "LoRA") -> None:
     weights = dict(unet.named_parameters())
     absent = [path for path in tau if f"{path}.weight" not in weights]
     if absent:
-        raise ValueError(f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}")
+        raise ValueError(
+            f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}"
+        )
     for path, (up, down, _) in tau.items():
         here, there = tuple(weights[f"{path}.weight"].shape), (up.shape[0], *down.shape[1:])
         if here != there:

@@ -19,7 +19,9 @@ from .text import EOS, TextEncoder
 class Judge(nn.Module):
     """An image tower and the text projection that belongs to it."""
 
-    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int, text_width: int):
+    def __init__(
+        self, image_size: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int, text_width: int
+    ):
         super().__init__()
         self.visual = VisionTransformer(image_size, patch_size, width, layers, heads, 4.0, output_dim=embed_dim)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
@@ -48,7 +50,9 @@ def load_judge(path: str | Path) -> Judge:
 
 @torch.no_grad()
 def clip_score(judge: Judge, text: TextEncoder, pixels: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine of each picture (b, 3, H, W) with its own prompt -> (b,) in [-1, 1]. CLIPScore (2104.08718) without its 2.5."""
+    """Cosine of each picture (b, 3, H, W) with its own prompt -> (b,) in [-1, 1]. CLIPScore (2104.08718) without its
+    2.5.
+    """
     features = judge.text_features(text, prompts)
     return (judge.image_features(pixels) * features).sum(dim=-1)
 

@@ -20,7 +20,9 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as pixels (1, 3, H, W) in [-1, 1], transparent parts white, scaled and centre-cropped to (W, H)."""
+    """A picture file as pixels (1, 3, H, W) in [-1, 1], transparent parts white, scaled and centre-cropped to (W,
+    H).
+    """
     try:
         image = Image.open(path).convert("RGBA")
     except (OSError, ValueError):

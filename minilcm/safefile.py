@@ -1,9 +1,9 @@
 """Files that are either whole or absent: reading safetensors with one clear error, writing through a temporary name."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,13 +19,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb") as f:
             os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, sorted by key, contiguous, atomic; {"format": "pt"} is added to the metadata, as others expect."""
+    """A safetensors file, sorted by key, contiguous, atomic; {"format": "pt"} is added to the metadata, as others
+    expect.
+    """
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         save_file(tensors, part, {"format": "pt", **metadata})
@@ -39,10 +44,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open(path, "rb") as f:
         head = f.read(9)
     if len(head) < 9 or head[8:9] != b"{":
-        raise ValueError(f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors")
+        raise ValueError(
+            f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+        )
     try:
         with safe_open(path, "pt") as f:
             return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
     except SafetensorError as error:
         size = path.stat().st_size
-        raise ValueError(f"{path}: file is damaged or incomplete ({size:,} bytes, {error}); copy or download it again") from None
+        raise ValueError(
+            f"{path}: file is damaged or incomplete ({size:,} bytes, {error}); copy or download it again"
+        ) from None

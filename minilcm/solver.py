@@ -4,7 +4,7 @@ A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidan
 eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the network is float32.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ def check_steps(steps: int, most: int = T) -> None:
 def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
     """Pairs (t_start, t_end), descending; t_end = -1 stands for the end of the schedule.
 
-    trailing starts at 999, where pure noise is (2305.08891 table 2): the fair few-step baseline. leading is what SD1.5's own
-    config says: 4 steps start at 751. t_end = t_start - T//steps always, as diffusers computes it.
+    trailing starts at 999, where pure noise is (2305.08891 table 2): the fair few-step baseline. leading is what
+    SD1.5's own config says: 4 steps start at 751. t_end = t_start - T//steps always, as diffusers computes it.
     """
     check_steps(steps)
     r = T // steps
@@ -100,12 +100,15 @@ def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
     if spacing == "linspace":
         check_steps(steps)
         return [int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[:0:-1]]
-    return [t for t, _ in ddim_grid(steps, spacing)]
+    if spacing != "trailing":
+        raise ValueError(f"spacing is {spacing!r}; choose trailing or linspace")
+    return [t for t, _ in ddim_grid(steps)]
 
 
 @torch.no_grad()
 def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler, final sigma zero.
+    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler, final sigma
+    zero.
 
     At sigma' = 0 the step returns its x0, so the last step is x0 itself.
     """

@@ -1,7 +1,7 @@
 """The text encoder: prompts -> Cond, on open_clip's tower class and tokenizer, from CLIP-L's key names.
 
-Official SD1.x files keep the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the three
-into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse: one of the two maps of this project.
+Official SD1.x files keep the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the
+three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse: one of the two maps of this project.
 """
 
 import re
@@ -30,7 +30,8 @@ RENAMED = {  # CLIP-L's name -> open_clip's, one level each
 
 
 def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys; q, k, v become rows of in_proj in that order.
+    """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys; q, k, v become rows of in_proj in that
+    order.
 
     `embeddings.position_ids` is no weight and is left out. Raises KeyError if a layer lacks one of q, k, v.
     """
@@ -79,7 +80,9 @@ class TextEncoder(nn.Module):
         )
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """(b, 77) int64: BOS, the prompt's tokens, EOS, and EOS again as padding. Longer prompts are cut, with one line."""
+        """(b, 77) int64: BOS, the prompt's tokens, EOS, and EOS again as padding. Longer prompts are cut, with one
+        line.
+        """
         ids = torch.full((len(prompts), N_TOKENS), EOS)
         for row, prompt in zip(ids, prompts):
             tokens = self.tokenizer.encode(prompt)

@@ -1,4 +1,6 @@
-"""Model files: round trip, official prefixes, strict loading with one line that names file and keys; and the state of a run."""
+"""Model files: round trip, official prefixes, strict loading with one line that names file and keys; and the state of a
+run.
+"""
 
 import dataclasses
 import json
@@ -42,7 +44,9 @@ def error_of(path, tensors=None, metadata=None) -> str:
 
 
 def test_round_trip_rounds_to_float16_and_nothing_else(model):
-    """Every tensor of UNet, VAE and text tower comes back as its float16 rounding, frozen, in float32, under the same key."""
+    """Every tensor of UNet, VAE and text tower comes back as its float16 rounding, frozen, in float32, under the same
+    key.
+    """
     loaded = load_model(model)
     for module, original in zip(loaded, (tiny_unet(), tiny_vae(), tiny_text())):
         state, expected = module.state_dict(), original.state_dict()
@@ -53,7 +57,9 @@ def test_round_trip_rounds_to_float16_and_nothing_else(model):
 
 
 def test_loaded_model_computes_what_the_saved_one_does(model):
-    """Text, UNet and VAE of the file give the outputs of the modules that were saved, up to float16 rounding of weights."""
+    """Text, UNet and VAE of the file give the outputs of the modules that were saved, up to float16 rounding of
+    weights.
+    """
     unet, vae, text, _ = load_model(model)
     cond, z_t = text.encode(["cat face"]), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -90,7 +96,9 @@ def test_config_round_trip(model, family):
 
 
 def test_keys_have_the_official_prefixes(contents):
-    """The keys of a file by CompVis: model.diffusion_model., first_stage_model., cond_stage_model.transformer.text_model."""
+    """The keys of a file by CompVis: model.diffusion_model., first_stage_model.,
+    cond_stage_model.transformer.text_model.
+    """
     tensors, metadata = contents
     official = (
         "model.diffusion_model.input_blocks.0.0.weight",
@@ -115,7 +123,10 @@ def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
     tensors[prefix + "extra.weight"] = torch.zeros(1)
     tensors[keys[2]] = torch.zeros(3, 1)
     message = error_of(tmp_path / "bad.safetensors", tensors, metadata)
-    assert f"bad.safetensors: {what}: 2 missing keys, first: {first}, {second}; 1 unknown keys, first: extra.weight; " in message
+    assert (
+        f"bad.safetensors: {what}: 2 missing keys, first: {first}, {second}; 1 unknown keys, first: extra.weight; "
+        in message
+    )
     assert f"{third} is (3, 1), not {tuple(contents[0][keys[2]].shape)}" in message
 
 
@@ -201,7 +212,9 @@ def train_step(net, optimizer, i: int) -> None:
 
 
 def test_state_round_trip_is_bitwise(tmp_path):
-    """Weights, both Adam moments, its step count and the run's JSON come back bit for bit; the next step is the same too."""
+    """Weights, both Adam moments, its step count and the run's JSON come back bit for bit; the next step is the same
+    too.
+    """
     net, optimizer = small_run(3)
     run = {"step": 3, "flags": {"lr": "0.01"}}
     save_state(tmp_path / "state.safetensors", dict(net.named_parameters()), optimizer, run)
@@ -217,13 +230,15 @@ def test_state_round_trip_is_bitwise(tmp_path):
         assert state.keys() == other_state.keys() == set(range(4))
         for moments, other_moments in zip(state.values(), other_state.values()):
             assert moments.keys() == other_moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
-            assert all(torch.equal(moments[key], other_moments[key]) and moments[key].dtype == torch.float32 for key in moments)
+            assert all(
+                torch.equal(moments[key], other_moments[key]) and moments[key].dtype == torch.float32 for key in moments
+            )
         assert state[0]["step"] == 3 + i
         train_step(net, optimizer, 3), train_step(other, other_optimizer, 3)
 
 
 def test_state_is_loaded_into_the_parameters_that_the_optimizer_holds(tmp_path):
-    """load_state fills tensors in place: the optimizer, an average and a compiled network go on holding the right ones."""
+    """load_state fills tensors in place: optimizer, average and a compiled network go on holding the right ones."""
     net, optimizer = small_run(2)
     save_state(tmp_path / "state.safetensors", dict(net.named_parameters()), optimizer, {})
     other, other_optimizer = small_run(0, seed=1)
@@ -242,7 +257,9 @@ def test_state_of_another_run_is_refused(tmp_path):
     for other in (wider, deeper):
         before = [p.detach().clone() for p in other.parameters()]
         with pytest.raises(ValueError, match="state.safetensors: state of another model or objective"):
-            load_state(tmp_path / "state.safetensors", dict(other.named_parameters()), torch.optim.AdamW(other.parameters()))
+            load_state(
+                tmp_path / "state.safetensors", dict(other.named_parameters()), torch.optim.AdamW(other.parameters())
+            )
         assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before))
     with pytest.raises(ValueError, match="none.safetensors: no such file"):
         load_state(tmp_path / "none.safetensors", dict(net.named_parameters()), optimizer)

@@ -14,7 +14,19 @@ import torch
 from PIL import Image
 from tiny import CONFIG, ROOT, drawing, png, tiny_vae, write_art, write_tar
 
-from minilcm.data import COLORS, STYLES, Art, Cache, batches, cache_latents, caption, compose, place, read_art, split_art
+from minilcm.data import (
+    COLORS,
+    STYLES,
+    Art,
+    Cache,
+    batches,
+    cache_latents,
+    caption,
+    compose,
+    place,
+    read_art,
+    split_art,
+)
 
 ART = ROOT / "weights/emoji/art"
 PIZZA = Art("pizza", ("Pizza", "slice", "cheese"), "noto", drawing(1))
@@ -24,8 +36,8 @@ PIZZA = Art("pizza", ("Pizza", "slice", "cheese"), "noto", drawing(1))
 
 
 def test_brackets_are_left_out_40_percent_and_a_tenth_is_empty():
-    """Frequencies over 6000 draws: style and colour each left out of 40 +- 3 % of captions that say anything, 10 +- 2 % empty,
-    and the two brackets independently of each other (both said: 36 %).
+    """Frequencies over 6000 draws: style and colour each left out of 40 +- 3 % of captions that say anything, 10 +- 2 %
+    empty, and the two brackets independently of each other (both said: 36 %).
     """
     rng = random.Random(0)
     said = [caption(PIZZA, "blue", rng)[1] for _ in range(6000)]
@@ -37,8 +49,8 @@ def test_brackets_are_left_out_40_percent_and_a_tenth_is_empty():
 
 
 def test_captions_say_what_is_true():
-    """Over all styles and colours: the words of a caption, read by a pattern here, agree with the picture and with what the
-    second return value claims was said; a bracket that is left out is named nowhere.
+    """Over all styles and colours: the words of a caption, read by a pattern here, agree with the picture and with what
+    the second return value claims was said; a bracket that is left out is named nowhere.
     """
     rng = random.Random(1)
     pattern = re.compile(r"(?P<name>[^,]+?)(, (?P<style>\w+) style)?(, on (a|an) (?P<color>\w+) background)?")
@@ -59,7 +71,9 @@ def test_articles_agree():
     """'an orange background', 'a blue background', 'an octopus'."""
     rng = random.Random(2)
     texts = {caption(Art("octopus", ("octopus",), "noto", drawing(0)), c, rng)[0] for c in COLORS for _ in range(100)}
-    assert any("an orange background" in text for text in texts) and any(text.startswith("an octopus") for text in texts)
+    assert any("an orange background" in text for text in texts) and any(
+        text.startswith("an octopus") for text in texts
+    )
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in texts)
 
 
@@ -69,7 +83,9 @@ def test_naming_uses_name_label_article_and_keywords():
     art = Art("red apple", ("Apple", "fruit"), "noto", drawing(0))
     names = Counter(text.split(",")[0] for text, _ in (caption(art, "white", rng) for _ in range(3000)) if text)
     assert names.most_common(1)[0][0] == "red apple"
-    assert {"apple", "a red apple", "an apple", "fruit red apple", "red apple fruit", "a fruit of red apple"} <= set(names)
+    assert {"apple", "a red apple", "an apple", "fruit red apple", "red apple fruit", "a fruit of red apple"} <= set(
+        names
+    )
     assert all("apple" in name for name in names)
 
 
@@ -88,7 +104,7 @@ def level(color: str) -> torch.Tensor:
 
 
 def test_compose_stands_on_the_colour_it_tells():
-    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have exactly the returned colour; all colours occur."""
+    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour exactly; all occur."""
     rng, seen = random.Random(0), set()
     for _ in range(100):
         pixels, color = compose(PIZZA, 64, rng)
@@ -152,7 +168,9 @@ def test_read_folder(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(f"a picture, {mode}\n", encoding="utf-8")
     (tmp_path / "notes.md").write_text("no picture")
     art = read_art(tmp_path)
-    assert [(a.name, a.style, a.image.mode) for a in art] == [(f"a picture, {m}", None, "RGBA") for m in ("P", "L", "RGB", "CMYK")]
+    assert [(a.name, a.style, a.image.mode) for a in art] == [
+        (f"a picture, {m}", None, "RGBA") for m in ("P", "L", "RGB", "CMYK")
+    ]
 
 
 def read_error(path) -> str:
@@ -163,8 +181,8 @@ def read_error(path) -> str:
 
 
 def test_read_art_errors(tmp_path):
-    """One line that names the file: nothing there, an empty folder, a file that is no tar, a caption or half a pair missing,
-    a shard cut off, a picture that is none.
+    """One line that names the file: nothing there, an empty folder, a file that is no tar, a caption or half a pair
+    missing, a shard cut off, a picture that is none.
     """
     assert "no such folder or .tar file" in read_error(tmp_path / "none")
     assert "no such folder or .tar file" in read_error(tmp_path / "none.tar")
@@ -216,8 +234,8 @@ def committed():
 
 
 def test_held_out_pairs(committed):
-    """weights/emoji/art: no held-out (name, style) is in the seen part, every name is seen in at least two styles, a tenth is
-    held out, each listed pair exists, and nothing is lost.
+    """weights/emoji/art: no held-out (name, style) is in the seen part, every name is seen in at least two styles, a
+    tenth is held out, each listed pair exists, and nothing is lost.
     """
     art, seen, held_out = committed
     pairs = {tuple(line.split("\t")) for line in (ART / "held_out.txt").read_text().splitlines()}
@@ -231,7 +249,7 @@ def test_held_out_pairs(committed):
 
 
 def test_committed_art_is_whole(committed):
-    """No (name, style) twice, every drawing 128 pixels on its long side and not empty, every name of names.txt drawn."""
+    """No (name, style) twice, every drawing 128 pixels at its longest and not empty, every name of names.txt drawn."""
     art, _, _ = committed
     assert len({(a.name, a.style) for a in art}) == len(art)
     assert {max(a.image.size) for a in art} == {128}
@@ -290,7 +308,9 @@ def test_batches_are_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_start_is_skipping(batch):
-    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch above the data's size."""
+    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch above the data's
+    size.
+    """
     whole = list(islice(batches(numbered_cache(), batch, 4), 8))
     for k in (1, 2, 5):
         assert all(same(a, b) for a, b in zip(islice(batches(numbered_cache(), batch, 4, start=k), 3), whole[k:]))
@@ -298,7 +318,9 @@ def test_start_is_skipping(batch):
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_each_epoch_is_a_permutation(batch):
-    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders; captions belong to them."""
+    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders; captions belong to
+    them.
+    """
     shown = []
     for z0, captions, _ in islice(batches(numbered_cache(), batch, 0), -(-28 // batch)):
         assert z0.shape == (batch, 4, 2, 2) and len(captions) == batch
@@ -310,7 +332,9 @@ def test_each_epoch_is_a_permutation(batch):
 
 
 def test_latents_are_drawn_afresh():
-    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean and std in the long run."""
+    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean and std in the long
+    run.
+    """
     cache = numbered_cache(m=2, std=0.25)
     drawn = torch.cat([z0 for z0, _, _ in islice(batches(cache, 2, 0), 400)])
     zero = drawn[drawn.mean(dim=(1, 2, 3)) < 0.5]

@@ -1,4 +1,6 @@
-"""LoRA layers: W' x = W x + (lora_alpha / r) B A x, with lora_alpha != rank everywhere, on a base that keeps keys and weights."""
+"""LoRA layers: W' x = W x + (lora_alpha / r) B A x, with lora_alpha != rank everywhere, on a base that keeps keys and
+weights.
+"""
 
 import copy
 
@@ -47,7 +49,9 @@ def adapted_unet(rank: int = RANK, lora_alpha: float = LORA_ALPHA) -> UNet:
 
 @pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
 def test_layer_equals_the_layer_with_the_summed_weight(path):
-    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r; the summed weight is formed here, entry by entry, in float64."""
+    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r; the summed weight is formed here, entry by entry, in
+    float64.
+    """
     base = small_net().double()
     net = copy.deepcopy(base)
     add_lora(net, RANK, LORA_ALPHA)
@@ -80,14 +84,16 @@ def test_scale_multiplies_the_low_rank_term():
 
 
 def test_lora_alpha_defaults_to_the_rank():
-    """Without lora_alpha the strength alpha / r is 1 (LCM.md 1.7: 64/64 in the official recipe)."""
+    """Without lora_alpha the strength alpha / r is 1 (64/64 in the official recipe)."""
     net = small_net()
     add_lora(net, 4)
     assert {lora_alpha for _, _, lora_alpha in get_tau(net).values()} == {4.0}
 
 
 def test_off_is_the_base_bitwise():
-    """Under lora_off, and at scale 0, the UNet's output is that of a UNet that never had a LoRA: the teacher, bit for bit."""
+    """Under lora_off, and at scale 0, the UNet's output is that of a UNet that never had a LoRA: the teacher, bit for
+    bit.
+    """
     base, unet = tiny_unet()(*unet_inputs()), adapted_unet()
     live = unet(*unet_inputs())
     with lora_off(unet):
@@ -100,7 +106,7 @@ def test_off_is_the_base_bitwise():
 
 
 def test_a_fresh_lora_changes_nothing():
-    """B = 0 at the start, so student == teacher bitwise at step 0 (LCM.md 7.12), although A is not zero."""
+    """B = 0 at the start, so student == teacher bitwise at step 0, although A is not zero."""
     unet, base = tiny_unet(), tiny_unet()(*unet_inputs())
     add_lora(unet, RANK, LORA_ALPHA)
     assert all(not up.any() and down.all() for up, down, _ in get_tau(unet).values())
@@ -108,7 +114,9 @@ def test_a_fresh_lora_changes_nothing():
 
 
 def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
-    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform_(a=sqrt(5)); the same for the same generator only."""
+    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform_(a=sqrt(5)); the same for the same generator
+    only.
+    """
     draws = []
     for seed, global_seed in ((5, 0), (5, 1), (6, 0)):
         net = nn.ModuleDict({"to_q": nn.Linear(64, 8), "op": nn.Conv2d(16, 8, 3)})
@@ -137,7 +145,7 @@ def test_base_keeps_its_keys_and_storage():
 
 
 def test_only_the_lora_gets_gradients():
-    """add_lora returns the LoRA's parameters, all of them and nothing else; they get gradients, the frozen base none."""
+    """add_lora returns all of the LoRA's parameters and nothing else; they get gradients, the frozen base none."""
     unet = tiny_unet().requires_grad_(True)
     parameters = add_lora(unet, RANK, LORA_ALPHA)
     assert {id(p) for p in parameters} == {id(p) for p in unet.parameters() if p.requires_grad}
@@ -157,14 +165,18 @@ def test_first_gradient_is_on_up_only():
 
 
 def test_gradients_really_clip():
-    """What add_lora returns is a list: it still holds the parameters after the optimizer took them (LCM.md 1.8, bug 1)."""
+    """What add_lora returns is a list: it still holds them after the optimizer took them (a bug of one official
+    script).
+    """
     unet = tiny_unet()
     parameters = add_lora(unet, RANK, LORA_ALPHA)
     torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     (1e4 * unet(*unet_inputs()).square().sum()).backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     assert norm > 100
-    assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item() == pytest.approx(1, abs=1e-4)
+    assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item() == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 def test_tau_round_trip():
@@ -212,7 +224,9 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("family, count", [(emoji, None), (sd15, 278), (ssd1b, 423), (sdxl, 788)])
 def test_targets_are_the_official_lcm_loras(family, count):
-    """As many modules as the released LCM-LoRAs have (LCM.md 6.1); conv_in, out, embeddings and norms are not among them."""
+    """As many modules as the released LCM-LoRAs have; conv_in, out, embeddings and norms are not among
+    them.
+    """
     with torch.device("meta"):
         unet = UNet(family())
     paths = target_paths(unet)
@@ -231,9 +245,14 @@ def test_attention_only():
 
 
 def test_official_parameter_counts():
-    """Rank 64 on all targets: 67,252,224 for SD1.5, 104,902,656 for SSD-1B, 196,751,360 for SDXL (LCM.md 6.1, from peft)."""
+    """Rank 64 on all targets: 67,252,224 for SD1.5, 104,902,656 for SSD-1B, 196,751,360 for SDXL (from
+    peft).
+    """
     for family, expected in ((sd15, 67_252_224), (ssd1b, 104_902_656), (sdxl, 196_751_360)):
         with torch.device("meta"):
             unet = UNet(family())
         shapes = {path: unet.get_submodule(path).weight.shape for path in target_paths(unet)}
-        assert sum(64 * (out + fan_in.numel()) for out, *rest in shapes.values() for fan_in in [torch.Size(rest)]) == expected
+        assert (
+            sum(64 * (out + fan_in.numel()) for out, *rest in shapes.values() for fan_in in [torch.Size(rest)])
+            == expected
+        )

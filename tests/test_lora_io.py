@@ -1,4 +1,6 @@
-"""LoRA files: bitwise round trips with lora_alpha != rank, names that come back, and one line for each kind of wrong file."""
+"""LoRA files: bitwise round trips with lora_alpha != rank, names that come back, and one line for each kind of wrong
+file.
+"""
 
 import os
 import pickle
@@ -65,7 +67,9 @@ def test_live_parameters_can_be_written(tmp_path):
 
 
 def test_float16_is_the_default_and_rounds_once(tmp_path):
-    """The file's tensors are float16, read back as float32 of exactly that rounding; a second round trip changes nothing."""
+    """The file's tensors are float16, read back as float32 of exactly that rounding; a second round trip changes
+    nothing.
+    """
     tau = mixed_tau()
     write_tau(tmp_path / "a.safetensors", tau, {})
     assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
@@ -78,20 +82,28 @@ def test_float16_is_the_default_and_rounds_once(tmp_path):
 def test_a_missing_alpha_means_rank(lora):
     """Files without `.alpha` have strength 1, so lora_alpha = rank, module by module (kohya's rule)."""
     spoil(lora, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(".alpha")])
-    assert sorted((down.shape[0], lora_alpha) for _, down, lora_alpha in read_tau(lora).values()) == [(1, 1.0), (3, 3.0)]
+    assert sorted((down.shape[0], lora_alpha) for _, down, lora_alpha in read_tau(lora).values()) == [
+        (1, 1.0),
+        (3, 3.0),
+    ]
 
 
 def test_keys_are_kohyas(lora):
     """`lora_unet_` + path with underscores, three tensors a module; the header has kohya's rank and alpha."""
     tensors = load_file(lora)
     assert len(tensors) == 6 and tensors[f"{FLAT}.alpha"].ndim == 0
-    assert tensors[f"{FLAT}.lora_down.weight"].shape == (1, 32, 3, 3) and tensors[f"{FLAT}.lora_up.weight"].shape == (32, 1, 1, 1)
+    assert tensors[f"{FLAT}.lora_down.weight"].shape == (1, 32, 3, 3) and tensors[f"{FLAT}.lora_up.weight"].shape == (
+        32,
+        1,
+        1,
+        1,
+    )
     _, metadata = safefile.read_tensors(lora)
     assert metadata["ss_network_module"] == "networks.lora" and metadata["format"] == "pt"
 
 
 def test_recipe_is_in_the_header(tmp_path):
-    """What training recorded comes back by read_recipe, and is stored under `minilcm.*`; ranks and alphas are listed."""
+    """What training recorded comes back by read_recipe, and lies under `minilcm.*`; ranks and alphas are listed."""
     recipe = {"objective": "lcm", "w": "7.5", "K": "50", "timestep_scaling": "10"}
     write_tau(tmp_path / "lora.safetensors", mixed_tau(), recipe)
     assert read_recipe(tmp_path / "lora.safetensors") == recipe
@@ -176,7 +188,10 @@ def test_truncated_file(tmp_path, fraction):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(2, 2)}, "names no module of a known UNet"),
+        (
+            {"lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(2, 2)},
+            "names no module of a known UNet",
+        ),
         ({"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())}, "lora_te_text.* names no module"),
         ({f"{FLAT}.dora_scale": torch.zeros(2)}, r"in_layers_2.dora_scale names no module"),
         ({f"{FLAT}.lora_down.weight": None}, "has only one of lora_down and lora_up"),
@@ -185,13 +200,16 @@ def test_truncated_file(tmp_path, fraction):
         ({f"{FLAT}.lora_up.weight": torch.zeros(32, 1)}, r"up \(32, 1\) does not fit down"),
         ({f"{FLAT}.lora_up.weight": torch.zeros(32, 1, 3, 3)}, r"up \(32, 1, 3, 3\) does not fit down"),
         ({f"{FLAT}.lora_up.weight": torch.zeros(32)}, r"up \(32,\) does not fit down"),
-        ({f"{FLAT}.lora_up.weight": torch.full((32, 1, 1, 1), float("nan"))}, "lora_up.weight has values that are not finite"),
+        (
+            {f"{FLAT}.lora_up.weight": torch.full((32, 1, 1, 1), float("nan"))},
+            "lora_up.weight has values that are not finite",
+        ),
         ({f"{FLAT}.alpha": torch.tensor(float("inf"))}, "alpha has values that are not finite"),
         ({f"{FLAT}.alpha": torch.ones(2)}, r"alpha"),
     ],
 )
 def test_wrong_contents(lora, change, message):
-    """Modules unknown or half there, ranks that do not fit, values not finite: one line that names the key or the path."""
+    """Modules unknown or half there, ranks that do not fit, values not finite: one line naming key or path."""
 
     def apply(tensors):
         for key, value in change.items():

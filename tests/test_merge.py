@@ -23,7 +23,11 @@ def small_net(seed: int = 0) -> nn.ModuleDict:
 def three_taus() -> list[Tau]:
     """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths lora_alpha / rank all different and none of them 1."""
     net = small_net()
-    return [random_tau(net, 1, 2, 5.0, size=1.0), random_tau(net, 2, 4, 0.5, size=1.0), random_tau(net, 3, 3, 8.0, size=1.0)]
+    return [
+        random_tau(net, 1, 2, 5.0, size=1.0),
+        random_tau(net, 2, 4, 0.5, size=1.0),
+        random_tau(net, 3, 3, 8.0, size=1.0),
+    ]
 
 
 def exact_delta(up: torch.Tensor, down: torch.Tensor, lora_alpha: float) -> torch.Tensor:
@@ -49,7 +53,7 @@ def test_delta(path):
 
 
 def test_delta_is_what_the_layer_adds():
-    """A convolution with delta as its weight does what lora_down (with the base's stride) then lora_up do: LoRA eq. 3."""
+    """A convolution with delta as its weight does what lora_down (at the base's stride), lora_up do: LoRA eq. 3."""
     up, down, lora_alpha = three_taus()[0]["op"]
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     two = lora_alpha / 2 * torch.conv2d(torch.conv2d(x, down, stride=2, padding=1), up)
@@ -102,7 +106,8 @@ def test_combine_then_merge_is_merge_after_merge():
 @pytest.mark.parametrize("path", PATHS)
 def test_combine_is_not_the_average_of_the_factors(path):
     """Adding sqrt(lambda s) B and sqrt(lambda s) A of two LoRA, as peft's "linear" does, gives the sum plus cross terms
-    sqrt(l1 s1 l2 s2) (B1 A2 + B2 A1), as large as the signal for random factors (LCM.md 7.13). `combine` is free of them.
+    sqrt(l1 s1 l2 s2) (B1 A2 + B2 A1), as large as the signal for random factors. `combine` is free of
+    them.
     """
     net = small_net()
     one, two = random_tau(net, 1, 3, 4.0, size=1.0)[path], random_tau(net, 2, 3, 2.0, size=1.0)[path]
@@ -147,10 +152,14 @@ def test_merged_unet_equals_live_lora_layers():
 
 
 def test_a_lora_of_another_model_is_refused_and_changes_nothing():
-    """One line that names the LoRA, the first module and both shapes; then no weight has changed, not even a fitting one."""
+    """One line that names the LoRA, the first module and both shapes; then no weight has changed, not even a fitting
+    one.
+    """
     net, tau = small_net(), three_taus()[0]
     other = {"to_q": tau["to_q"], "op": (tau["op"][0], torch.zeros(2, 4, 1, 1), 5.0)}
-    with pytest.raises(ValueError, match=r"^style.st: made for another model: op is \(6, 4, 3, 3\) here, \(6, 4, 1, 1\) in"):
+    with pytest.raises(
+        ValueError, match=r"^style.st: made for another model: op is \(6, 4, 3, 3\) here, \(6, 4, 1, 1\) in"
+    ):
         check_fit(net, other, "style.st")
     with pytest.raises(ValueError, match=r"^LoRA: made for another model: op is"):
         merge_into(net, other)

@@ -40,7 +40,7 @@ def test_clip_score_is_the_cosine_of_picture_and_own_prompt():
 
 
 def test_features_are_unit_vectors_and_pictures_are_resized():
-    """Both features have length 1; pictures of another size, or brighter than 1, are brought to what the tower takes."""
+    """Both features have length 1; pictures of another size, or above 1, are brought to what the tower takes."""
     judge, text = small_judge(), tiny_text()
     with torch.no_grad():
         for features in (judge.image_features(3 * some_pixels(2, side=64)), judge.text_features(text, ["a", "b c"])):
@@ -60,7 +60,9 @@ class HandMadeJudge:
 
 
 def test_prompt_accuracy_counts_pictures_that_pick_their_own_name():
-    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right, wrong; in any order of choices."""
+    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right, wrong; in any order of
+    choices.
+    """
     pixels = torch.zeros(4, 3, 2, 2)
     for i, channel in enumerate((0, 1, 2, 2)):
         pixels[i, channel] = 1
@@ -71,7 +73,9 @@ def test_prompt_accuracy_counts_pictures_that_pick_their_own_name():
 
 
 def test_judge_file_round_trip(tmp_path):
-    """A judge written with its sizes in the header loads strictly and scores the same; a file without a tensor does not load."""
+    """A judge written with its sizes in the header loads strictly and scores the same; a file without a tensor does not
+    load.
+    """
     judge = small_judge()
     state = {key: value.clone() for key, value in judge.state_dict().items()}
     write_tensors(tmp_path / "judge.safetensors", state, {"config": json.dumps(SIZES)})
@@ -85,8 +89,9 @@ def test_judge_file_round_trip(tmp_path):
 
 
 def test_self_consistency_is_zero_for_a_consistency_function(gaussian):
-    """Gaussian data: on the exact trajectory of the ODE the exact f (LCM.md 7.3) gives 0 to rounding, image by image; the
-    denoiser, which is what a network that was not distilled gives, does not (7.3: that gap is what distillation learns).
+    """Gaussian data: on the exact trajectory of the ODE the exact f gives 0 to rounding, image by image;
+    the denoiser, which is what a network that was not distilled gives, does not (7.3: that gap is what distillation
+    learns).
     """
     t_start = train_grid()[[9, 24, 49]]
     t_end = t_start - 20

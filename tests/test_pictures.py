@@ -9,8 +9,8 @@ from minilcm.pictures import contact_sheet, read_image, save_png, to_images
 
 
 def test_to_images_rounds_to_the_nearest_level():
-    """Level = round(127.5 (x + 1)), clamped to 0..255: every one of the 256 levels comes back from its own value, and from
-    0.49 of a level above or below it.
+    """Level = round(127.5 (x + 1)), clamped to 0..255: every one of the 256 levels comes back from its own value, and
+    from 0.49 of a level above or below it.
     """
     levels = torch.arange(256.0)
     for shift in (-0.49, 0.0, 0.49):
@@ -30,7 +30,9 @@ def test_to_images_keeps_order_and_clamps():
 
 @pytest.mark.parametrize("prompt", ["a slice of pizza", 'say "cheese", 100 %', "日本の寿司 🍣, café"])
 def test_png_has_the_recipe_inside(tmp_path, prompt):
-    """The text chunk `parameters` comes back whole, its first line the prompt, also beyond Latin-1; the picture is lossless."""
+    """The text chunk `parameters` comes back whole, its first line the prompt, also beyond Latin-1; the picture is
+    lossless.
+    """
     pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     image = to_images(pixels)[0]
     save_png(tmp_path / "x.png", image, f"{prompt}\nSteps: 4, Sampler: lcm")
@@ -56,7 +58,7 @@ def test_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count, columns, grid", [(1, 1, (1, 1)), (5, 3, (3, 2)), (6, 3, (3, 2)), (4, 6, (6, 1))])
 def test_contact_sheet_size_and_places(count, columns, grid):
-    """`columns` cells a row, as many rows as needed; cell i holds image i, unchanged, with 8 pixels between the cells."""
+    """`columns` cells a row, as many rows as needed; cell i holds image i unchanged, 8 pixels between cells."""
     images = [Image.new("RGB", (128, 64), (10 * i, 0, 200)) for i in range(count)]
     sheet = contact_sheet(images, ["label"] * count, columns)
     tall = 13 + 6
@@ -67,8 +69,8 @@ def test_contact_sheet_size_and_places(count, columns, grid):
 
 
 def test_contact_sheet_labels():
-    """A label is drawn below its image; a long one is wrapped, so that it makes the sheet taller, not its cell wider; empty
-    labels, line breaks and letters beyond Latin-1 are drawn without an error.
+    """A label is drawn below its image; a long one is wrapped, so that it makes the sheet taller, not its cell wider;
+    empty labels, line breaks and letters beyond Latin-1 are drawn without an error.
     """
     image = Image.new("RGB", (128, 128), "white")
     short, long = (contact_sheet([image], [label], 1) for label in ("cat", "cat " * 40))
@@ -89,14 +91,17 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (16, 48)])
 @pytest.mark.parametrize("source", [(64, 64), (200, 100), (37, 91)])
 def test_read_image_scales_and_crops_the_centre(tmp_path, size, source):
-    """(1, 3, H, W) in [-1, 1]; the picture covers the frame with its proportions, and what is too much is cut off equally on
-    both sides: the centre stays the centre, and the side that fits is whole.
+    """(1, 3, H, W) in [-1, 1]; the picture covers the frame with its proportions, and what is too much is cut off
+    equally on both sides: the centre stays the centre, and the side that fits is whole.
     """
     gradient(*source).save(tmp_path / "x.png")
     x = read_image(tmp_path / "x.png", size)
     assert x.shape == (1, 3, size[1], size[0]) and x.min() >= -1 and x.max() <= 1
     zoom = max(size[0] / source[0], size[1] / source[1])
-    for values, target, length in ((x[0, 0].mean(dim=0), size[0], source[0]), (x[0, 1].mean(dim=1), size[1], source[1])):
+    for values, target, length in (
+        (x[0, 0].mean(dim=0), size[0], source[0]),
+        (x[0, 1].mean(dim=1), size[1], source[1]),
+    ):
         assert abs(values.mean()) < 0.05
         covered = target / (zoom * length)  # the part of the gradient that is in the frame
         assert values[-1] - values[0] == pytest.approx(2 * covered * (1 - 1 / target), abs=0.12)

@@ -7,7 +7,9 @@ from minilcm.safefile import atomic, read_tensors, write_tensors
 
 
 def test_atomic_replaces_only_on_success(tmp_path):
-    """The target changes when the block ends, not before; an exception keeps the old file and removes the temporary one."""
+    """The target changes when the block ends, not before; an exception keeps the old file and removes the temporary
+    one.
+    """
     path = tmp_path / "file.txt"
     with atomic(path) as part:
         part.write_text("one")
@@ -39,7 +41,9 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"", b"12345678", b"\x08" + bytes(7) + b"{", b"\xff" * 7 + b"\x7f{", b"PK\x03\x04" + b"x" * 99])
+@pytest.mark.parametrize(
+    "content", [b"", b"12345678", b"\x08" + bytes(7) + b"{", b"\xff" * 7 + b"\x7f{", b"PK\x03\x04" + b"x" * 99]
+)
 def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
     """Empty, too short, a header without end, an absurd header length, a zip: ValueError, one line, with the path."""
     path = tmp_path / "x.safetensors"

@@ -138,3 +138,12 @@ def test_diffusion_loss_of_the_perfect_network(schedule, gaussian):
     alpha, _, v = gaussian.at(z0, 259)
     assert loss.item() == pytest.approx((alpha**2 * gaussian.s**2 / v).item(), rel=0.01)
     assert loss < diffusion_loss(lambda z, t: 1.02 * gaussian.eps(z, t), z0, t, eps, schedule, gamma=None)
+
+
+def test_diffusion_loss_on_cuda(fake_cuda):
+    """A dry run with everything but the schedule's tables on cuda: the loss is float32 there, weighted or not."""
+    z0, eps = torch.randn(2, 3, 4, 8, 8, device="cuda")
+    t = torch.arange(3, device="cuda")
+    for gamma in (5.0, None):
+        loss = diffusion_loss(lambda z_t, t: z_t.half(), z0, t, eps, make_schedule(), gamma)
+        assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())

@@ -71,7 +71,9 @@ def refused(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_steps(files, tmp_path, objective, capsys):
-    """Two steps write what --help promises: result, sheet and state, all whole; the result is not where training started."""
+    """Two steps write what --help promises: result, sheet and state, all whole; the result is not where training
+    started.
+    """
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
     result = "model.safetensors" if objective == "full" else "lora.safetensors"
@@ -115,7 +117,9 @@ def test_batch_seed_and_w_matter(files, tmp_path):
 
 
 def test_gradients_are_clipped(files, tmp_path, monkeypatch):
-    """What the optimizer sees has norm 1 although the gradient's is larger (LCM.md 1.8, bug 1: an empty iterator clips nothing)."""
+    """What the optimizer sees has norm 1 although the gradient's is larger (a bug of one official script: an empty
+    iterator clips nothing).
+    """
     norms, clip, step = [], torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
 
     def clip_spy(parameters, most):
@@ -144,12 +148,14 @@ def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
     run(files, tmp_path, "attention", 4, "--lr", "1e-2")
-    assert seen == pytest.approx([1e-4 * k * c for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))])
+    assert seen == pytest.approx(
+        [1e-4 * k * c for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))]
+    )
 
 
 def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch):
-    """In every forward of LCM training the base weights are those of the file; student and target run with the LoRA on, with
-    and without gradient, the teacher (twice: prompt and null) with it off.
+    """In every forward of LCM training the base weights are those of the file; student and target run with the LoRA on,
+    with and without gradient, the teacher (twice: prompt and null) with it off.
     """
     calls = []
     original = train.lcd_loss
@@ -194,8 +200,9 @@ def test_lcm_training_lowers_the_fixed_loss(files, tmp_path, capsys):
 
 
 def test_written_lora_samples_as_the_live_one(files, tmp_path):
-    """The file of an LCM run, read again: as live layers it gives exactly what the state's parameters give, rounded to float16;
-    merged into the weights it gives the same latents to 1e-3 (LCM.md 1.8, bug 2: a reload that drops the LoRA).
+    """The file of an LCM run, read again: as live layers it gives exactly what the state's parameters give, rounded to
+    float16; merged into the weights it gives the same latents to 1e-3 (a bug of one official script: a reload that
+    drops the LoRA).
     """
     run(files, tmp_path, "lcm", 4, "--lr", "1")
     tau = read_tau(tmp_path / "lora.safetensors")
@@ -224,7 +231,10 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
 def test_full_training_writes_the_average(files, tmp_path):
     """model.safetensors is the running average of the weights, not the last ones: after one step, 0.1 old + 0.9 new."""
     run(files, tmp_path, "full", 1, "--lr", "1")
-    state, old = read_tensors(tmp_path / "state.safetensors")[0], load_model(files / "model.safetensors")[0].state_dict()
+    state, old = (
+        read_tensors(tmp_path / "state.safetensors")[0],
+        load_model(files / "model.safetensors")[0].state_dict(),
+    )
     written = load_model(tmp_path / "model.safetensors")[0].state_dict()
     for key, value in written.items():
         torch.testing.assert_close(state[f"average.{key}"], 0.1 * old[key] + 0.9 * state[key], rtol=0, atol=1e-5)
@@ -252,7 +262,9 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
     monkeypatch.setattr(train, "cache_latents", spy)
     with pytest.raises(KeyboardInterrupt):
         run(files, tmp_path, "lcm", 2)
-    assert sorted(seen) == sorted((n, s) for n in CONFIG.names for s in ("noto", "fluent") if (n, s) != ("rocket", "fluent"))
+    assert sorted(seen) == sorted(
+        (n, s) for n in CONFIG.names for s in ("noto", "fluent") if (n, s) != ("rocket", "fluent")
+    )
 
 
 def test_diffusion_loss_on_cuda(fake_cuda):
@@ -285,8 +297,8 @@ def contents(folder) -> dict:
 
 @pytest.mark.parametrize("objective", ["full", "lcm"])
 def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, objective):
-    """6 steps == Ctrl-C in step 3, then --resume to 6: result and state (weights, averages, both moments) equal bit for bit.
-    The interrupted run ends its step, saves, and exits with the line that says how to go on.
+    """6 steps == Ctrl-C in step 3, then --resume to 6: result and state (weights, averages, both moments) equal bit for
+    bit. The interrupted run ends its step, saves, and exits with the line that says how to go on.
     """
     run(files, tmp_path / "whole", objective, 6)
     with monkeypatch.context() as patch:
@@ -350,7 +362,9 @@ def test_resume_of_a_finished_run_changes_nothing(files, finished):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypatch, what):
-    """NaN in the loss, or only in its gradient, at the third step: an error that names the step, the files of step 2 intact."""
+    """NaN in the loss, or only in its gradient, at the third step: an error that names the step, the files of step 2
+    intact.
+    """
     original, count = train.lcd_loss, []
 
     def spoiled(*args, **kwargs):
@@ -411,7 +425,10 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         (["--objective", "lcm", "--rank", "2", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--objective", "lcm", "--rank", "2", "--model", "none.safetensors"], "none.safetensors: no such file"),
         (["--objective", "lcm", "--rank", "2", "--data", "none"], "none: no such folder"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/model.safetensors"], "model.safetensors: no such folder"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--data", "{files}/model.safetensors"],
+            "model.safetensors: no such folder",
+        ),
         (["--objective", "lcm", "--rank", "2", "--model", "{files}/art/noto.tar"], "noto.tar: not a safetensors file"),
         (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors"], "exists"),
         (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors/x"], "Not a directory"),
@@ -439,7 +456,9 @@ def test_art_of_other_names_only(files, tmp_path):
 
 
 def test_as_a_command(files):
-    """`python train.py`: an error is one line on stderr, without traceback, exit code 1; --help explains and exits with 0."""
+    """`python train.py`: an error is one line on stderr, without traceback, exit code 1; --help explains and exits with
+    0.
+    """
     for argv, code in ((flags(files, files / "model.safetensors", "lcm", 1), 1), (["--help"], 0)):
         done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True)
         assert done.returncode == code, done.stderr

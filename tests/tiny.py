@@ -52,7 +52,9 @@ def write_model(path: Path, seed: int = 0, config: Config = CONFIG) -> Path:
     return path
 
 
-def random_tau(model: torch.nn.Module, seed: int, rank: int, lora_alpha: float, targets=TARGETS, size: float = 0.2) -> Tau:
+def random_tau(
+    model: torch.nn.Module, seed: int, rank: int, lora_alpha: float, targets=TARGETS, size: float = 0.2
+) -> Tau:
     """A LoRA for all targets of the model with both factors random, none of them zero."""
     generator, tau = torch.Generator().manual_seed(seed), {}
     for path in target_paths(model, targets):

@@ -25,7 +25,9 @@ from minilcm.vae import VAE, VAEConfig  # noqa: E402
 
 
 def fresh_unet(seed: int) -> UNet:
-    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM: every branch starts shut."""
+    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM: every branch starts
+    shut.
+    """
     torch.manual_seed(seed)
     unet = UNet(emoji())
     last = [m.out_layers[3] for m in unet.modules() if isinstance(m, ResBlock)]

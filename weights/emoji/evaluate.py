@@ -2,11 +2,13 @@
 
     python weights/emoji/evaluate.py                       table over all prompts, about 10 minutes on 2 cores
     python weights/emoji/evaluate.py --blind runs/blind    36 numbered pictures and, apart from them, their prompts
-    python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: three rows, same prompts and seeds
+    python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: three rows, same prompts and
+    seeds
 
-Prompts: every seen and every held-out (name, style) pair with a colour ("said"), and bare names, four seeds each. The judge is
-the small CLIP's image tower: right when the picture is nearest to its own name among all names. Intervals: 95 % bootstrap over
-prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two evaluations, an LCM-LoRA step one.
+Prompts: every seen and every held-out (name, style) pair with a colour ("said"), and bare names, four seeds each. The
+judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names. Intervals: 95
+% bootstrap over prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two evaluations,
+an LCM-LoRA step one.
 """
 
 import argparse
@@ -63,7 +65,9 @@ def interval(right: Tensor) -> tuple[float, float, float]:
 
 def color_right(pixels: Tensor, colors: list[str]) -> Tensor:
     """Is the border of each picture nearest to the colour asked for? (b,) bool."""
-    border = torch.cat([pixels[:, :, :2].flatten(2), pixels[:, :, :, :2].flatten(2), pixels[:, :, :, -2:].flatten(2)], dim=2)
+    border = torch.cat(
+        [pixels[:, :, :2].flatten(2), pixels[:, :, :, :2].flatten(2), pixels[:, :, :, -2:].flatten(2)], dim=2
+    )
     mean = border.median(dim=2).values  # (b, 3)
     table = torch.tensor(list(COLORS.values())) / 127.5 - 1
     return torch.cdist(mean, table).argmin(dim=1) == torch.tensor([list(COLORS).index(c) for c in colors])
@@ -99,7 +103,11 @@ def table(args, model, judge) -> None:
         prompts = [f"{a.name}, {a.style} style, on {article(c)} background" for a, c in zip(art, colors)]
         return prompts, [a.name for a in art], [a.style for a in art], colors
 
-    kinds = {"said, seen": said(seen), "said, held-out": said(held_out), "bare names": (names * 4, names * 4, None, None)}
+    kinds = {
+        "said, seen": said(seen),
+        "said, held-out": said(held_out),
+        "bare names": (names * 4, names * 4, None, None),
+    }
     tau = read_tau(args.lora)
     w = config.guidance - 1
     rows = [("ddim", 50, w, 0), *[("lcm", n, 0.0, 1) for n in (1, 2, 4, 8)], ("lcm", 4, 0.0, 0), ("lcm", 4, w, 0)]
@@ -121,7 +129,10 @@ def table(args, model, judge) -> None:
         if lora:
             unmerge(unet, tau)
         label = f"{sampler}{'-lora' if lora else ''} {steps}" + (f" w={w_:g}" if w_ else "")
-        print(f"{label:22}{row['evaluations']:6}" + "".join(f"{c:>24}" for c in cells) + f"{style:8.3f}{color:8.3f}", flush=True)
+        print(
+            f"{label:22}{row['evaluations']:6}" + "".join(f"{c:>24}" for c in cells) + f"{style:8.3f}{color:8.3f}",
+            flush=True,
+        )
         results.append(row | {"style": style, "color": color})
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -147,7 +158,9 @@ def blind(args, model) -> None:
 
 
 def figure(args, model) -> None:
-    """Report Fig. 3: the style LoRA alone at 25 guided steps, the LCM-LoRA alone at 4, and lambda1 style + lambda2 lcm at 4."""
+    """Report Fig. 3: the style LoRA alone at 25 guided steps, the LCM-LoRA alone at 4, and lambda1 style + lambda2 lcm
+    at 4.
+    """
     unet, _, _, config = model
     names = ["cat face", "rocket", "house", "butterfly", "guitar", "mushroom", "penguin", "birthday cake"]
     images, labels = [], []

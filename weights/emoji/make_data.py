@@ -1,7 +1,7 @@
 """Make the art: rasterise four openly licensed emoji sets into one webdataset tar each.
 
-    npm install @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji-flat @iconify-json/emojione emojibase-data
-    pip install resvg-py
+    npm install @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji-flat @iconify-json/emojione
+    emojibase-data pip install resvg-py
     python weights/emoji/make_data.py node_modules
 
 Writes art/{noto,twemoji,fluent,emojione}.tar (PNG 128x128 RGBA + JSON: name, label, keywords, style), art/held_out.txt,
@@ -34,7 +34,9 @@ def svg(icon_set: dict, name: str) -> str:
     icon = icon_set["icons"][name]
     width, height = icon.get("width", icon_set["width"]), icon.get("height", icon_set["height"])
     box = f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}>{icon["body"]}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}>{icon["body"]}</svg>'
+    )
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -46,7 +48,9 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def main(node_modules: Path) -> None:
     import resvg_py
 
-    sets = {style: json.loads((node_modules / "@iconify-json" / p / "icons.json").read_text()) for style, p in SETS.items()}
+    sets = {
+        style: json.loads((node_modules / "@iconify-json" / p / "icons.json").read_text()) for style, p in SETS.items()
+    }
     emojibase = json.loads((node_modules / "emojibase-data/en/data.json").read_text())
     by_code = {e["hexcode"].lower().replace("-fe0f", ""): e for e in emojibase}
 

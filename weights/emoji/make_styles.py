@@ -2,8 +2,8 @@
 
     python weights/emoji/make_styles.py runs/styles --names 64
 
-blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a white paper rim and a shadow.
-Both keep the drawing's transparency, so they stand on any background.
+blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a white paper rim and a
+shadow. Both keep the drawing's transparency, so they stand on any background.
 """
 
 import argparse
@@ -38,7 +38,12 @@ def blueprint(image: Image.Image) -> Image.Image:
 def papercut(image: Image.Image) -> Image.Image:
     """Six flat colours after smoothing, on a white rim, over a soft grey shadow."""
     alpha = image.getchannel("A").point(lambda a: 255 if a > 127 else 0)
-    flat = image.convert("RGB").filter(ImageFilter.ModeFilter(7)).quantize(6, method=Image.Quantize.MEDIANCUT).convert("RGB")
+    flat = (
+        image.convert("RGB")
+        .filter(ImageFilter.ModeFilter(7))
+        .quantize(6, method=Image.Quantize.MEDIANCUT)
+        .convert("RGB")
+    )
     rim = alpha.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(0.7))
     out = Image.new("RGBA", image.size, (60, 60, 60, 0))
     shadow = ImageChops.offset(rim, 4, 5).filter(ImageFilter.GaussianBlur(2)).point(lambda a: a * 6 // 10)

@@ -1,10 +1,12 @@
 """Train the small CLIP: its text tower conditions the UNet, its image tower judges pictures.
 
     python weights/emoji/train_clip.py --out runs/clip --names 64 --steps 2500
-    python weights/emoji/train_clip.py --out runs/judge --names 64 --steps 1000 --init runs/clip --vae runs/vae/vae.safetensors
+    python weights/emoji/train_clip.py --out runs/judge --names 64 --steps 1000 --init runs/clip --vae
+    runs/vae/vae.safetensors
 
-The second line trains the image tower on, with the text tower frozen, on pictures the autoencoder has decoded: a judge must
-know what blur and decoding do to a drawing, or it marks the blur. Class: open_clip's CLIP. Loss: InfoNCE in both directions,
+The second line trains the image tower on, with the text tower frozen, on pictures the autoencoder has decoded: a judge
+must know what blur and decoding do to a drawing, or it marks the blur. It also sees the held-out pairs, which it has
+to mark; the text tower and the UNet never do. Class: open_clip's CLIP. Loss: InfoNCE in both directions,
 where *every* caption of the batch that fits a picture counts as right ("a cat" fits all cats).
 """
 
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.data import STYLES, Art, caption, compose, read_art, split_art  # noqa: E402
+from minilcm.data import Art, caption, compose, read_art, split_art  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.safefile import read_tensors, write_tensors  # noqa: E402
 from minilcm.text import TextConfig, TextEncoder, open_clip_to_clip_l  # noqa: E402
@@ -45,7 +47,9 @@ def encode_text(clip: open_clip.CLIP, text: TextEncoder, ids: Tensor) -> Tensor:
     """Unit text vectors (b, e): the tower's output at the first EOS, projected."""
     n = int((ids == 49407).int().argmax(dim=1).max()) + 1  # no padding needed behind the last EOS: attention is causal
     tokens = text(ids[:, :n])
-    return F.normalize(tokens[torch.arange(len(ids)), (ids == 49407).int().argmax(dim=1)] @ clip.text_projection, dim=-1)
+    return F.normalize(
+        tokens[torch.arange(len(ids)), (ids == 49407).int().argmax(dim=1)] @ clip.text_projection, dim=-1
+    )
 
 
 def fits(said: tuple, art: Art, color: str) -> bool:
@@ -60,7 +64,9 @@ def degrade(x: Tensor, generator: torch.Generator) -> Tensor:
     theta = torch.zeros(b, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 0.95 + 0.1 * u[:, 0]
     theta[:, :, 2] = (u[:, 1:3] - 0.5) * 0.1
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), "bilinear", "border", align_corners=False)
+    x = F.grid_sample(
+        x, F.affine_grid(theta, list(x.shape), align_corners=False), "bilinear", "border", align_corners=False
+    )
     small = F.interpolate(x, scale_factor=0.4, mode="bilinear", antialias=True)
     blurred = F.interpolate(small, x.shape[-2:], mode="bicubic")
     mix = u[:, 3, None, None, None]
@@ -91,6 +97,7 @@ def main() -> None:
 
     choices = (HERE / "names.txt").read_text().splitlines()[: args.names]
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", choices)
+    seen = seen + held_out if args.init else seen
     rng = random.Random(args.seed)
     pool = [(a, *compose(a, 64, rng)) for a in seen for _ in range(args.looks)]
     test = [(a, *compose(a, 64, rng)) for a in held_out for _ in range(4)]
@@ -137,7 +144,9 @@ def main() -> None:
         x = degrade(pixels[index], torch.Generator().manual_seed(rng.getrandbits(62)))
         ids = text.tokenize(list(captions))
         used[ids.unique()] = True
-        right = torch.tensor([[fits(s, pool[i][0], pool[i][2]) for s in said] for i in index]).float()  # (images, captions)
+        right = torch.tensor(
+            [[fits(s, pool[i][0], pool[i][2]) for s in said] for i in index]
+        ).float()  # (images, captions)
 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             images = F.normalize(clip.visual(x), dim=-1)  # (b, e)
@@ -160,11 +169,13 @@ def main() -> None:
             on_held_out = accuracy(clip, text, test_pixels, [a.name for a, _, _ in test], choices)
             clip.train()
             seconds = time.time() - start
-            print(f"step {step + 1} loss {loss.item():.3f} right: seen {on_seen:.3f} held-out {on_held_out:.3f} {seconds:.0f} s", flush=True)
+            right = f"pool {on_seen:.3f} held-out {on_held_out:.3f}"
+            print(f"step {step + 1} loss {loss.item():.3f} right: {right} {seconds:.0f} s", flush=True)
 
             state = {k: v.clone() for k, v in clip.state_dict().items() if k != "attn_mask"}
             if not args.init:
-                state["token_embedding.weight"][~used] = 0  # rows of tokens never trained: zero, which git packs to nothing
+                # rows of tokens never trained are zero, which git packs to nothing
+                state["token_embedding.weight"][~used] = 0
             write_tensors(args.out / "clip.safetensors", state, {})
             tower = {k: state[k] for k in text.tower.state_dict() if k in state}
             text_config = json.dumps(dict(width=TEXT.width, layers=TEXT.layers, heads=TEXT.heads))

@@ -3,9 +3,9 @@
     python weights/emoji/train_vae.py --out runs/vae --steps 6000
     python weights/emoji/train_vae.py --out runs/vae_decoder --init runs/vae/vae.safetensors --decoder-only --steps 4000
 
-Loss: L1 + L1 of the picture's gradients (edges) + 1e-4 KL, which keeps the latents small and the decoder used to a little
-noise. The scale factor in the written file is 1 / (measured std of the latents). --decoder-only freezes the encoder, as
-Stable Diffusion's ft-MSE decoders did, so a UNet trained on the latents stays valid.
+Loss: L1 + L1 of the picture's gradients (edges) + 1e-4 KL, which keeps the latents small and the decoder used to a
+little noise. The scale factor in the written file is 1 / (measured std of the latents). --decoder-only freezes the
+encoder, as Stable Diffusion's ft-MSE decoders did, so a UNet trained on the latents stays valid.
 """
 
 import argparse
@@ -25,12 +25,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.data import compose, read_art, split_art  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.safefile import write_tensors  # noqa: E402
 from minilcm.vae import VAE, VAEConfig  # noqa: E402
-
 
 CONFIG = VAEConfig(channels=(32, 64, 128), res_blocks=1, groups=8, scale=1.0)
 
@@ -108,7 +106,8 @@ def main() -> None:
             with torch.no_grad():
                 std = vae.encode_mean(fixed[:128]).std().item()
             seconds = time.time() - start
-            print(f"step {step + 1} loss {loss.item():.4f} held-out {psnr(vae, fixed):.2f} dB std {std:.3f} {seconds:.0f} s", flush=True)
+            good = f"held-out {psnr(vae, fixed):.2f} dB std {std:.3f}"
+            print(f"step {step + 1} loss {loss.item():.4f} {good} {seconds:.0f} s", flush=True)
             scale = vae.cfg.scale if args.decoder_only else vae.cfg.scale / std
             config = json.dumps(asdict(replace(vae.cfg, scale=scale)))
             write_tensors(args.out / "vae.safetensors", average, {"config": config})
