@@ -35,10 +35,6 @@ class Cond(NamedTuple):
         """Both, one under the other along b."""
         return Cond(*(None if x is None else torch.cat([x, y]) for x, y in zip(self, other)))
 
-    def rows(self, index: slice | Tensor) -> "Cond":
-        """Some of the b rows of every part."""
-        return Cond(*(None if x is None else x[index] for x in self))
-
     def to(self, device=None, dtype=None) -> "Cond":
         return Cond(*(None if x is None else x.to(device=device, dtype=dtype) for x in self))
 

@@ -62,8 +62,8 @@ def degrade(x: Tensor, generator: torch.Generator) -> Tensor:
     b = len(x)
     u = torch.rand(b, 4, generator=generator)
     theta = torch.zeros(b, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 0.95 + 0.1 * u[:, 0]
-    theta[:, :, 2] = (u[:, 1:3] - 0.5) * 0.1
+    theta[:, 0, 0] = theta[:, 1, 1] = 0.9 + 0.25 * u[:, 0]
+    theta[:, :, 2] = (u[:, 1:3] - 0.5) * 0.2
     x = F.grid_sample(
         x, F.affine_grid(theta, list(x.shape), align_corners=False), "bilinear", "border", align_corners=False
     )
