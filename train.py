@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilcm.checkpoint import load_model, load_state, save_model, save_state
-from minilcm.data import STYLES, batches, cache_latents, read_art, split_art
+from minilcm.data import batches, cache_latents, read_art, split_art
 from minilcm.lcm import T_SCALE, K, lcd_loss, sample_lcm
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
@@ -170,10 +170,9 @@ def main(args: argparse.Namespace) -> None:
         unet.eval()
         recipe = {"objective": args.objective, "steps": str(step), "model": args.model.name, "seed": str(args.seed)}
         if args.rank is not None:
-            lcm = (
-                {"w": f"{args.w:g}", "K": str(K), "timestep_scaling": f"{T_SCALE:g}"} if args.objective == "lcm" else {}
-            )
-            write_tau(args.out / "lora.safetensors", get_tau(unet), recipe | lcm)
+            if args.objective == "lcm":
+                recipe |= {"w": f"{args.w:g}", "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
+            write_tau(args.out / "lora.safetensors", get_tau(unet), recipe)
         else:
             save_model(args.out / "model.safetensors", average, vae, text, config)
         state = named | {f"average.{k}": v for k, v in average.items()}
@@ -182,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     @torch.no_grad()
     def draw(step: int) -> None:
         """Eight fixed prompts, the same noise each time: 4 LCM steps, or 20 guided DDIM steps."""
-        prompts = [f"{name}, {style} style" for name, style in zip(names_to_draw, STYLES * 2)]
+        prompts = [f"{a.name}, {a.style} style" if a.style else a.name for a in to_draw]
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
         side = config.size // vae.factor
         z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators]).to(device)
@@ -195,12 +194,11 @@ def main(args: argparse.Namespace) -> None:
         else:
             z0 = sample_ddim(guided_eps(unet, cond, text.null_cond(8), config.guidance - 1), z_T, schedule, 20)
         [x.copy_(live[k]) for k, x in named.items()]
-        save_png(
-            args.out / f"step_{step:06d}.png", contact_sheet(to_images(vae.decode(z0)), prompts, 8), f"step {step}"
-        )
+        sheet = contact_sheet(to_images(vae.decode(z0)), prompts, 8)
+        save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
 
-    names_to_draw = list(dict.fromkeys(a.name for a in art))[:: max(1, len({a.name for a in art}) // 8)]
-    names_to_draw = (names_to_draw * 8)[:8]
+    # eight drawings spread over the data, as they would be asked for
+    to_draw = (art[:: max(1, len(art) // 8)] * 8)[:8]
     data = batches(cache, args.batch, args.seed, start)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     stop = []
