@@ -1,8 +1,10 @@
 """train.py on a tiny model: every objective, what is written, resume to the last bit, and one line for wrong flags."""
 
+import dataclasses
 import json
+import re
+import runpy
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +19,7 @@ from minilcm.lora import add_lora, get_tau, load_tau, target_paths
 from minilcm.lora_io import read_recipe, read_tau
 from minilcm.merge import merge_into
 from minilcm.safefile import read_tensors
-from minilcm.schedule import diffusion_loss, make_schedule
+from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
 OBJECTIVES = {
@@ -102,10 +104,10 @@ def test_two_steps(files, tmp_path, objective, capsys):
     assert "fixed" in capsys.readouterr().out
 
 
-def test_batch_seed_and_w_matter(files, tmp_path):
-    """Another --seed, --w, --lr or --batch gives another LoRA; the same flags give the same one, bit for bit."""
+def test_seed_and_w_matter(files, tmp_path):
+    """Another --seed or --w gives another LoRA; the same flags give the same one, bit for bit."""
     results = []
-    for i, more in enumerate([(), (), ("--seed", "1"), ("--w", "2"), ("--lr", "1e-3"), ("--batch", "2")]):
+    for i, more in enumerate([(), (), ("--seed", "1"), ("--w", "2")]):
         run(files, tmp_path / str(i), "attention", 1, *more)
         results.append(read_tensors(tmp_path / str(i) / "lora.safetensors")[0])
 
@@ -133,7 +135,7 @@ def test_gradients_are_clipped(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
     monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
-    run(files, tmp_path, "lcm", 3, "--w", "1000")
+    run(files, tmp_path, "lcm", 3, "--alpha", "60")
     assert len(norms) == 3 and max(before for before, _ in norms) > 1.1
     assert all(after == pytest.approx(min(before, 1), rel=1e-3) for before, after in norms)
 
@@ -192,11 +194,14 @@ def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch
 
 
 def test_lcm_training_lowers_the_fixed_loss(files, tmp_path, capsys):
-    """Twenty steps bring the loss at fixed (z0, t, noise) down by a tenth at least, from its value after five."""
-    run(files, tmp_path, "lcm", 20, "--lr", "0.3", "--w", "0", "--save-every", "5")
+    """Learning rate 0 leaves the loss at fixed (z0, t, noise) where it is, to the last digit; twenty steps of training
+    bring it down by 15 %.
+    """
+    run(files, tmp_path, "lcm", 2, "--lr", "0", "--w", "0", "--save-every", "1")
+    run(files, tmp_path, "lcm", 20, "--lr", "0.8", "--w", "0")
     lines = capsys.readouterr().out.splitlines()
-    fixed = [float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line]
-    assert len(fixed) == 4 and fixed[-1] < 0.9 * fixed[0]
+    before, still, after = [float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line]
+    assert still == before and after < 0.85 * before
 
 
 def test_written_lora_samples_as_the_live_one(files, tmp_path):
@@ -267,13 +272,6 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
     )
 
 
-def test_diffusion_loss_on_cuda(fake_cuda):
-    """A dry run with z0 and t on cuda, as train.py passes them, and the schedule's tables on the CPU."""
-    z0, t = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([5, 999], device="cuda")
-    loss = diffusion_loss(lambda z_t, t: z_t, z0, t, torch.randn_like(z0), make_schedule())
-    assert loss.device.type == "cuda" and loss.shape == ()
-
-
 # ---- resume
 
 
@@ -318,13 +316,16 @@ def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, object
     assert sheets[0] == sheets[1]
 
 
-def test_saving_does_not_change_training(files, tmp_path):
-    """Validation, sheets and files on the way draw nothing that training draws: --save-every 1 gives the same LoRA."""
-    run(files, tmp_path / "a", "lcm", 3)
-    run(files, tmp_path / "b", "lcm", 3, "--save-every", "1")
-    a, b = (read_tensors(tmp_path / x / "lora.safetensors")[0] for x in "ab")
+@pytest.mark.parametrize("objective", ["full", "lcm"])
+def test_saving_does_not_change_training(files, tmp_path, objective):
+    """Validation, sheets and files on the way draw nothing that training draws and put all weights back: --save-every 1
+    ends in the same state.
+    """
+    run(files, tmp_path / "a", objective, 2)
+    run(files, tmp_path / "b", objective, 2, "--save-every", "1")
+    a, b = (read_tensors(tmp_path / x / "state.safetensors")[0] for x in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert len(list((tmp_path / "b").glob("*.png"))) == 3
+    assert len(list((tmp_path / "b").glob("*.png"))) == 2
 
 
 @pytest.fixture(scope="module")
@@ -449,20 +450,22 @@ def test_cuda_without_cuda(files, tmp_path):
 
 def test_art_of_other_names_only(files, tmp_path):
     """A shard none of whose names the model knows is refused by name, not by an error about an empty list."""
-    write_model(tmp_path / "other.safetensors", config=CONFIG.__class__(**(vars(CONFIG) | {"names": ("teapot",)})))
+    write_model(tmp_path / "other.safetensors", config=dataclasses.replace(CONFIG, names=("teapot",)))
     argv = [*flags(files, tmp_path / "out", "lcm", 1), "--model", str(tmp_path / "other.safetensors")]
     for data in (files / "art", files / "art/noto.tar"):
         assert f"{data}: none of its drawings has a name that" in refused([*argv, "--data", str(data)])
 
 
-def test_as_a_command(files):
-    """`python train.py`: an error is one line on stderr, without traceback, exit code 1; --help explains and exits with
-    0.
-    """
-    for argv, code in ((flags(files, files / "model.safetensors", "lcm", 1), 1), (["--help"], 0)):
-        done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        if code:
-            assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
-        else:
-            assert "--save-every N" in done.stdout and not done.stderr
+def test_as_a_command(files, monkeypatch, capsys):
+    """As `python train.py` an error leaves with one line, which exits with 1; --help explains and exits with 0."""
+    for argv, message in (
+        (flags(files, files / "model.safetensors", "lcm", 1), "train.py: .*exists: .*model.safetensors"),
+        ([*flags(files, files, "lcm", 1), "--model", "none.safetensors"], "train.py: none.safetensors: no such file"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        assert re.match(message, caught.value.code) and "\n" not in caught.value.code
+    with pytest.raises(SystemExit) as caught:
+        train.parse(["--help"])
+    assert caught.value.code == 0 and "--save-every N" in capsys.readouterr().out

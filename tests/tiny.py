@@ -16,8 +16,8 @@ from minilcm.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(
-    # the emoji model's blocks, so that its LoRA files name modules of a known UNet
-    unet=UNetConfig((32, 32, 32), ((0,), (1,), (1,)), 1, ((1, 1), (1, 1), (0, 0)), context_dim=32, heads=2, groups=8),
+    # blocks that the emoji model has too, so that LoRA files name modules of a known UNet
+    unet=UNetConfig((32, 32, 32), ((0,), (0,), (1,)), 1, ((1, 1), (0, 1), (0, 0)), context_dim=32, heads=2, groups=8),
     vae=VAEConfig((16, 16, 16), res_blocks=1, groups=4, scale=1.0),
     text=TextConfig(32, 1, 2),
     size=32,
