@@ -144,11 +144,11 @@ def main(args: argparse.Namespace) -> None:
     w = (1.0 if args.sampler == "lcm" else config.guidance) - 1 if args.guidance is None else args.guidance - 1
     multiple = vae.factor * 2 ** (len(config.unet.channels) - 1)
     width, height = parse_size(args.size, config.size, multiple)
-    grid = {
-        "lcm": lambda: lcm_grid(args.steps, args.strength if args.image else 1.0),
-        "ddim": lambda: [t for t, _ in ddim_grid(args.steps)],
-        "dpmpp": lambda: dpmpp_grid(args.steps),
-    }[args.sampler]()
+    strength = args.strength if args.image else 1.0
+    if args.sampler == "lcm":
+        grid = lcm_grid(args.steps, strength)
+    else:
+        grid = dpmpp_grid(args.steps) if args.sampler == "dpmpp" else [t for t, _ in ddim_grid(args.steps)]
     image = vae.encode_mean(read_image(args.image, (width, height))) if args.image else None
 
     # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, in float32
@@ -181,7 +181,6 @@ def main(args: argparse.Namespace) -> None:
             z_T = torch.randn(shape, generator=generator).to(args.device)
             eps_fn = guided_eps(unet, conds[i], neg_cond, w)
             if args.sampler == "lcm":
-                strength = args.strength if args.image else 1.0
                 start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)
                 z0 = sample_lcm(eps_fn, start, schedule, args.steps, [generator], strength)
             elif args.sampler == "ddim":

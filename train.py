@@ -70,6 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=7.5,
         help="lcm: guidance strength distilled in, the paper's w = guidance - 1 (default 7.5)",
     )
+    add("--k", type=int, default=T // K, help="lcm: skipping interval in timesteps (default 20)")
     add("--looks", type=int, default=8, help="compositions made and encoded of each drawing (default 8)")
     add("--seed", type=int, default=0, help="all randomness comes from it (default 0)")
     add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
@@ -83,7 +84,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.objective == "lcm" and args.full:
         parser.error("--objective lcm needs --rank N")
-    for flag in ("steps", "batch", "looks", "save_every"):
+    for flag in ("steps", "batch", "k", "looks", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -107,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         parameters = list(unet.requires_grad_(True).parameters())
         named = dict(unet.named_parameters())
-    average = {name: x.detach().clone() for name, x in named.items()}  # EMA of full weights; a LoRA is written as it is
+    # EMA of full weights; a LoRA is written as it is
+    average = {name: x.detach().clone() for name, x in named.items()} if args.full else {}
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
     print(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
 
@@ -149,7 +151,8 @@ def main(args: argparse.Namespace) -> None:
     def loss_of(z0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         z0, cond = z0.to(device), text.encode(captions)
         if args.objective == "lcm":
-            return lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, generator, (args.w, args.w))
+            w_range = (args.w, args.w)
+            return lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, generator, w_range, k=args.k)
         t = torch.randint(0, T, (len(z0),), generator=generator)
         eps = torch.randn(z0.shape, generator=generator)
         return diffusion_loss(lambda z_t, t: student(z_t, t, cond), z0, t.to(device), eps.to(device), schedule)
@@ -171,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
         recipe = {"objective": args.objective, "steps": str(step), "model": args.model.name, "seed": str(args.seed)}
         if args.rank is not None:
             if args.objective == "lcm":
-                recipe |= {"w": f"{args.w:g}", "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
+                recipe |= {"w": f"{args.w:g}", "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
             write_tau(args.out / "lora.safetensors", get_tau(unet), recipe)
         else:
             save_model(args.out / "model.safetensors", average, vae, text, config)
@@ -217,9 +220,10 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{what}; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        # average <- mu average + (1 - mu) weights, with mu growing to 0.9995
-        mu = min(0.9995, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [x.detach() for x in named.values()], 1 - mu)
+        if args.full:
+            # average <- mu average + (1 - mu) weights, with mu growing to 0.9995
+            mu = min(0.9995, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.values()), [x.detach() for x in named.values()], 1 - mu)
 
         progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:

@@ -46,9 +46,7 @@ def from_json(text: str) -> Config:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Put `state` into a module built on meta. Raises ValueError naming the first missing, unknown or misshapen
-    keys.
-    """
+    """Put `state` into a module built on meta. Raises ValueError naming missing, unknown and misshapen keys."""
     want, problems = module.state_dict(), []
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
     problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"] if missing else []
@@ -93,9 +91,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[UN
 
 
 def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config) -> None:
-    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict, so that an average can be
-    written.
-    """
+    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict: it may be an average."""
     parts = {UNET: unet, VAE_: vae.state_dict(), TEXT: open_clip_to_clip_l(text.tower.state_dict())}
     tensors = {prefix + key: value.half() for prefix, state in parts.items() for key, value in state.items()}
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
@@ -116,9 +112,7 @@ def save_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
 
 @torch.no_grad()
 def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict:
-    """Fill `named` and the optimizer in place from `save_state`'s file and return `run`. Raises ValueError on other
-    keys.
-    """
+    """Fill `named` and the optimizer in place from `save_state`'s file; -> `run`. Raises ValueError on other keys."""
     tensors, metadata = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):

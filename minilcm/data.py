@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 STYLES = ("noto", "twemoji", "fluent", "emojione")
 COLORS = {  # light enough that no drawing drowns in its background
@@ -137,11 +138,9 @@ def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | 
 
 
 def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
-    """The drawing at `scale` of the canvas, its centre moved by `shift` (fractions), on plain colour: (3, S, S) in
-    [-1, 1].
-    """
+    """The drawing at `scale` of the canvas, moved by `shift` (fractions), on plain colour; (3, S, S) in [-1, 1]."""
     side = round(scale * size)
-    art = image.resize((side, side), Image.Resampling.BICUBIC)
+    art = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC)  # two drawings are not square
     canvas = Image.new("RGBA", (size, size), COLORS[color])
     canvas.alpha_composite(art, tuple(round((size - side) / 2 + d * size) for d in shift))
     pixels = torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1)  # (3, S, S)
@@ -158,7 +157,7 @@ def compose(art: Art, size: int, rng: random.Random) -> tuple[Tensor, str]:
         return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1, "white"
     color = rng.choice(list(COLORS))
     scale = rng.uniform(0.75, 0.95)
-    room = (1 - scale) / 2
+    room = (1 - scale) / 4  # half of the way to the edge
     shift = (rng.uniform(-room, room), rng.uniform(-room, room))
     return place(art.image, color, size, scale, shift), color
 
@@ -175,8 +174,6 @@ class Cache(NamedTuple):
 @torch.no_grad()
 def cache_latents(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Cache:
     """Compose each drawing `looks` times and encode it: m = looks * len(art)."""
-    from tqdm import tqdm
-
     rng = random.Random(seed)
     means, stds, shown, colors = [], [], [], []
     todo = [a for a in art for _ in range(looks)]

@@ -107,9 +107,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention among the pixels, cross-attention to the prompt, feed-forward; each with LayerNorm and
-    residual.
-    """
+    """Self-attention among the pixels, cross-attention to the prompt, feed-forward; each normed, with a residual."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -127,8 +125,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """`depth` transformer blocks over the h*w pixels as tokens, between two projections, with a residual around all.
 
-    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False), Linear in SDXL: the same product, another key
-    shape.
+    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False), Linear in SDXL: one product in two shapes.
     """
 
     def __init__(self, channels: int, depth: int, context_dim: int, heads: int, linear: bool, groups: int):

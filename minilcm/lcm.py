@@ -72,19 +72,20 @@ def lcd_loss(
     generator: torch.Generator,
     w_range: tuple[float, float] = (7.5, 7.5),
     n: Tensor | None = None,
+    k: int = T // K,
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
 
     One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three
     networks are one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes
-    the grid indices.
+    the grid indices. `k` is the skipping interval: a longer one reaches t = 0 in fewer skips, each less exact.
     """
     b, device = len(z0), z0.device
     n = torch.randint(0, K, (b,), generator=generator) if n is None else n
     w = torch.empty(b).uniform_(*w_range, generator=generator).to(device)
     eps = torch.randn(z0.shape, generator=generator).to(device)
     t_start = train_grid()[n].to(device)
-    t_end = (t_start - T // K).clamp(min=0)  # index 0 ends at t = 0, where f is the identity
+    t_end = (t_start - k).clamp(min=0)  # f is the identity at t = 0
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)

@@ -86,11 +86,10 @@ def add_lora(
     targets: tuple[str, ...] = TARGETS,
     generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze the model, adapt its target layers in place (same weights, same keys) and return the LoRA parameters,
-    float32.
+    """Freeze the model, adapt its target layers in place (same weights, same keys) and return its new parameters.
 
-    A is drawn Kaiming-uniform(sqrt 5) by `generator`, B is zero: the model's output does not change. lora_alpha None:
-    rank. Raises ValueError for a rank below 1.
+    A is drawn by `generator`, B is zero: the model's output does not change. Both are float32. lora_alpha None: rank.
+    Raises ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more")
@@ -101,15 +100,13 @@ def add_lora(
         layer.__class__ = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
         with torch.device(layer.weight.device):
             layer.adapt(rank, float(rank if lora_alpha is None else lora_alpha))
-        bound = 1 / math.sqrt(
-            layer.lora_down.weight[0].numel()
-        )  # kaiming_uniform_(a=sqrt(5)) is U(-1/sqrt(fan_in), ...)
+        down, up = layer.lora_down.weight, layer.lora_up.weight
+        # A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's Kaiming-uniform with a = sqrt(5), drawn on the CPU
+        bound = 1 / math.sqrt(down[0].numel())
         with torch.no_grad():
-            layer.lora_down.weight.copy_(
-                torch.empty(layer.lora_down.weight.shape).uniform_(-bound, bound, generator=generator)
-            )
-            layer.lora_up.weight.zero_()
-        parameters += [layer.lora_down.weight, layer.lora_up.weight]
+            down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
+            up.zero_()
+        parameters += [down, up]
     return parameters
 
 
@@ -134,9 +131,7 @@ def get_tau(model: nn.Module) -> Tau:
 
 @torch.no_grad()
 def load_tau(model: nn.Module, tau: Tau) -> None:
-    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the model's
-    own.
-    """
+    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the same."""
     layers = lora_layers(model)
     if set(layers) != set(tau):
         odd = sorted(set(layers) ^ set(tau))

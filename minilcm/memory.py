@@ -19,9 +19,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 @contextmanager
 def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """The module on `device` for one block, then back on the CPU: with three networks, only one is on the card at a
-    time.
-    """
+    """The module on `device` for one block, then back on the CPU: of three networks, only one is on the card."""
     try:
         yield module.to(device)
     finally:

@@ -50,9 +50,7 @@ def load_judge(path: str | Path) -> Judge:
 
 @torch.no_grad()
 def clip_score(judge: Judge, text: TextEncoder, pixels: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine of each picture (b, 3, H, W) with its own prompt -> (b,) in [-1, 1]. CLIPScore (2104.08718) without its
-    2.5.
-    """
+    """Cosine of each picture (b, 3, H, W) with its own prompt, (b,) in [-1, 1]; CLIPScore (2104.08718) is 2.5 of it."""
     features = judge.text_features(text, prompts)
     return (judge.image_features(pixels) * features).sum(dim=-1)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -20,11 +20,14 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as pixels (1, 3, H, W) in [-1, 1], transparent parts white, scaled and centre-cropped to (W,
-    H).
+    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and centre-cropped to (W, H).
+
+    Raises ValueError if there is no such file or it is no picture.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
     try:
-        image = Image.open(path).convert("RGBA")
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     except (OSError, ValueError):
         raise ValueError(f"{path}: not a picture that can be read") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -28,9 +28,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, sorted by key, contiguous, atomic; {"format": "pt"} is added to the metadata, as others
-    expect.
-    """
+    """A safetensors file, sorted by key, contiguous, atomic; others expect {"format": "pt"} in the metadata."""
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         save_file(tensors, part, {"format": "pt", **metadata})

@@ -31,8 +31,7 @@ class Schedule(NamedTuple):
 def make_schedule() -> Schedule:
     """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of CompVis/stable-diffusion).
 
-    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. Kept in float32 as the official code does: float64 differs by
-    4.7e-7.
+    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64 differs by 4.7e-7.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -40,9 +39,7 @@ def make_schedule() -> Schedule:
 
 
 def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """z_t from clean latents z0 (b, c, h, w) and noise eps of the same shape; t an int or (b,). DDPM (2006.11239) eq.
-    4.
-    """
+    """z_t from clean latents z0 (b, c, h, w) and noise eps of its shape; t an int or (b,). DDPM (2006.11239) eq. 4."""
     alpha, sigma = schedule.at(t, z0)
     # z_t = alpha z0 + sigma eps
     return alpha * z0 + sigma * eps
@@ -63,17 +60,14 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
 
 
 def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
-    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR with SNR = alpha^2 / sigma^2. Min-SNR (2303.09556) eq.
-    8.
-    """
+    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR, SNR = alpha^2 / sigma^2. Min-SNR (2303.09556) eq. 8."""
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma) ** 2  # (b,)
     return snr.clamp(max=gamma) / snr
 
 
 def diffusion_loss(eps_fn, z0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule, gamma: float | None = 5.0) -> Tensor:
-    """Mean squared error of eps_fn(z_t, t) against the noise drawn, per image Min-SNR weighted (gamma None:
-    unweighted).
+    """Mean squared error of eps_fn(z_t, t) against the noise drawn, weighted by Min-SNR; gamma None: not weighted.
 
     z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14.
     """

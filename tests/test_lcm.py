@@ -331,6 +331,29 @@ def test_lcd_loss_calls(schedule):
         assert torch.equal(call[2], calls[0][2]) and torch.equal(call[3], t_start)
 
 
+def test_a_longer_skip(schedule):
+    """k = 60 from t = 499: the target looks at t = 439, at the guided teacher's one DDIM step there."""
+    seen = []
+
+    def target(z_t, t, cond, w):
+        seen.append((z_t, t))
+        return toy_eps(z_t, t)
+
+    z0, n, student = noise(), torch.tensor([24, 1]), lambda z_t, t, cond, w: toy_eps(z_t, t)
+    starts = []
+
+    def teacher(z_t, t, cond, w):
+        starts.append((z_t, t))
+        return toy_eps(z_t, t)
+
+    lcd_loss(student, teacher, target, z0, None, None, schedule, torch.Generator().manual_seed(0), n=n, k=60)
+    (z_start, t_start), (z_end, t_end) = starts[0], seen[0]
+    assert t_start.tolist() == [499, 39] and t_end.tolist() == [439, 0]
+    eps = toy_eps(z_start, t_start)
+    expected = ddim_step(z_start, x0_from_eps(z_start, eps, t_start, schedule), eps, t_end, schedule)
+    torch.testing.assert_close(z_end, expected)
+
+
 def test_gradient_flows_through_the_student_only(schedule):
     """Target and teacher are constants: the student's gradient is that of huber(f_start, a number), theirs is none.
 
