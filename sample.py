@@ -180,13 +180,17 @@ def main(args: argparse.Namespace) -> None:
             shape = (1, 4, height // vae.factor, width // vae.factor)
             z_T = torch.randn(shape, generator=generator).to(args.device)
             eps_fn = guided_eps(unet, conds[i], neg_cond, w)
-            if args.sampler == "lcm":
-                start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)
-                z0 = sample_lcm(eps_fn, start, schedule, args.steps, [generator], strength)
-            elif args.sampler == "ddim":
-                z0 = sample_ddim(eps_fn, z_T, schedule, args.steps)
-            else:
-                z0 = sample_dpmpp_2m(eps_fn, z_T, schedule, args.steps)
+            try:
+                if args.sampler == "lcm":
+                    start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)
+                    z0 = sample_lcm(eps_fn, start, schedule, args.steps, [generator], strength)
+                elif args.sampler == "ddim":
+                    z0 = sample_ddim(eps_fn, z_T, schedule, args.steps)
+                else:
+                    z0 = sample_dpmpp_2m(eps_fn, z_T, schedule, args.steps)
+            except KeyboardInterrupt:  # keep what is drawn
+                print(f"stopped after {k} of {len(jobs)} pictures")
+                break
             latents.append(z0)
     with resident(vae, args.device):
         images = [to_images(vae.decode(z0))[0] for z0 in latents]
@@ -202,8 +206,8 @@ def main(args: argparse.Namespace) -> None:
         path = out if args.out.endswith(".png") else out / f"{k:04d}_{slug}_seed{args.seed + k}.png"
         save_png(path, picture, parameters)
         print(path)
-    if args.sheet:
-        labels = [f"{prompt} ({args.seed + k})" for k, (_, prompt) in enumerate(jobs)]
+    if args.sheet and images:
+        labels = [f"{prompt} ({args.seed + k})" for k, (_, prompt) in enumerate(jobs[: len(images)])]
         save_png(args.sheet, contact_sheet(images, labels, min(6, len(images))), " ".join(sys.argv[1:]))
         print(args.sheet)
 
@@ -213,3 +217,5 @@ if __name__ == "__main__":
         main(parse())
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")

@@ -99,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     unet, vae, text, config = load_model(args.model)
     unet, vae, text = unet.to(device), vae.to(device), text.to(device)
     args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / "state.safetensors").exists() and not args.resume:
+        raise ValueError(f"{args.out} holds a run already; go on with --resume, or give another --out")
 
     # ---- what is trained
     if args.rank is not None:
@@ -239,3 +241,5 @@ if __name__ == "__main__":
         main(parse())
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # before the first step
+        sys.exit("train.py: stopped; nothing was trained yet")

@@ -24,7 +24,7 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 
     Raises ValueError if there is no such file or it is no picture.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")

@@ -78,6 +78,21 @@ def same_picture(a: bytes, b: bytes) -> bool:
 # ---- what is drawn
 
 
+def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
+    """Ctrl-C in the third of four pictures: the first two are written, as they would have been."""
+    whole, calls = draw("pizza", "--count", "4", "--steps", "1"), itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return sample_lcm(*args)
+
+    monkeypatch.setattr(sample, "sample_lcm", interrupted)
+    kept = draw("pizza", "--count", "4", "--steps", "1")
+    assert len(kept) == 2 and kept.items() <= whole.items()
+    assert "stopped after 2 of 4 pictures" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "sampler, dtype", [("lcm", "float32"), ("lcm", "bfloat16"), ("ddim", "float32"), ("dpmpp", "bfloat16")]
 )

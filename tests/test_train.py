@@ -99,7 +99,7 @@ def test_two_steps(files, tmp_path, objective, capsys):
         assert all(up.any() for up, _, _ in tau.values())  # B started at zero; gradients flowed into each
         expected = {"objective": OBJECTIVES[objective][1], "steps": "2", "model": "model.safetensors", "seed": "0"}
         if objective != "style":
-            expected |= {"w": "7.5", "K": "50", "timestep_scaling": "10"}
+            expected |= {"w": "7.5", "k": "20", "K": "50", "timestep_scaling": "10"}
         assert read_recipe(out / result) == expected
     assert "fixed" in capsys.readouterr().out
 
@@ -352,6 +352,13 @@ def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_p
     assert "state of another model or objective" in refused(flags(files, finished, "lcm", 1, "--resume"))
     assert "state of another model or objective" in refused(flags(files, finished, "full", 1, "--resume"))
     assert "state.safetensors: no such file" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
+
+
+def test_a_new_run_does_not_write_over_an_old_one(files, finished):
+    """The same --out without --resume is refused, and the old state stays byte for byte."""
+    before = (finished / "state.safetensors").read_bytes()
+    assert "holds a run already; go on with --resume" in refused(flags(files, finished, "attention", 1))
+    assert (finished / "state.safetensors").read_bytes() == before
 
 
 def test_resume_of_a_finished_run_changes_nothing(files, finished):

@@ -7,7 +7,8 @@
 The second line trains the image tower on, with the text tower frozen, on pictures the autoencoder has decoded: a judge
 must know what blur and decoding do to a drawing, or it marks the blur. It also sees the held-out pairs, which it has
 to mark; the text tower and the UNet never do. Class: open_clip's CLIP. Loss: InfoNCE in both directions,
-where *every* caption of the batch that fits a picture counts as right ("a cat" fits all cats).
+where *every* caption of the batch that fits a picture counts as right ("a cat" fits all cats); the judge also learns
+to pick the name out of all names.
 """
 
 import argparse
@@ -128,6 +129,8 @@ def main() -> None:
         setattr(text.tower.get_submodule(module), leaf, clip.get_parameter(name))
     frozen = [p for n, p in clip.named_parameters() if not n.startswith("visual.")] if args.init else []
     [p.requires_grad_(False) for p in frozen]
+    with torch.no_grad():
+        names = encode_text(clip, text, text.tokenize(choices)) if args.init else None  # (n, e)
 
     parameters = [p for p in clip.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
@@ -157,6 +160,9 @@ def main() -> None:
             F.cross_entropy(logits, right / right.sum(1, keepdim=True))
             + F.cross_entropy(logits.T, right.T / right.T.sum(1, keepdim=True))
         ) / 2
+        if args.init:  # and the question the judge will be asked: which of all names?
+            logits = clip.logit_scale.exp().clamp(max=100) * images.float() @ names.T  # (b, n)
+            loss = loss + F.cross_entropy(logits, torch.tensor([choices.index(pool[i][0].name) for i in index]))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
