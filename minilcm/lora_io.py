@@ -1,72 +1,248 @@
-"""LoRA files <-> tau. A file names a module by its path with dots turned into underscores, after `lora_unet_`:
+"""LoRA files <-> tau: five spellings that people have, one dictionary {path: (up, down, lora_alpha)}.
 
-    lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.{lora_down.weight, lora_up.weight, alpha}
+    G1  lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight    kohya, diffusers' names: SD1.x, official files
+    G2  lora_unet_input_blocks_4_1_proj_in.lora_down.weight              kohya, LDM names: SDXL
+    G3  lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha               kohya, text encoders (te1 CLIP-L, te2 bigG)
+    G4  unet.down_blocks.1.attentions.0.proj_in.lora_A.weight            PEFT, diffusers today
+    G5  unet.down_blocks.1.attentions.0.[...].processor.to_q_lora.down.weight    diffusers of 2023
 
-Such a name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module paths of the known UNets.
+A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module names of the known
+UNets, in LDM and in diffusers spelling. Paths in a tau are LDM's for the UNet, and `te1.` or `te2.` + Hugging Face's
+for text encoders.
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from einops import einsum
+from torch import Tensor, nn
 
 from .lora import Tau
 from .safefile import read_tensors, write_tensors
-from .unet import UNet, emoji, sd15, sdxl, ssd1b
+from .unet import UNet, UNetConfig, emoji, sd15, sdxl
 
-PREFIX = "lora_unet_"
-PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+RES = {  # inside a ResBlock: LDM's name -> diffusers'
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+PREFIXES = {  # of a file's key -> of a path in tau
+    "lora_unet_": "",
+    "lora_te_text_model_": "te1.",
+    "lora_te1_text_model_": "te1.",
+    "lora_te2_text_model_": "te2.",
+    "lora_te2_": "te2.",
+    "text_encoder.text_model.": "te1.",
+    "text_encoder_2.text_model.": "te2.",
+    "text_encoder_2.": "te2.",
+    "unet.": "",
+    "": "",
+}
+REFUSED = {  # what looks like LoRA and is not: mark in a key -> kind
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
+    r"\.diff(_b)?$": "a full weight difference",
+    r"\.[wb]_norm$": "a norm difference",
+    r"\.on_input$": "IA3",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.oft_": "OFT",
+}
+
+
+# ---- the map: LDM <-> diffusers
+
+
+def block_names(cfg: UNetConfig) -> dict[str, str]:
+    """{LDM block: diffusers block}, in running order. LDM counts blocks through, diffusers level by level."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "time_embedding.cond_proj": "time_embedding.cond_proj",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    i = 1
+    for level, depths in enumerate(cfg.down):
+        for layer in range(len(depths)):
+            names[f"input_blocks.{i}.0"] = f"down_blocks.{level}.resnets.{layer}"
+            names[f"input_blocks.{i}.1"] = f"down_blocks.{level}.attentions.{layer}"
+            i += 1
+        names[f"input_blocks.{i}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        i += 1
+    i = 0
+    for level, depths in enumerate(cfg.up):
+        for layer in range(len(depths)):
+            names[f"output_blocks.{i}.0"] = f"up_blocks.{level}.resnets.{layer}"
+            names[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
+            i += 1
+        # the upsampler follows the transformer, or the ResBlock where there is none
+        names[f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names
+
+
+def to_diffusers_path(path: str, cfg: UNetConfig) -> str:
+    """`input_blocks.4.1.proj_in` -> `down_blocks.1.attentions.0.proj_in`."""
+    names, parts = block_names(cfg), path.split(".")
+    n = next(n for n in (4, 3, 2) if ".".join(parts[:n]) in names)
+    rest = ".".join(parts[n:])
+    return ".".join(filter(None, [names[".".join(parts[:n])], RES.get(rest, rest)]))
 
 
 @cache
-def module_table(family) -> dict[str, str]:
-    """{flattened name: LDM path} of the Linear and Conv2d modules of a family's UNet, from the module tree itself."""
+def module_table(family) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{flattened name: (LDM path, shape of the weight)} of a family's Linear and Conv2d modules, in both spellings."""
     with torch.device("meta"):
         unet = UNet(family())
-    return {path.replace(".", "_"): path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    table = {}
+    for path, m in unet.named_modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            for name in (path, to_diffusers_path(path, unet.cfg)):
+                table[name.replace(".", "_")] = path, tuple(m.weight.shape)
+    return table
 
 
-def to_ldm_path(flat: str) -> str | None:
-    """`input_blocks_1_0_in_layers_2` -> `input_blocks.1.0.in_layers.2`; None if no known UNet has such a module."""
-    for family in (emoji, sd15, ssd1b, sdxl):
-        if flat in module_table(family):
-            return module_table(family)[flat]
-    return None
+@cache
+def text_table() -> dict[str, str]:
+    """{flattened name: Hugging Face's path} below `text_model.`, of up to 32 layers, and bigG's text_projection."""
+    parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + ["text_projection"]
+    return {path.replace(".", "_"): path for path in paths}
+
+
+def to_ldm_path(flat: str, family) -> str | None:
+    """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` -> `input_blocks.1.0.in_layers.2`."""
+    return module_table(family).get(flat, (None,))[0]
+
+
+# ---- reading
+
+
+def split_key(key: str) -> tuple[str, str, str] | None:
+    """A key in any of the five spellings -> (prefix in tau, flattened module, "up" | "down" | "mid" | "alpha")."""
+    key = key.removeprefix("base_model.model.")
+    # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
+    if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
+        tail = f"{old[2]}_proj" if "self_attn" in old[1] else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
+        key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
+    match = re.fullmatch(r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.default\w*)?\.weight", key)
+    match = match or re.fullmatch(r"(.+)\.(alpha)", key)
+    if not match:
+        return None
+    prefix = next(p for p in PREFIXES if match[1].startswith(p))
+    part = {"A": "down", "B": "up"}.get(match[2], match[2])
+    return PREFIXES[prefix], match[1].removeprefix(prefix).replace(".", "_"), part
+
+
+def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]):
+    """The family whose UNet has most of these modules, by name and then by shape. SSD-1B's are all among SDXL's."""
+
+    def fit(family) -> tuple[int, int]:
+        table, named, shaped = module_table(family), 0, 0
+        for (prefix, flat), parts in modules.items():
+            if prefix == "" and flat in table:
+                named += 1
+                shape = table[flat][1]
+                shaped += all(parts[x].shape[i] == shape[i] for x, i in (("up", 0), ("down", 1)) if parts[x].ndim > 1)
+        return named, shaped
+
+    return max((emoji, sd15, sdxl), key=fit)
 
 
 def read_tau(path: str | Path) -> Tau:
-    """A LoRA file as {LDM path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank.
+    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank.
 
-    Raises ValueError with one line: no such file, damaged, not a LoRA, a key that names no module, down without up,
-    ranks that do not fit, values that are not finite.
+    Raises ValueError with one line: no such file, damaged, not a LoRA, another kind of adapter, a key that names no
+    module, a module spelled twice, down without up, ranks that do not fit, values that are not finite.
     """
-    tensors, _ = read_tensors(path)
-    if not any(key.startswith(PREFIX) for key in tensors):
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    for key in sorted(tensors):
+        for mark, kind in REFUSED.items():
+            if re.search(mark, key):
+                raise ValueError(f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key})")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("bundle_emb.")}
+    keys = {key: split_key(key) for key in sorted(tensors)}
+    if not any(keys.values()):
         what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in tensors) else "no LoRA file"
         raise ValueError(f"{path}: this is {what} (first key: {min(tensors, default='none')})")
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        match = re.fullmatch(rf"{PREFIX}(\w+)\.({'|'.join(map(re.escape, PARTS))})", key)
-        target = to_ldm_path(match[1]) if match else None
-        if target is None:
-            raise ValueError(f"{path}: key {key} names no module of a known UNet")
+
+    modules: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, split in keys.items():
+        value = tensors[key]
+        if split is None:
+            raise ValueError(f"{path}: key {key} is none of a LoRA")
+        if not value.is_floating_point() and split[2] != "alpha":
+            raise ValueError(f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first")
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} has values that are not finite")
-        modules.setdefault(target, {})[match[2]] = value.float()
+        modules.setdefault(split[:2], {})[split[2]] = value.float()
+    for (prefix, flat), parts in modules.items():
+        if "up" not in parts or "down" not in parts:
+            raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")
+        check_shapes(f"{path}: {prefix}{flat}", **parts)
+
+    family, alphas = find_family(modules), peft_alphas(path, metadata)
+    paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family) for m in modules}
+    if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
+        first = ", ".join(unknown[:5])
+        raise ValueError(f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}")
     tau: Tau = {}
-    for target, parts in modules.items():
-        down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
-        if down is None or up is None:
-            raise ValueError(f"{path}: {target} has only one of lora_down and lora_up; the file is incomplete")
-        rank, kernel = down.shape[:1], (1,) * (down.ndim - 2)
-        if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *kernel) or 0 in rank:
-            raise ValueError(f"{path}: {target} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
-        if "alpha" in parts and parts["alpha"].numel() != 1:
-            raise ValueError(f"{path}: {target} alpha has {parts['alpha'].numel()} values, not one")
-        tau[target] = (up, down, parts["alpha"].item() if "alpha" in parts else float(down.shape[0]))
+    for module, parts in modules.items():
+        target, up, down = module[0] + paths[module], parts["up"], parts["down"]
+        if target in tau:
+            raise ValueError(f"{path}: {target} is in the file twice, in LDM and in diffusers spelling")
+        if "mid" in parts:  # LoCon Tucker: down is 1x1, mid has the kernel
+            down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
+        rank = float(parts["down"].shape[0])
+        lora_alpha = (
+            parts["alpha"].item() if "alpha" in parts else alphas.get(module, alphas.get((module[0], ""), rank))
+        )
+        tau[target] = up, down, lora_alpha
     return tau
+
+
+def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> None:
+    """Raises ValueError unless up (out, r), down (r, in), or both with a kernel, up's 1x1, fit at a rank above 0."""
+    rank, ones = down.shape[:1], (1,) * (down.ndim - 2)
+    if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in rank:
+        raise ValueError(f"{name} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
+    if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (*rank, *rank) or down.shape[2:] != (1, 1)):
+        raise ValueError(f"{name} mid {tuple(mid.shape)} does not fit down {tuple(down.shape)}")
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"{name} alpha has {alpha.numel()} values, not one")
+
+
+def peft_alphas(path: Path, metadata: dict[str, str]) -> dict[tuple[str, str], float]:
+    """PEFT keeps lora_alpha beside the tensors: {(prefix in tau, flattened module): lora_alpha}, "" for the rest.
+
+    From the header's `lora_adapter_metadata`, else from adapter_config.json in the same folder.
+    """
+    out = {}
+    if "lora_adapter_metadata" in metadata:
+        raw = json.loads(metadata["lora_adapter_metadata"])
+        for theirs, ours in (("unet.", ""), ("text_encoder.", "te1."), ("text_encoder_2.", "te2.")):
+            if theirs + "lora_alpha" in raw:
+                out[ours, ""] = float(raw[theirs + "lora_alpha"])
+            for module, lora_alpha in (raw.get(theirs + "alpha_pattern") or {}).items():
+                out[ours, module.removeprefix("text_model.").replace(".", "_")] = float(lora_alpha)
+    elif (config := path.parent / "adapter_config.json").is_file():
+        raw = json.loads(config.read_text())
+        # rsLoRA scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
+        out["", ""] = float(raw["lora_alpha"]) * (raw["r"] ** 0.5 if raw.get("use_rslora") else 1)
+    return out
 
 
 def read_recipe(path: str | Path) -> dict[str, str]:
@@ -75,19 +251,64 @@ def read_recipe(path: str | Path) -> dict[str, str]:
     return {key.removeprefix("minilcm."): value for key, value in metadata.items() if key.startswith("minilcm.")}
 
 
-def write_tau(path: str | Path, tau: Tau, recipe: dict[str, str], dtype: torch.dtype = torch.float16) -> None:
-    """Write tau as a LoRA file, atomically, alpha kept; the recipe goes into the metadata under `minilcm.*`."""
-    tensors = {}
+# ---- writing
+
+
+def write_tau(
+    path: str | Path, tau: Tau, recipe: dict[str, str], dtype: torch.dtype = torch.float16, style: str | None = None
+) -> None:
+    """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata under `minilcm.*`.
+
+    style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). None is what most programs read: G1 for SD1.x, G2 for SDXL, of
+    which A1111 loses a module in G1. lora_alpha is rounded to `dtype` in kohya's styles.
+    """
+    family = find_family({("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()})
+    cfg, is_xl = family(), family is sdxl
+    style = style or ("ldm" if is_xl else "diffusers")
+    tensors, settings = {}, {}
     for target, (up, down, lora_alpha) in tau.items():
-        flat = PREFIX + target.replace(".", "_")
-        tensors[f"{flat}.lora_up.weight"] = up.to(dtype)
-        tensors[f"{flat}.lora_down.weight"] = down.to(dtype)
-        tensors[f"{flat}.alpha"] = torch.tensor(lora_alpha, dtype=dtype)
+        if target.startswith(("te1.", "te2.")):
+            part, module = target.split(".", 1)
+            module = module if module == "text_projection" else f"text_model.{module}"
+        else:
+            part, module = "unet", target if style == "ldm" else to_diffusers_path(target, cfg)
+        if style == "peft":
+            name = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
+            tensors[f"{name}.{module}.lora_B.weight"] = up.to(dtype)
+            tensors[f"{name}.{module}.lora_A.weight"] = down.to(dtype)
+            settings.setdefault(name, {})[module] = down.shape[0], lora_alpha
+        else:
+            part = "te" if part == "te1" and not is_xl else part
+            flat = f"lora_{part}_{module.replace('.', '_')}"
+            tensors[f"{flat}.lora_up.weight"] = up.to(dtype)
+            tensors[f"{flat}.lora_down.weight"] = down.to(dtype)
+            tensors[f"{flat}.alpha"] = torch.tensor(lora_alpha, dtype=dtype)
+    write_tensors(path, tensors, lora_metadata(tau, family, settings) | {f"minilcm.{k}": v for k, v in recipe.items()})
+
+
+def lora_metadata(tau: Tau, family, settings: dict[str, dict[str, tuple[int, float]]]) -> dict[str, str]:
+    """What kohya's, A1111's and ComfyUI's lists read; A1111 hides an SDXL LoRA that does not say so. FORMATS 7.1."""
     ranks = sorted({down.shape[0] for _, down, _ in tau.values()})
     alphas = sorted({lora_alpha for _, _, lora_alpha in tau.values()})
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": ",".join(map(str, ranks)),
         "ss_network_alpha": ",".join(f"{a:g}" for a in alphas),
+        "ss_v2": "False",
+        "modelspec.sai_model_spec": "1.0.1",
     }
-    write_tensors(path, tensors, metadata | {f"minilcm.{key}": value for key, value in recipe.items()})
+    base = {
+        sd15: ("sd_v1", "stable-diffusion-v1/lora"),
+        sdxl: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    }
+    if family in base:
+        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base[family]
+    if settings:  # PEFT: one rank and lora_alpha for all of a network, and patterns for those that differ
+        raw = {}
+        for name, modules in settings.items():
+            r, lora_alpha = next(iter(modules.values()))
+            raw |= {f"{name}.r": r, f"{name}.lora_alpha": lora_alpha, f"{name}.target_modules": sorted(modules)}
+            raw[f"{name}.rank_pattern"] = {m: x for m, (x, _) in modules.items() if x != r}
+            raw[f"{name}.alpha_pattern"] = {m: a for m, (_, a) in modules.items() if a != lora_alpha}
+        metadata["lora_adapter_metadata"] = json.dumps(raw, indent=2, sort_keys=True)
+    return metadata

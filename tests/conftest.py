@@ -86,6 +86,12 @@ def official_keys() -> dict[str, dict[str, list[int]]]:
     return json.loads(gzip.decompress((REFERENCE / "official_keys.json.gz").read_bytes()))
 
 
+@pytest.fixture(scope="session")
+def official_lora_keys() -> dict[str, dict]:
+    """{family: {LDM module: diffusers module}; lcm_family: {key: shape} of the official LCM-LoRA at rank 64}."""
+    return json.loads(gzip.decompress((REFERENCE / "official_lora_keys.json.gz").read_bytes()))
+
+
 @pytest.fixture
 def fake_cuda():
     """Inside the test, tensors have device, dtype and shape but no data; "cuda" exists, and mixing devices is an error.

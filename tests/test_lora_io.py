@@ -2,6 +2,8 @@
 file.
 """
 
+import json
+import math
 import os
 import pickle
 import re
@@ -14,11 +16,12 @@ from torch import nn
 
 from minilcm import safefile
 from minilcm.lora import Tau, target_paths
-from minilcm.lora_io import PREFIX, module_table, read_recipe, read_tau, to_ldm_path, write_tau
+from minilcm.lora_io import read_recipe, read_tau, split_key, text_table, to_diffusers_path, to_ldm_path, write_tau
+from minilcm.merge import delta
 from minilcm.unet import UNet, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = (emoji, sd15, ssd1b, sdxl)
-FLAT = PREFIX + "input_blocks_1_0_in_layers_2"
+FLAT = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
 def mixed_tau() -> Tau:
@@ -117,27 +120,163 @@ def test_recipe_is_in_the_header(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_a_bijection(family):
-    """Each adaptable module of the UNet has a flattened name of its own, which comes back to its path."""
+    """Each adaptable module has one flattened name in LDM and one in diffusers spelling, and both come back to it."""
     with torch.device("meta"):
         unet = UNet(family())
     paths = [path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(module_table(family)) == len(paths)
-    assert set(target_paths(unet)) <= set(paths)
-    assert [to_ldm_path(path.replace(".", "_")) for path in paths] == paths
+    diffusers = [to_diffusers_path(path, unet.cfg) for path in paths]
+    assert len(set(diffusers)) == len(paths) and set(target_paths(unet)) <= set(paths)
+    assert [to_ldm_path(path.replace(".", "_"), family) for path in paths] == paths
+    assert [to_ldm_path(path.replace(".", "_"), family) for path in diffusers] == paths
 
 
-def test_families_agree_on_names():
-    """A flattened name that two families have means the same path in both, so the order of look-up does not matter."""
-    for one in FAMILIES:
-        for other in FAMILIES:
-            shared = module_table(one).keys() & module_table(other).keys()
-            assert all(module_table(one)[flat] == module_table(other)[flat] for flat in shared)
+@pytest.mark.parametrize("family", [sd15, ssd1b, sdxl])
+def test_diffusers_names_are_the_official_ones(official_lora_keys, family):
+    """The map equals the one tracked tensor by tensor through diffusers' own converter, norms and embeddings too."""
+    official = official_lora_keys[family.__name__]
+    assert {path: to_diffusers_path(path, family()) for path in official} == official
 
 
-def test_unknown_names_are_none():
-    """Neither a dotted path, nor a norm, nor a text encoder's module is taken for a UNet module."""
-    for flat in ("input_blocks.1.0.in_layers.2", "input_blocks_1_0_in_layers_0", "te_text_model_encoder", "", "out"):
-        assert to_ldm_path(flat) is None
+@pytest.mark.parametrize(
+    "family, modules, parameters", [(sd15, 278, 67_252_224), (ssd1b, 423, 104_902_656), (sdxl, 788, 196_751_360)]
+)
+def test_official_lcm_lora_keys(official_lora_keys, family, modules, parameters):
+    """Every key of the official file names a module that the LCM-LoRA's targets name, with the shapes of rank 64."""
+    keys = official_lora_keys[f"lcm_{family.__name__}"]
+    with torch.device("meta"):
+        unet = UNet(family())
+    found, count = set(), 0
+    for key, shape in keys.items():
+        prefix, flat, part = split_key(key)
+        path = to_ldm_path(flat, family)
+        assert prefix == "" and path
+        found.add(path)
+        weight = unet.get_submodule(path).weight.shape
+        if part == "down":
+            assert shape == [64, *weight[1:]]
+        if part == "up":
+            assert shape == [weight[0], 64, *(1 for _ in weight[2:])]
+        count += math.prod(shape) if part != "alpha" else 0
+    assert found == set(target_paths(unet)) and len(found) == modules and count == parameters
+
+
+SPELLINGS = [  # each of public files, by grammar; and what it names
+    ("lora_unet_up_blocks_2_attentions_0_proj_in.lora_up.weight", "", "output_blocks.6.1.proj_in", "up"),
+    ("lora_unet_mid_block_resnets_0_time_emb_proj.alpha", "", "middle_block.0.emb_layers.1", "alpha"),
+    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight", "",
+     "input_blocks.4.1.transformer_blocks.0.attn1.to_q", "down"),
+    ("lora_unet_output_blocks_5_2_conv.lora_down.weight", "", "output_blocks.5.2.conv", "down"),
+    ("lora_unet_up_blocks_0_upsamplers_0_conv.lora_mid.weight", "", "output_blocks.2.1.conv", "mid"),
+    ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", "te1.",
+     "encoder.layers.0.self_attn.q_proj", "down"),
+    ("lora_te1_text_model_encoder_layers_11_mlp_fc1.lora_up.weight", "te1.", "encoder.layers.11.mlp.fc1", "up"),
+    ("lora_te2_text_model_encoder_layers_31_self_attn_v_proj.lora_up.weight", "te2.",
+     "encoder.layers.31.self_attn.v_proj", "up"),
+    ("lora_te2_text_projection.lora_down.weight", "te2.", "text_projection", "down"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "",
+     "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "down"),
+    ("unet.mid_block.resnets.1.conv1.lora_B.weight", "", "middle_block.2.in_layers.2", "up"),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "te1.",
+     "encoder.layers.0.self_attn.q_proj", "down"),
+    ("base_model.model.mid_block.resnets.1.time_emb_proj.lora_B.weight", "", "middle_block.2.emb_layers.1", "up"),
+    ("unet.conv_in.lora_A.default.weight", "", "input_blocks.0.0", "down"),
+    ("unet.conv_out.lora_B.default_0.weight", "", "out.2", "up"),
+    ("unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0.lora.down.weight", "",
+     "output_blocks.5.1.transformer_blocks.0.attn2.to_out.0", "down"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", "",
+     "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "down"),
+    ("mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.up.weight", "",
+     "middle_block.1.transformer_blocks.0.attn2.to_out.0", "up"),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight", "te1.",
+     "encoder.layers.0.self_attn.q_proj", "up"),
+    ("text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora.down.weight", "te1.",
+     "encoder.layers.3.self_attn.out_proj", "down"),
+    ("text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj.lora_linear_layer.up.weight", "te2.",
+     "encoder.layers.1.self_attn.k_proj", "up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, prefix, path, part", SPELLINGS)
+def test_spellings(key, prefix, path, part):
+    """Five grammars, UNet and text encoders: the module of SD1.5 (or its tower) and the part that the key names."""
+    got_prefix, flat, got_part = split_key(key)
+    got = text_table().get(flat) if got_prefix else to_ldm_path(flat, sd15)
+    assert (got_prefix, got, got_part) == (prefix, path, part)
+
+
+def test_the_upsampler_of_the_lowest_level(tmp_path):
+    """`up_blocks_0_upsamplers_0_conv` is output_blocks.2.1 in SD1.5 but .2.2 in SDXL, where A1111 loses it."""
+    flat = "lora_unet_up_blocks_0_upsamplers_0_conv"
+    for other, path in (
+        ("down_blocks_0_attentions_0_proj_in", "output_blocks.2.1.conv"),
+        ("add_embedding_linear_1", "output_blocks.2.2.conv"),
+    ):
+        tensors = {
+            f"{flat}.lora_down.weight": torch.ones(1, 1280, 3, 3),
+            f"{flat}.lora_up.weight": torch.ones(1280, 1, 1, 1),
+        }
+        tensors |= {
+            f"lora_unet_{other}.lora_down.weight": torch.ones(1, 3),
+            f"lora_unet_{other}.lora_up.weight": torch.ones(3, 1),
+        }
+        save_file(tensors, tmp_path / "lora.safetensors")
+        assert path in read_tau(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("style", ["diffusers", "ldm", "peft"])
+def test_styles_come_back(tmp_path, style):
+    """Each style written in float32, text encoder included, ranks and lora_alphas all different: the same tau read."""
+    tau = {path: (up, down, float(torch.tensor(lora_alpha))) for path, (up, down, lora_alpha) in mixed_tau().items()}
+    tau["te1.encoder.layers.0.self_attn.q_proj"] = torch.ones(32, 2), torch.ones(2, 32), 7.0
+    tau["te1.encoder.layers.1.mlp.fc1"] = torch.ones(64, 5), torch.ones(5, 32), 1.5
+    write_tau(tmp_path / "lora.safetensors", tau, {}, torch.float32, style)
+    assert same(read_tau(tmp_path / "lora.safetensors"), tau)
+
+
+def test_a_tucker_core_is_multiplied_out(tmp_path):
+    """LoCon with lora_mid: delta[o, i, h, w] = alpha/r sum_pq up[o, p] mid[p, q, h, w] down[q, i]."""
+    g = torch.Generator().manual_seed(0)
+    up, mid, down = (torch.randn(s, generator=g) for s in ((32, 3, 1, 1), (3, 3, 3, 3), (3, 32, 1, 1)))
+    parts = {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down, "alpha": torch.tensor(1.5)}
+    save_file({f"{FLAT}.{k}": v for k, v in parts.items()}, tmp_path / "lora.safetensors")
+    ((path, tau),) = read_tau(tmp_path / "lora.safetensors").items()
+    expected = 0.5 * torch.einsum("op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double())
+    torch.testing.assert_close(delta(*tau).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_alpha_is_read(tmp_path):
+    """The header's lora_adapter_metadata, or adapter_config.json beside the file, tells lora_alpha; rsLoRA's too."""
+    key = "mid_block.resnets.0.conv1"
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 32, 3, 3), f"{key}.lora_B.weight": torch.ones(32, 4, 1, 1)}
+    path = tmp_path / "adapter_model.safetensors"
+    config = {"unet.r": 4, "unet.lora_alpha": 8}
+    save_file({f"unet.{k}": v for k, v in tensors.items()}, path, {"lora_adapter_metadata": json.dumps(config)})
+    assert [x[2] for x in read_tau(path).values()] == [8.0]
+    config["unet.alpha_pattern"] = {key: 2}
+    save_file({f"unet.{k}": v for k, v in tensors.items()}, path, {"lora_adapter_metadata": json.dumps(config)})
+    assert [x[2] for x in read_tau(path).values()] == [2.0]
+    save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, path)
+    assert [x[2] for x in read_tau(path).values()] == [4.0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    assert [x[2] for x in read_tau(path).values()] == [8.0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
+    assert [x[2] for x in read_tau(path).values()] == [16.0]
+
+
+@pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
+    "unet.x.lora_magnitude_vector", "lora_unet_x.diff", "lora_unet_x.diff_b", "lora_unet_x.w_norm",
+    "lora_unet_x.on_input", "lora_unet_x.a1.weight", "lora_unet_x.oft_blocks"])  # fmt: skip
+def test_other_adapters_are_refused_by_name(lora, key):
+    """LyCORIS' and PEFT's other kinds: one line with the kind and the key, though the rest of the file is LoRA."""
+    spoil(lora, lambda tensors: tensors.update({key: torch.zeros(2)}))
+    assert re.search(rf"(LoHa|LoKr|DoRA|difference|IA3|GLoRA|OFT) is not LoRA.*{re.escape(key)}", one_line(lora))
+
+
+def test_one_module_in_both_spellings_is_refused(lora):
+    """diffusers drops one of the two without a word."""
+    twin = "lora_unet_input_blocks_1_0_in_layers_2"
+    spoil(lora, lambda t: t.update({k.replace(FLAT, twin): v.clone() for k, v in t.items() if FLAT in k}))
+    assert "input_blocks.1.0.in_layers.2 is in the file twice" in one_line(lora)
 
 
 # ---- wrong files
@@ -189,11 +328,24 @@ def test_truncated_file(tmp_path, fraction):
     "change, message",
     [
         (
-            {"lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.zeros(2, 2)},
-            "names no module of a known UNet",
+            {"lora_unet_down_blocks_9_resnets_0_conv1.lora_up.weight": torch.zeros(2, 2)},
+            "has only one of lora_down and lora_up",
         ),
-        ({"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())}, "lora_te_text.* names no module"),
-        ({f"{FLAT}.dora_scale": torch.zeros(2)}, r"in_layers_2.dora_scale names no module"),
+        (
+            {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())},
+            "te1.encoder_layers_0_mlp_fc1 has only",
+        ),
+        ({f"{FLAT}.weight": torch.zeros(2)}, r"conv1.weight is none of a LoRA"),
+        (
+            {f"lora_unet_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")},
+            "1 of 3 modules are in no.*: x",
+        ),
+        ({f"lora_te_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")}, "1 of 3 modules are in no"),
+        (
+            {f"{FLAT}.lora_up.weight": torch.zeros(32, 1, 1, 1, dtype=torch.int8)},
+            "is int8, quantised; dequantise it first",
+        ),
+        ({f"{FLAT}.dora_scale": torch.zeros(2)}, r"DoRA is not LoRA.*conv1.dora_scale"),
         ({f"{FLAT}.lora_down.weight": None}, "has only one of lora_down and lora_up"),
         ({f"{FLAT}.lora_up.weight": None}, "has only one of lora_down and lora_up"),
         ({f"{FLAT}.lora_up.weight": torch.zeros(32, 3, 1, 1)}, r"up \(32, 3, 1, 1\) does not fit down \(1, 32, 3, 3\)"),
