@@ -1,4 +1,4 @@
-"""The text encoder: prompts -> Cond, on open_clip's tower class and tokenizer, from CLIP-L's key names.
+"""The text encoders: prompts -> Cond, on open_clip's tower class and tokenizer, from the official key names.
 
 Official SD1.x files keep the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the
 three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse: one of the two maps of this project.
@@ -12,6 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
+from .layers import timestep_embedding
 from .unet import Cond
 
 BOS, EOS, N_TOKENS, VOCAB = 49406, 49407, 77, 49408
@@ -66,10 +67,20 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    big: tuple[int, int, int] | None = None  # (width, layers, heads) of SDXL's second tower, OpenCLIP bigG
+
+
+def sdxl_text() -> TextConfig:
+    return TextConfig(big=(1280, 32, 20))
 
 
 class TextEncoder(nn.Module):
-    """CLIP-L's text tower. Context = the last layer after the final norm, as SD1.x uses it; null is the prompt ""."""
+    """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
+
+    SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "".
+    SDXL (2307.01952 section 2.1): context = both towers' last but one layer, no final norm, (b, 77, 768 + 1280);
+    vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each, (b, 2816); null is zeros for text.
+    """
 
     def __init__(self, cfg: TextConfig = TextConfig()):
         super().__init__()
@@ -78,33 +89,67 @@ class TextEncoder(nn.Module):
         self.tower = TextTransformer(
             N_TOKENS, VOCAB, cfg.width, cfg.heads, cfg.layers, output_dim=None, proj_type="none", act_layer=QuickGELU
         )
+        self.tower.attn_mask = None  # built in `hidden`, so that a tower on meta needs its weights only
+        if cfg.big:
+            width, layers, heads = cfg.big
+            self.big = TextTransformer(N_TOKENS, VOCAB, width, heads, layers, output_dim=width)  # exact GELU
+            self.big.attn_mask = None
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """(b, 77) int64: BOS, the prompt's tokens, EOS, and EOS again as padding. Longer prompts are cut, with one
-        line.
+    def tokenize(self, prompts: list[str], pad: int = EOS) -> Tensor:
+        """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (EOS for CLIP-L, 0 for bigG).
+
+        Longer prompts are cut, with one line that says what is ignored.
         """
-        ids = torch.full((len(prompts), N_TOKENS), EOS)
+        ids = torch.full((len(prompts), N_TOKENS), pad)
         for row, prompt in zip(ids, prompts):
             tokens = self.tokenizer.encode(prompt)
-            if len(tokens) > N_TOKENS - 2:
+            if len(tokens) > N_TOKENS - 2 and pad == EOS:
                 print(f"prompt cut after 75 tokens; ignored: {self.tokenizer.decode(tokens[N_TOKENS - 2 :])!r}")
-            tokens = [BOS, *tokens[: N_TOKENS - 2]]
+            tokens = [BOS, *tokens[: N_TOKENS - 2], EOS]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (b, n) -> context (b, n, width)."""
-        n = ids.shape[1]
-        x = self.tower.token_embedding(ids) + self.tower.positional_embedding[:n]  # (b, n, d)
-        mask = self.tower.attn_mask[:n, :n].to(x.dtype)  # causal: -inf above the diagonal
-        return self.tower.ln_final(self.tower.transformer(x, attn_mask=mask))
+        """CLIP-L's token ids (b, n) -> context of SD1.x (b, n, width)."""
+        return self.tower.ln_final(hidden(self.tower, ids)[0])
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Cond:
-        """Prompts -> Cond(context (b, 77, width), None)."""
-        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
-        return Cond(self(ids))
+    def encode(self, prompts: list[str], size: tuple[int, int] = (1024, 1024)) -> Cond:
+        """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); `size` = (W, H) in pixels, SDXL only."""
+        device = self.tower.positional_embedding.device
+        ids = self.tokenize(prompts).to(device)
+        if not self.cfg.big:
+            return Cond(self(ids))
+        ids_big = self.tokenize(prompts, pad=0).to(device)
+        _, context = hidden(self.tower, ids)  # (b, 77, 768)
+        last, context_big = hidden(self.big, ids_big)  # (b, 77, 1280)
+        # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and text_projection
+        at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
+        pooled = at_eos @ self.big.text_projection
+        return Cond(torch.cat([context, context_big], dim=-1), self.add_size(pooled, size))
 
-    def null_cond(self, b: int) -> Cond:
-        """The empty condition of classifier-free guidance, b rows of it."""
-        return Cond(self.encode([""]).context.expand(b, -1, -1))
+    def add_size(self, pooled: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pooled text (b, 1280) and the size ids original (h, w), crop (top, left), target (h, w) -> (b, 2816)."""
+        width, height = size
+        size_ids = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
+        embedded = timestep_embedding(size_ids, 256).flatten().to(pooled.dtype)  # (1536,)
+        return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=-1)
+
+    @torch.no_grad()
+    def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:
+        """The empty condition of classifier-free guidance, b rows: "" for SD1.x; zeros, but the size, for SDXL."""
+        if not self.cfg.big:
+            return Cond(self.encode([""]).context.expand(b, -1, -1))
+        weight, width = self.tower.positional_embedding, self.cfg.big[0]
+        context = weight.new_zeros(b, N_TOKENS, self.cfg.width + width)
+        return Cond(context, self.add_size(weight.new_zeros(b, width), size))
+
+
+def hidden(tower: TextTransformer, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of the last and of the last but one layer, without final norm, (b, n, d) each."""
+    n = ids.shape[1]
+    x = tower.token_embedding(ids) + tower.positional_embedding[:n]  # (b, n, d)
+    mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device).triu(1)  # causal: -inf above the diagonal
+    for block in tower.transformer.resblocks:
+        before, x = x, block(x, attn_mask=mask)
+    return x, before

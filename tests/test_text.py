@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from conftest import REFERENCE
 from make_reference import about, filled
 from safetensors.torch import load_file
 
-from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
+from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, sdxl_text
 
 SMALL = TextConfig(width=32, layers=3, heads=4)
 
@@ -51,6 +53,57 @@ def test_attention_is_causal(text, reference):
     before, after = text(reference["tokens"]), text(tokens)
     torch.testing.assert_close(before[1, :4], after[1, :4], rtol=0, atol=1e-6)
     assert (before[1, 4:] - after[1, 4:]).abs().amax(dim=1).min() > 1e-3
+
+
+# ---- SDXL: two towers
+
+
+@pytest.fixture(scope="module")
+def both(keys):
+    """CLIP-L's and bigG's shape side by side; bigG's weights come from transformers' names."""
+    encoder = TextEncoder(dataclasses.replace(SMALL, big=(48, 3, 4))).requires_grad_(False)
+    encoder.tower.load_state_dict(clip_l_to_open_clip(filled(keys)))
+    big = filled(about(REFERENCE / "text.safetensors")["keys"]["big"])
+    big = {key.removeprefix("big."): value for key, value in big.items()}
+    projection = big.pop("text_projection.weight").T  # open_clip multiplies from the right
+    encoder.big.load_state_dict(clip_l_to_open_clip(big) | {"text_projection": projection})
+    return encoder
+
+
+def test_sdxl_equals_transformers(both, reference):
+    """Penultimate states of both towers side by side, and bigG's projected pooled state; pads EOS and 0; to 1e-5."""
+    prompts = about(REFERENCE / "text.safetensors")["prompts"]
+    assert torch.equal(both.tokenize(prompts, pad=0), reference["tokens_big"])
+    context, vector = both.encode(prompts)
+    assert context.shape == (3, 77, 80) and vector.shape == (3, 48 + 6 * 256)
+    torch.testing.assert_close(context[..., :32], reference["penultimate"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(context[..., 32:], reference["penultimate_big"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vector[:, :48], reference["pooled"], rtol=1e-5, atol=1e-5)
+
+
+def test_size_ids(both):
+    """After the pooled text: (h, w), crop (0, 0), (h, w), each as 128 cosines then 128 sines of x 10000^(-i/128)."""
+    _, vector = both.encode([""], size=(832, 1216))
+    ids = torch.tensor([1216.0, 832.0, 0.0, 0.0, 1216.0, 832.0], dtype=torch.float64)
+    args = ids[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    expected = torch.cat([args.cos(), args.sin()], dim=1).flatten()
+    torch.testing.assert_close(vector[0, 48:].double(), expected, rtol=0, atol=2e-4)
+
+
+def test_sdxl_null_is_zeros_of_the_same_size(both):
+    """Context and pooled text are zero, the size ids are those of the prompt (force_zeros_for_empty_prompt)."""
+    null_cond, cond = both.null_cond(2, (832, 1216)), both.encode(["a cat"], (832, 1216))
+    assert null_cond.context.shape == (2, 77, 80) and not null_cond.context.any()
+    assert not null_cond.vector[:, :48].any() and torch.equal(null_cond.vector[1, 48:], cond.vector[0, 48:])
+
+
+def test_big_g_fits_the_tower(official_keys):
+    """Official keys and shapes of embedder 1, 694,659,841 parameters with logit_scale, are the tower's."""
+    with torch.device("meta"):
+        text = TextEncoder(sdxl_text())
+    official = official_keys["big_g"]
+    assert {k: list(x.shape) for k, x in text.big.state_dict().items()} | {"logit_scale": []} == official
+    assert sum(x.numel() for x in text.big.parameters()) + 1 == 694_659_841
 
 
 # ---- key names

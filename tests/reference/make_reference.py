@@ -352,9 +352,9 @@ def make_vae() -> None:
 
 @torch.no_grad()
 def make_text() -> None:
-    """CLIP-L's shape of text encoder, small: with the final norm (SD1.5) and one layer earlier without it (SDXL)."""
+    """Small text encoders: CLIP-L's shape with the final norm (SD1.5), one layer earlier without (SDXL); and bigG's."""
     from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     bos, eos, length = 49406, 49407, 77
     tokenizer = SimpleTokenizer()
@@ -378,8 +378,19 @@ def make_text() -> None:
     keys = fill_module(model, lambda name, shape: (name.removeprefix("text_model."), shape))
     out = model(tokens, output_hidden_states=True)
     tensors = {"tokens": tokens, "last_hidden_state": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
+
+    big = CLIPTextConfig(
+        **config.to_dict()
+        | dict(hidden_size=48, intermediate_size=4 * 48, projection_dim=48, hidden_act="gelu", pad_token_id=0)
+    )
+    model = CLIPTextModelWithProjection(big).eval()
+    keys_big = fill_module(model, lambda name, shape: ("big." + name.removeprefix("text_model."), shape))
+    tokens = torch.tensor([row + [eos] + [0] * (length - 1 - len(row)) for row in rows])  # padded with 0
+    out = model(tokens, output_hidden_states=True)
+    tensors |= {"tokens_big": tokens, "penultimate_big": out.hidden_states[-2], "pooled": out.text_embeds}
     made_by = versions("torch", "transformers", "open_clip_torch")
-    save("text.safetensors", tensors, {"versions": made_by, "keys": {"clip": keys}, "prompts": PROMPTS})
+    about = {"versions": made_by, "keys": {"clip": keys, "big": keys_big}, "prompts": PROMPTS}
+    save("text.safetensors", tensors, about)
 
 
 if __name__ == "__main__":
