@@ -1,5 +1,7 @@
 """Files that are either whole or absent: reading safetensors with one clear error, writing through a temporary name."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,22 +36,72 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         save_file(tensors, part, {"format": "pt", **metadata})
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file. Raises ValueError with one line: missing, not safetensors, damaged."""
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+Header = dict[str, tuple[str, tuple[int, ...]]]  # {key: (dtype, shape)}
+
+
+def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
+    """({key: (dtype, shape)}, metadata) of a safetensors file, checked to the last byte without reading a tensor.
+
+    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line: missing, a pickle or GGUF,
+    damaged, a key twice, offsets that overlap or leave the file.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(9)
-    if len(head) < 9 or head[8:9] != b"{":
-        raise ValueError(
-            f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
-        )
+        n = int.from_bytes(head[:8], "little")
+        if len(head) < 9 or head[8:9] != b"{":
+            if head[:4] == b"GGUF":
+                raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
+            raise ValueError(
+                f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+            )
+        damaged = f"{path}: file is damaged or incomplete"
+        if n > min(size - 8, 100_000_000):
+            raise ValueError(f"{damaged} (expected a header of {n:,} bytes, found {size - 8:,}); download it again")
+        f.seek(8)
+        raw = f.read(n)
+
+    def unique(pairs: list) -> dict:
+        if len(pairs) != len({key for key, _ in pairs}):
+            raise ValueError("a key is there twice")
+        return dict(pairs)
+
+    try:
+        entries = json.loads(raw, object_pairs_hook=unique)
+        metadata = entries.pop("__metadata__", {})
+        header, spans = {}, []
+        for key, entry in entries.items():
+            (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+            if not all(type(x) is int and x >= 0 for x in (begin, end, *shape)):
+                raise ValueError(f"{key} has a shape or offset that is no number")
+            if end - begin != BYTES[dtype] * math.prod(shape):
+                raise ValueError(f"{key} is {dtype} {list(shape)} in {end - begin} bytes")
+            header[key] = dtype, shape
+            spans.append((begin, end))
+        if not all(type(key) is type(value) is str for key, value in metadata.items()):
+            raise ValueError("metadata is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+        raise ValueError(f"{damaged} (header: {' '.join(what.split())[:200]}); download it again") from None
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    if any(begin != end for (begin, _), end in zip(spans, ends)):
+        raise ValueError(f"{damaged} (the tensors overlap or leave a gap); download it again")
+    if size != 8 + n + ends[-1]:
+        raise ValueError(f"{damaged} (expected {8 + n + ends[-1]:,} bytes, found {size:,}); download it again")
+    return header, metadata
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file. Raises ValueError with one line, as `read_header` does."""
+    header, metadata = read_header(path)
     try:
         with safe_open(path, "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path}: file is damaged or incomplete ({size:,} bytes, {error}); copy or download it again"
-        ) from None
+            return {key: f.get_tensor(key) for key in header}, metadata
+    except (SafetensorError, AttributeError) as error:  # a format this torch has not
+        raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None

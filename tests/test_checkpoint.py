@@ -4,6 +4,9 @@ run.
 
 import dataclasses
 import json
+import math
+import os
+from functools import cache
 
 import pytest
 import torch
@@ -12,10 +15,24 @@ from safetensors.torch import save_file
 from tiny import CONFIG, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
 from torch import nn
 
-from minilcm.checkpoint import TEXT, UNET, VAE_, from_json, load_model, load_state, save_model, save_state, to_json
+from minilcm import safefile
+from minilcm.checkpoint import (
+    from_json,
+    identify,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    sd15_config,
+    sdxl_config,
+    ssd1b_config,
+    to_json,
+)
 from minilcm.lora_io import write_tau
 from minilcm.safefile import read_tensors
-from minilcm.unet import emoji, sd15, sdxl, ssd1b
+from minilcm.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +55,168 @@ def error_of(path, tensors=None, metadata=None) -> str:
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     return message
+
+
+# ---- families
+
+
+def header_file(path, shapes: dict[str, list[int]], dtype: str = "F16"):
+    """A safetensors file with these keys and zeros for data, which take no room on disk."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + safefile.BYTES[dtype] * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    os.truncate(path, 8 + len(raw) + end)
+    return path
+
+
+@cache
+def unet_keys(cfg: UNetConfig) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        return {UNET + key: list(x.shape) for key, x in UNet(cfg).state_dict().items()}
+
+
+def single_file(official_keys, family: str) -> dict[str, list[int]]:
+    """Keys and shapes of the official file of a family, all parts."""
+    xl = family != "sd15"
+    shapes = {UNET + k: s for k, s in official_keys[family].items()}
+    shapes |= {VAE + k: s for k, s in official_keys["vae"].items()}
+    clip_l = "conditioner.embedders.0.transformer.text_model." if xl else TEXT
+    shapes |= {clip_l + k: s for k, s in official_keys["clip_l"].items()}
+    shapes |= {"conditioner.embedders.1.model." + k: s for k, s in official_keys["big_g"].items()} if xl else {}
+    return shapes
+
+
+@pytest.mark.parametrize("family, config", [("sd15", sd15_config), ("sdxl", sdxl_config), ("ssd1b", ssd1b_config)])
+def test_families_are_identified_by_their_header(tmp_path, official_keys, family, config):
+    """The official key lists, in a file of their full size that holds no data; the UNet alone, under three prefixes."""
+    shapes = single_file(official_keys, family)
+    assert identify(header_file(tmp_path / "whole.safetensors", shapes)) == config()
+    for prefix in (UNET, "diffusion_model.", ""):
+        unet = {prefix + k: s for k, s in official_keys[family].items()}
+        assert identify(header_file(tmp_path / "unet.safetensors", unet)) == config()
+
+
+def test_full_lcm_is_identified(tmp_path):
+    """A UNet with cond_proj takes w: w_dim 256, under either name."""
+    for name in ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"):
+        keys = unet_keys(sd15()) | {UNET + name: [320, 256]}
+        assert identify(header_file(tmp_path / "lcm.safetensors", keys)).unet == dataclasses.replace(sd15(), w_dim=256)
+
+
+def with_shape(shapes: dict, key: str, axis: int, size: int) -> dict:
+    """The same keys with one axis changed wherever a key ends in `key`."""
+    return {k: [*s[:axis], size, *s[axis + 1 :]] if k.endswith(key) else s for k, s in shapes.items()}
+
+
+def vega() -> UNetConfig:
+    return dataclasses.replace(ssd1b(), down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0)))
+
+
+def koala() -> UNetConfig:
+    return dataclasses.replace(sdxl(), down=((0,), (2,), (6,)), middle=6, up=((6, 6), (2, 2), (0, 0)))
+
+
+def tiny_sd() -> UNetConfig:
+    return dataclasses.replace(sd15(), channels=(320, 640, 1280), down=((1,), (1,), (1,)), up=((1, 1),) * 3)
+
+
+FOREIGN = [
+    (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 1, 9), "an inpainting UNet (9 input channels)"),
+    (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 1, 8), "a pix2pix UNet (8 input channels)"),
+    (lambda: with_shape(unet_keys(sd15()), "attn2.to_k.weight", 1, 1024), "SD2.x"),
+    (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 0, 384), "the SDXL refiner"),
+    (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 0, 256), "the x4 upscaler"),
+    (lambda: unet_keys(vega()), "Segmind Vega"),
+    (lambda: unet_keys(koala()), "KOALA"),
+    (lambda: unet_keys(tiny_sd()), "a distilled small SD"),
+    (lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096), "an unknown UNet (width 320, in 4, con"),
+    (lambda: unet_keys(sdxl()) | {"v_pred": []}, "v-prediction or EDM checkpoint (key v_pred)"),
+    (lambda: unet_keys(sdxl()) | {"ztsnr": []}, "v-prediction or EDM checkpoint (key ztsnr)"),
+    (lambda: unet_keys(sdxl()) | {"edm_mean": [4]}, "v-prediction or EDM checkpoint (key edm_mean)"),
+    (lambda: unet_keys(sd15()) | {UNET + "input_blocks.1.1.time_stack.0.weight": [1]}, "a video UNet"),
+    (lambda: {"down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]}, "a diffusers UNet (down_blocks)"),
+    (lambda: {"model.diffusion_model.joint_blocks.0.x": [1]}, "Stable Diffusion 3"),
+    (lambda: {"double_blocks.0.x": [1]}, "Flux"),
+    (lambda: {"clf.1.weight": [1]}, "Stable Cascade"),
+    (lambda: {"first_stage_model.encoder.conv_in.weight": [1]}, "a VAE without UNet; pass it with --vae"),
+    (lambda: {"text_model.encoder.layers.0.x": [1]}, "a text encoder without UNet"),
+    (lambda: {"a": [1]}, "no LDM checkpoint (first key: a)"),
+    (lambda: {"lora_unet_x.lora_up.weight": [1]}, "this is a LoRA file"),
+    (lambda: {"unet.x.lora_A.weight": [1]}, "this is a LoRA file"),
+    (lambda: {"unet.x.processor.to_q_lora.down.weight": [1]}, "this is a LoRA file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys, message", FOREIGN, ids=[message for _, message in FOREIGN])
+def test_other_files_are_named(tmp_path, keys, message):
+    """What it is instead, in one line, from the header; nothing is guessed from a key that a family happens to lack."""
+    path = header_file(tmp_path / "x.safetensors", keys())
+    with pytest.raises(ValueError) as caught:
+        identify(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+
+
+# ---- variations in the wild
+
+
+def test_wild_spellings_load(tmp_path, contents, model):
+    """Other prefixes, CLIP-L without text_model., VAE attention as matrices under diffusers' names: the same model."""
+    tensors, metadata = contents
+    wild = {}
+    for key, value in tensors.items():
+        key = key.replace(UNET, "diffusion_model.").replace(VAE, "vae.")
+        key = key.replace("transformer.text_model.", "transformer.")
+        for ours, theirs in (
+            ("attn_1.q.", "to_q."),
+            ("attn_1.k.", "to_k."),
+            ("attn_1.v.", "to_v."),
+            ("attn_1.proj_out.", "to_out.0."),
+        ):
+            if ours in key:
+                key, value = key.replace(ours, "attn_1." + theirs), value[:, :, 0, 0] if value.ndim == 4 else value
+        wild[key] = (
+            value[:, :, 0, 0] if key.endswith(("proj_in.weight", "proj_out.weight")) and value.ndim == 4 else value
+        )
+    save_file({k: v.contiguous() for k, v in wild.items()}, tmp_path / "wild.safetensors", metadata)
+    for ours, theirs in zip(load_model(model), load_model(tmp_path / "wild.safetensors")):
+        if isinstance(ours, nn.Module):
+            a, b = ours.state_dict(), theirs.state_dict()
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_vae_of_its_own(tmp_path, contents):
+    """Without a VAE the line names --vae; with one, bare or prefixed, that one is taken."""
+    tensors, metadata = contents
+    save_file({k: v for k, v in tensors.items() if not k.startswith(VAE)}, tmp_path / "no.safetensors", metadata)
+    with pytest.raises(ValueError, match="no VAE in the file; give one with --vae FILE"):
+        load_model(tmp_path / "no.safetensors")
+    other = tiny_vae(seed=5).state_dict()
+    for prefix in ("", "vae.", VAE):
+        save_file({prefix + k: v.contiguous() for k, v in other.items()}, tmp_path / "vae.safetensors")
+        vae = load_model(tmp_path / "no.safetensors", vae_path=tmp_path / "vae.safetensors")[1]
+        assert all(torch.equal(value, other[key]) for key, value in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("out.2.weight", torch.full((4, 32, 3, 3), torch.nan), "out.2.weight has values that are not finite"),
+        (
+            "out.2.weight",
+            torch.zeros(4, 32, 3, 3, dtype=torch.int8),
+            "out.2.weight is I8, quantised; dequantise it first",
+        ),
+        ("out.2.scale_weight", torch.ones(1), "out.2.scale_weight is F32, quantised"),
+    ],
+)
+def test_values_that_cannot_be_used(tmp_path, contents, key, value, message):
+    """NaN, integers, scaled float8: one line with the key."""
+    tensors = contents[0] | {UNET + key: value}
+    assert message in error_of(tmp_path / "bad.safetensors", tensors, contents[1])
 
 
 # ---- models
@@ -82,9 +261,10 @@ def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
 
 
 def test_dtype_of_the_weights(model):
-    """`dtype` is that of every weight of the three networks."""
+    """`dtype` is that of every weight of UNet and text tower; the VAE stays float32, as SDXL's must."""
     unet, vae, text, _ = load_model(model, torch.bfloat16)
-    assert {p.dtype for module in (unet, vae, text) for p in module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for module in (unet, text) for p in module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", [emoji, sd15, sdxl, ssd1b])
@@ -108,12 +288,12 @@ def test_keys_have_the_official_prefixes(contents):
         "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     )
     assert all(key in tensors for key in official)
-    assert all(key.startswith((UNET, VAE_, TEXT)) for key in tensors)
+    assert all(key.startswith((UNET, VAE, TEXT)) for key in tensors)
     assert {value.dtype for value in tensors.values()} == {torch.float16}
     assert json.loads(metadata["minilcm.config"])["names"] == list(CONFIG.names)
 
 
-@pytest.mark.parametrize("prefix, what", [(UNET, "UNet"), (VAE_, "VAE")])
+@pytest.mark.parametrize("prefix, what", [(UNET, "UNet"), (VAE, "VAE")])
 def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
     """Each problem is counted and its first keys are named, all in one line; nothing is loaded leniently."""
     tensors, metadata = dict(contents[0]), contents[1]
@@ -142,16 +322,25 @@ def test_text_tower_without_one_of_q_k_v(tmp_path, contents, proj, part):
     assert "text tower" in error_of(tmp_path / "bad.safetensors", tensors, metadata)
 
 
-def test_keys_outside_the_three_parts(tmp_path, contents):
-    """A tensor under none of the three prefixes is named, not dropped in silence: it could be a mistyped weight."""
-    tensors = contents[0] | {"model_diffusion.out.2.weight": torch.zeros(1)}
-    assert "model_diffusion.out.2.weight" in error_of(tmp_path / "bad.safetensors", tensors, contents[1])
+def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
+    """What belongs to no part is named, not dropped in silence; buffers and leftovers of training need no line."""
+    tensors = contents[0] | {"model_diffusion.out.2.weight": torch.zeros(1), UNET + "odd.weight": torch.zeros(1)}
+    tensors |= {"alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000)}
+    tensors |= {TEXT + "embeddings.position_ids": torch.zeros(1, 77)}
+    save_file(tensors, tmp_path / "more.safetensors", contents[1])
+    load_model(tmp_path / "more.safetensors")
+    out = capsys.readouterr().out
+    assert "UNet: 1 keys not used, first: odd.weight\n" in out
+    assert "1 keys belong to no part and are not used, first: model_diffusion.out.2.weight\n" in out
+    assert len(out.splitlines()) == 2
 
 
 def test_no_config_and_a_config_of_another_version(tmp_path, contents):
     """A checkpoint by someone else has no minilcm.config; a damaged or newer one is refused in one line as well."""
     tensors, path = contents[0], tmp_path / "bad.safetensors"
-    assert "no minilcm.config in the header" in error_of(path, tensors, {"format": "pt"})
+    assert "detected an unknown UNet (width 32, in 4, context 32, adm None, depths (0, 0, 1)" in error_of(
+        path, tensors, {"format": "pt"}
+    )
     config = json.loads(contents[1]["minilcm.config"])
     newer = config | {"unet": config["unet"] | {"flash": True}}
     for text in ("{", "[]", "{}", json.dumps(newer)):
