@@ -41,9 +41,27 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     return mix
 
 
-def check_fit(unet: nn.Module, tau: Tau, name: str = "LoRA") -> None:
-    """Raises ValueError, one line beginning with `name`, unless every path and shape of tau is the UNet's."""
-    weights = dict(unet.named_parameters())
+def split_parts(tau: Tau) -> tuple[Tau, Tau]:
+    """(modules of the UNet, modules of text encoders: te1., te2.)."""
+    text = {path: parts for path, parts in tau.items() if path.startswith(("te1.", "te2."))}
+    return {path: parts for path, parts in tau.items() if path not in text}, text
+
+
+def weights_of(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+
+
+def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 kernel is a matrix: (out, in, 1, 1) and (out, in) fit each other."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA") -> None:
+    """Raises ValueError, one line beginning with `name`, unless every path and shape of tau is the model's.
+
+    `model`: a UNet, or {path + ".weight": weight}, as `text.lora_weights` gives it.
+    """
+    weights = weights_of(model)
     absent = [path for path in tau if f"{path}.weight" not in weights]
     if absent:
         raise ValueError(
@@ -51,22 +69,23 @@ def check_fit(unet: nn.Module, tau: Tau, name: str = "LoRA") -> None:
         )
     for path, (up, down, _) in tau.items():
         here, there = tuple(weights[f"{path}.weight"].shape), (up.shape[0], *down.shape[1:])
-        if here != there:
+        if no_kernel(here) != no_kernel(there):
             raise ValueError(f"{name}: made for another model: {path} is {here} here, {there} in the LoRA")
 
 
 @torch.no_grad()
-def merge_into(unet: nn.Module, tau: Tau, scale: float = 1.0) -> None:
+def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
     """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's dtype.
 
-    Raises ValueError if a path or shape is not the UNet's; then nothing has changed.
+    Raises ValueError if a path or shape is not the model's; then nothing has changed.
     """
-    check_fit(unet, tau)
+    check_fit(model, tau)
+    weights = weights_of(model)
     for path, (up, down, lora_alpha) in tau.items():
-        weight = unet.get_submodule(path).weight
-        weight.copy_(weight.float() + scale * delta(up, down, lora_alpha).to(weight.device))
+        weight = weights[f"{path}.weight"]
+        weight.copy_(weight.float() + scale * delta(up, down, lora_alpha).to(weight.device).reshape(weight.shape))
 
 
-def unmerge(unet: nn.Module, tau: Tau, scale: float = 1.0) -> None:
+def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
     """Undo `merge_into`: exact to float32 rounding for float32 weights."""
-    merge_into(unet, tau, -scale)
+    merge_into(model, tau, -scale)

@@ -145,6 +145,22 @@ class TextEncoder(nn.Module):
         return Cond(context, self.add_size(weight.new_zeros(b, width), size))
 
 
+def lora_weights(text: TextEncoder) -> dict[str, Tensor]:
+    """{path in a tau + ".weight": view of the weight}: te1. is CLIP-L, te2. is bigG; q, k, v are rows of one matrix."""
+    views = {}
+    for te, tower in (("te1", text.tower), ("te2", getattr(text, "big", None))):
+        for i, block in enumerate(tower.transformer.resblocks if tower else []):
+            layer = f"{te}.encoder.layers.{i}"
+            for x, rows in zip("qkv", block.attn.in_proj_weight.chunk(3)):
+                views[f"{layer}.self_attn.{x}_proj.weight"] = rows
+            views[f"{layer}.self_attn.out_proj.weight"] = block.attn.out_proj.weight
+            views[f"{layer}.mlp.fc1.weight"] = block.mlp.c_fc.weight
+            views[f"{layer}.mlp.fc2.weight"] = block.mlp.c_proj.weight
+    if text.cfg.big:  # open_clip multiplies from the right, LoRA files from the left
+        views["te2.text_projection.weight"] = text.big.text_projection.T
+    return views
+
+
 def hidden(tower: TextTransformer, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of the last and of the last but one layer, without final norm, (b, n, d) each."""
     n = ids.shape[1]

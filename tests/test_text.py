@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -6,7 +7,15 @@ from conftest import REFERENCE
 from make_reference import about, filled
 from safetensors.torch import load_file
 
-from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, sdxl_text
+from minilcm.merge import merge_into
+from minilcm.text import (
+    TextConfig,
+    TextEncoder,
+    clip_l_to_open_clip,
+    lora_weights,
+    open_clip_to_clip_l,
+    sdxl_text,
+)
 
 SMALL = TextConfig(width=32, layers=3, heads=4)
 
@@ -95,6 +104,21 @@ def test_sdxl_null_is_zeros_of_the_same_size(both):
     null_cond, cond = both.null_cond(2, (832, 1216)), both.encode(["a cat"], (832, 1216))
     assert null_cond.context.shape == (2, 77, 80) and not null_cond.context.any()
     assert not null_cond.vector[:, :48].any() and torch.equal(null_cond.vector[1, 48:], cond.vector[0, 48:])
+
+
+def test_lora_lands_on_the_rows_it_names(both):
+    """A delta on v_proj of bigG changes rows 2/3 to 3/3 of in_proj, on text_projection the transposed matrix."""
+    text = copy.deepcopy(both)
+    up, down = torch.randn(48, 2), torch.randn(2, 48)
+    paths = ("te2.encoder.layers.1.self_attn.v_proj", "te2.text_projection", "te2.encoder.layers.2.self_attn.q_proj")
+    merge_into(lora_weights(text), {path: (up, down, 2.0) for path in paths})
+    before, after = both.big.state_dict(), text.big.state_dict()
+    changed = {k: after[k] - before[k] for k in after if not torch.equal(after[k], before[k])}
+    v, q = (changed.pop(f"transformer.resblocks.{i}.attn.in_proj_weight") for i in (1, 2))
+    assert not v[:96].any() and not q[48:].any() and list(changed) == ["text_projection"]
+    for got in (v[96:], q[:48], changed["text_projection"].T):
+        torch.testing.assert_close(got, up @ down, rtol=1e-4, atol=1e-5)
+    assert len(lora_weights(both)) == 2 * 3 * 6 + 1
 
 
 def test_big_g_fits_the_tower(official_keys):
