@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .safefile import Header, read_header, read_tensors, write_tensors
-from .text import TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, sdxl_text
+from .text import RENAMED, TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, sdxl_text
 from .unet import UNet, UNetConfig, sd15, sdxl, ssd1b
 from .vae import VAE, VAEConfig
 
@@ -164,11 +165,11 @@ def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, t
     """{key below the prefix: (key in the file, shape)} of one part, by the first of `prefixes` that the file has."""
     for prefix in prefixes:
         if keys := [k for k in header if k.startswith(prefix)]:
-            return {k[len(prefix) :]: (k, header[k][1]) for k in keys}
+            return {k[len(prefix) :]: (k, header[k].shape) for k in keys}
     if prefixes in (UNET, VAE_):  # a file of this part alone
         mark = "input_blocks." if prefixes == UNET else "encoder."
         if any(k.startswith(mark) for k in header):
-            return {k: (k, shape) for k, (_, shape) in header.items()}
+            return {k: (k, entry.shape) for k, entry in header.items()}
     return {}
 
 
@@ -185,13 +186,41 @@ def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype
         for key, (file_key, _) in part_of(header, prefixes).items():
             if NO_WEIGHT.fullmatch(file_key) or NO_WEIGHT.fullmatch(key):
                 continue
-            stored = header[file_key][0]
+            stored = header[file_key].dtype
             if not stored.startswith(("F", "BF")) or "scale_weight" in key or "scaled_fp8" in key:
                 raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
             value = f.get_tensor(file_key).to(dtype)
             if value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
                 raise ValueError(f"{path}: {file_key} has values that are not finite")
             out[rename(key)] = value
+    return out
+
+
+class Place(NamedTuple):
+    """Where a file keeps the weight of a tau's path."""
+
+    key: str
+    rows: slice = slice(None)  # bigG's q, k and v are thirds of one matrix
+    transposed: bool = False  # bigG's text_projection
+
+
+def places(header: Header) -> dict[str, Place]:
+    """{path in a tau: Place} of all weights that a LoRA may change in a checkpoint."""
+    out = {}
+    for prefixes, te in ((UNET, ""), (CLIP_L, "te1."), (BIG_G, "te2.")):
+        for key, (file_key, shape) in part_of(header, prefixes).items():
+            path = te + key.removesuffix(".weight")
+            if fused := re.fullmatch(r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path):
+                for i, x in enumerate("qkv"):
+                    rows = slice(i * shape[0] // 3, (i + 1) * shape[0] // 3)
+                    out[f"te2.encoder.layers.{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
+            elif path == "te2.text_projection":
+                out[path] = Place(file_key, transposed=key == "text_projection")
+            elif key.endswith(".weight"):
+                if te == "te2.":
+                    for theirs, ours in RENAMED.items():
+                        path = path.replace(ours, theirs)
+                out[path] = Place(file_key)
     return out
 
 

@@ -12,6 +12,7 @@ for text encoders.
 """
 
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -128,6 +129,20 @@ def to_ldm_path(flat: str, family) -> str | None:
 
 
 # ---- reading
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE[:LAMBDA]` -> (path, lambda); LAMBDA is 1 when it is left out."""
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).is_file():  # a file's name may hold a colon
+        name, number = text, "1"
+    try:
+        lam = float(number)
+    except ValueError:
+        lam = math.nan
+    if not math.isfinite(lam):
+        raise ValueError(f"{text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8")
+    return Path(name), lam
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:

@@ -89,3 +89,55 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
 def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
     """Undo `merge_into`: exact to float32 rounding for float32 weights."""
     merge_into(model, tau, -scale)
+
+
+# ---- rank
+
+
+def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V^T) of the delta as a matrix (out, in k k), without forming it: two QRs and an SVD of r x r.
+
+    B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: the SVD of the middle is that of the delta.
+    """
+    q_b, r_b = torch.linalg.qr(rearrange(up.float(), "out r ... -> out (r ...)"))
+    q_a, r_a = torch.linalg.qr(rearrange(down.float(), "r ... -> (...) r"))
+    u, s, vt = torch.linalg.svd(lora_alpha / down.shape[0] * r_b @ r_a.T)
+    n = min(len(s), u.shape[1])
+    return q_b @ u[:, :n], s[:n], vt[:n] @ q_a.T
+
+
+def reduce_rank(tau: Tau, rank: int | None = None, energy: float | None = None) -> tuple[Tau, dict[str, float]]:
+    """The best tau of a lower rank (Eckart-Young), and what it loses: {path: ||dW - dW'||_F / ||dW||_F}.
+
+    `rank`: at most this rank in each module; `energy`: the least that keeps this share of the sum of squared singular
+    values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
+    """
+    small, residual = {}, {}
+    for path, (up, down, lora_alpha) in tau.items():
+        u, s, vt = factorise(up, down, lora_alpha)
+        left = s.double().square().flip(0).cumsum(0).flip(0)  # left[i] = sum_{j >= i} s_j^2: lost at rank i
+        if energy is not None:
+            r = int((left > (1 - energy) * left[0]).sum())
+        else:
+            r = rank
+        r = max(1, min(r, len(s)))
+        lost = left[r].item() if r < len(s) else 0.0
+        residual[path] = (lost / left[0].item()) ** 0.5 if left[0] > 0 else 0.0
+        root = s[:r].sqrt()
+        new_up = (u[:, :r] * root).reshape(up.shape[0], r, *up.shape[2:])
+        new_down = (root[:, None] * vt[:r]).reshape(r, *down.shape[1:])
+        small[path] = new_up, new_down, float(r)
+    return small, residual
+
+
+def extract_tau(path: str, difference: Tensor, rank: int) -> Tau:
+    """{path: best tau of this rank} of a difference of weights (out, in) or (out, in, k, k); randomised SVD, seed 0."""
+    matrix = rearrange(difference.float(), "out ... -> out (...)")
+    r = min(rank, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, q=min(r + 16, *matrix.shape), niter=4)
+    root = s[:r].sqrt()
+    ones = (1,) * (difference.ndim - 2)
+    up = (u[:, :r] * root).reshape(-1, r, *ones)
+    return {path: (up, (root[:, None] * v[:, :r].T).reshape(r, *difference.shape[1:]), float(r))}

@@ -3,13 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 
 @contextmanager
@@ -38,11 +41,22 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-Header = dict[str, tuple[str, tuple[int, ...]]]  # {key: (dtype, shape)}
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # of its bytes, from the end of the header
+    end: int
+
+
+Header = dict[str, Entry]
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
-    """({key: (dtype, shape)}, metadata) of a safetensors file, checked to the last byte without reading a tensor.
+    """({key: Entry}, metadata) of a safetensors file, checked to the last byte without reading a tensor.
 
     The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line: missing, a pickle or GGUF,
     damaged, a key twice, offsets that overlap or leave the file.
@@ -81,7 +95,7 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
                 raise ValueError(f"{key} has a shape or offset that is no number")
             if end - begin != BYTES[dtype] * math.prod(shape):
                 raise ValueError(f"{key} is {dtype} {list(shape)} in {end - begin} bytes")
-            header[key] = dtype, shape
+            header[key] = Entry(dtype, shape, begin, end)
             spans.append((begin, end))
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
@@ -105,3 +119,30 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: f.get_tensor(key) for key in header}, metadata
     except (SafetensorError, AttributeError) as error:  # a format this torch has not
         raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None
+
+
+def rewrite(
+    source: str | Path, path: str | Path, metadata: dict[str, str], changes: dict[str, Callable[[Tensor], Tensor]]
+) -> None:
+    """A copy of `source` with the tensors in `changes` passed through a function, all others byte for byte; atomic.
+
+    One tensor at a time, in the file's order: the peak of memory is one tensor. Each keeps its dtype and shape.
+    """
+    header, old = read_header(source)
+    entries = {"__metadata__": {**old, **metadata}} if old or metadata else {}
+    for key, (dtype, shape, begin, end) in header.items():
+        entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # data aligned to 8 bytes
+    with atomic(path) as part, open(source, "rb") as f, open(part, "wb") as out, safe_open(source, "pt") as tensors:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        out.write(len(raw).to_bytes(8, "little") + raw)
+        for key, entry in tqdm(sorted(header.items(), key=lambda x: x[1].begin), desc="tensors", disable=None):
+            if key in changes:
+                value = tensors.get_tensor(key)
+                changed = changes[key](value).to(value.dtype).contiguous()
+                out.write(changed.flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                f.seek(start + entry.begin)
+                for n in range(entry.begin, entry.end, 1 << 24):
+                    out.write(f.read(min(1 << 24, entry.end - n)))
