@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from minilcm import __version__
 from minilcm.checkpoint import load_model
-from minilcm.lcm import K, lcm_grid, sample_lcm
-from minilcm.lora_io import read_tau
+from minilcm.lcm import K, guidance_embedding, lcm_grid, sample_lcm
+from minilcm.lora_io import parse_lora, read_tau
 from minilcm.memory import default_dtype, resident
-from minilcm.merge import check_fit, combine, merge_into
+from minilcm.merge import check_fit, combine, merge_into, split_parts
 from minilcm.pictures import contact_sheet, read_image, save_png, to_images
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import ddim_grid, dpmpp_grid, guided_eps, sample_ddim, sample_dpmpp_2m
+from minilcm.text import lora_weights
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
 STEPS = {"lcm": 4, "ddim": 25, "dpmpp": 20}
@@ -54,8 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora",
         action="append",
         metavar="FILE[:LAMBDA]",
-        help="add a LoRA, times LAMBDA (default 1); repeatable. The word "
-        "lcm means the shipped LCM-LoRA; without any --lora, --sampler lcm uses that, the others none",
+        help="add a LoRA, times LAMBDA (default 1); repeatable. The word lcm means the shipped LCM-LoRA, which the "
+        "shipped model uses for --sampler lcm when no --lora is given; other models need their own",
     )
     add("--image", type=Path, metavar="FILE", help="start from this picture (image to image, --sampler lcm)")
     add("--strength", type=float, default=0.5, help="with --image: how much to redraw, 0-1 (default 0.5)")
@@ -64,9 +65,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         type=Path,
         default=WEIGHTS / "model.safetensors",
-        help="checkpoint (default: the shipped emoji model)",
+        help="checkpoint: SD1.x, SDXL, SSD-1B, or by minilcm (default: the shipped emoji model)",
     )
-    add("--dtype", choices=DTYPES, help="number format of the UNet (default: what the processor does well)")
+    add("--vae", type=Path, metavar="FILE", help="take the VAE from this file (for checkpoints without one)")
+    add(
+        "--dtype", choices=DTYPES, help="number format of UNet and text encoder (default: what the processor does well)"
+    )
     add(
         "--device",
         choices=["cpu", "cuda"],
@@ -102,18 +106,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE[:LAMBDA]` -> (path, lambda)."""
-    name, colon, number = text.rpartition(":")
-    if not colon or Path(text).is_file():  # a file's name may hold a colon
-        name, number = text, "1"
-    try:
-        lam = float(number)
-    except ValueError:
-        lam = math.nan
-    if not math.isfinite(lam):
-        raise ValueError(f"--lora {text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8")
-    return (WEIGHTS / "lcm_lora.safetensors" if name == "lcm" else Path(name)), lam
+def is_lcm(lora: str) -> bool:
+    """The word lcm, or lcm:LAMBDA, is no file's name but the shipped LCM-LoRA."""
+    return lora.split(":")[0] == "lcm" and not Path(lora).is_file()
 
 
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
@@ -137,11 +132,13 @@ def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     schedule = make_schedule()
-    unet, vae, text, config = load_model(args.model)  # float32
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
+    unet, vae, text, config = load_model(args.model, dtype, args.vae)
     if args.list:
         return print("\n".join(config.names))
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
-    w = (1.0 if args.sampler == "lcm" else config.guidance) - 1 if args.guidance is None else args.guidance - 1
+    full_lcm = config.unet.w_dim is not None  # takes w through an embedding, and no LCM-LoRA
+    off = args.sampler == "lcm" and not full_lcm
+    w = (1.0 if off else config.guidance) - 1 if args.guidance is None else args.guidance - 1
     multiple = vae.factor * 2 ** (len(config.unet.channels) - 1)
     width, height = parse_size(args.size, config.size, multiple)
     strength = args.strength if args.image else 1.0
@@ -151,13 +148,20 @@ def main(args: argparse.Namespace) -> None:
         grid = dpmpp_grid(args.steps) if args.sampler == "dpmpp" else [t for t, _ in ddim_grid(args.steps)]
     image = vae.encode_mean(read_image(args.image, (width, height))) if args.image else None
 
-    # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, in float32
-    loras = [parse_lora(x) for x in args.lora or (["lcm"] if args.sampler == "lcm" else [])]
+    # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32
+    shipped = args.model == WEIGHTS / "model.safetensors"
+    words = args.lora or (["lcm"] if shipped and args.sampler == "lcm" else [])
+    loras = [parse_lora(x.replace("lcm", str(WEIGHTS / "lcm_lora.safetensors"), 1) if is_lcm(x) else x) for x in words]
+    if args.sampler == "lcm" and not loras and not full_lcm:
+        print("no --lora: without the LCM-LoRA of this model few steps are blurred")
     taus = [read_tau(path) for path, _ in loras]
+    weights = lora_weights(text)
     for (path, _), tau in zip(loras, taus):
-        check_fit(unet, tau, str(path))
-    merge_into(unet, combine(taus, [lam for _, lam in loras]))
-    unet = unet.to(dtype)
+        for model, part in zip((unet, weights), split_parts(tau)):
+            check_fit(model, part, str(path))
+    of_unet, of_text = split_parts(combine(taus, [lam for _, lam in loras]))
+    merge_into(unet, of_unet)
+    merge_into(weights, of_text)
 
     out = Path(args.out)
     for folder in [out.parent if args.out.endswith(".png") else out] + ([args.sheet.parent] if args.sheet else []):
@@ -167,8 +171,11 @@ def main(args: argparse.Namespace) -> None:
         if config.names and (near := nearest_names(prompt, config.names)):
             print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
     with resident(text, args.device):
-        conds = [text.encode([prompt]) for prompt in args.prompts]  # one at a time too: a batch rounds differently
-        neg_cond = text.encode([args.negative])
+        # one at a time too: a batch rounds differently
+        conds = [text.encode([prompt], (width, height)).to("cpu") for prompt in args.prompts]
+        neg_cond = (
+            text.encode([args.negative], (width, height)) if args.negative else text.null_cond(1, (width, height))
+        )
     print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
 
     jobs = [(i, prompt) for i, prompt in enumerate(args.prompts) for _ in range(args.count)]
@@ -179,7 +186,12 @@ def main(args: argparse.Namespace) -> None:
             generator = torch.Generator().manual_seed(args.seed + k)
             shape = (1, 4, height // vae.factor, width // vae.factor)
             z_T = torch.randn(shape, generator=generator).to(args.device)
-            eps_fn = guided_eps(unet, conds[i], neg_cond, w)
+            cond, null = conds[i].to(args.device), neg_cond.to(args.device)
+            if full_lcm:
+                w_emb = guidance_embedding(torch.tensor([w]), config.unet.w_dim).to(args.device)
+                eps_fn = lambda z_t, t: unet(z_t, t, cond, w_emb).float()  # noqa: B023, E731
+            else:
+                eps_fn = guided_eps(unet, cond, null, w)
             try:
                 if args.sampler == "lcm":
                     start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)

@@ -261,9 +261,10 @@ def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
     shipped = files / "shipped"
     shipped.mkdir()
     (shipped / "lcm_lora.safetensors").write_bytes((files / "lcm.safetensors").read_bytes())
+    (shipped / "model.safetensors").write_bytes((files / "model.safetensors").read_bytes())
     monkeypatch.setattr(sample, "WEIGHTS", shipped)
     named = draw("pizza")
-    argv = ["--model", str(files / "model.safetensors"), "--device", "cpu", "pizza", "--out"]
+    argv = ["--model", str(shipped / "model.safetensors"), "--device", "cpu", "pizza", "--out"]
     for i, more in enumerate(([], ["--lora", "lcm"], ["--lora", "lcm:1.0"])):
         sample.main(sample.parse([*argv, f"{shipped}/out{i}/", *more]))
         assert same_picture((shipped / f"out{i}/0000_pizza_seed0.png").read_bytes(), only(named))
