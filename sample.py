@@ -204,8 +204,9 @@ def main(args: argparse.Namespace) -> None:
                 print(f"stopped after {k} of {len(jobs)} pictures")
                 break
             latents.append(z0)
+    decode = vae.decode if width * height <= 1024 * 1024 else vae.decode_tiled
     with resident(vae, args.device):
-        images = [to_images(vae.decode(z0))[0] for z0 in latents]
+        images = [to_images(decode(z0))[0] for z0 in latents]
 
     for k, ((_, prompt), picture) in enumerate(zip(jobs, images)):
         lora = ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras)

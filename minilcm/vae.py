@@ -8,6 +8,7 @@ model three (f4). The scale that gives latents unit variance (0.18215 in SD1.5) 
     decoder.up is numbered by resolution like encoder.down: the *last* entry runs first.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -178,3 +179,31 @@ class VAE(nn.Module):
         """Scaled latents (b, 4, h, w) -> pixels (b, 3, f h, f w), float32, near [-1, 1] but not clamped."""
         z = (z0 / self.cfg.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z)).float()
+
+    def decode_tiled(self, z0: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
+        """`decode` in square tiles of at most `tile` latents, blended linearly over `overlap`: memory of one tile.
+
+        The result is close, not equal: attention and GroupNorm see a tile, not the picture.
+        """
+        b, _, h, w = z0.shape
+        f = self.factor
+
+        def spans(n: int) -> list[slice]:
+            """Evenly spread along one axis, so that neighbours share at least `overlap`."""
+            side, k = min(tile, n), max(1, math.ceil((n - overlap) / (tile - overlap)))
+            return [slice(start, start + side) for start in (i * (n - side) // max(1, k - 1) for i in range(k))]
+
+        def ramp(n: int) -> Tensor:
+            """Weight along one axis of a tile: near 0 at its edges, 1 from `overlap` on."""
+            x = (torch.arange(n * f, device=z0.device) + 0.5) / (overlap * f)
+            return torch.minimum(x, x.flip(0)).clamp(max=1)
+
+        out = torch.zeros(b, 3, h * f, w * f, device=z0.device)
+        total = torch.zeros(h * f, w * f, device=z0.device)
+        weight = ramp(min(tile, h))[:, None] * ramp(min(tile, w))  # (f tile, f tile)
+        for rows in spans(h):
+            for columns in spans(w):
+                where = slice(rows.start * f, rows.stop * f), slice(columns.start * f, columns.stop * f)
+                out[:, :, where[0], where[1]] += weight * self.decode(z0[:, :, rows, columns])
+                total[where] += weight
+        return out / total
