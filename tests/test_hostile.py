@@ -97,7 +97,7 @@ def foreign_loras() -> dict[str, dict[str, torch.Tensor]]:
     up, down = torch.zeros(32, 2, 1, 1), torch.zeros(2, 32, 3, 3)
     good = {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
 
-    two = torch.ones(2, 2)
+    two, twin = torch.ones(2, 2), "lora_unet_input_blocks_1_0_in_layers_2"
 
     def plus(**more) -> dict:
         return good | {key.replace("__", "."): value for key, value in more.items()}
@@ -132,7 +132,7 @@ def foreign_loras() -> dict[str, dict[str, torch.Tensor]]:
         "ia3": plus(lora_unet_x__on_input=torch.ones(1)),
         "glora": plus(lora_unet_x__a1__weight=torch.ones(2, 2)),
         "oft": plus(lora_unet_x__oft_blocks=torch.ones(2, 2)),
-        "both_spellings": plus() | {k.replace("down_blocks_0_resnets_0_conv1", "input_blocks_1_0_in_layers_2"): v.clone() for k, v in good.items()},
+        "both_spellings": good | {k.replace(flat, twin): v.clone() for k, v in good.items()},
         "checkpoint": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)},
     }  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_foreign_loras(tmp_path, name):
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """One of: bytes of the header flipped, a piece of it repeated, cut, swapped or replaced; the file cut or extended."""
+    """Bytes of the header flipped, a piece of it repeated, cut or replaced; the data cut or extended."""
     n = struct.unpack("<Q", content[:8])[0]
     header, data = bytearray(content[8 : 8 + n]), content[8 + n :]
     for _ in range(rng.randint(1, 4)):
