@@ -1,0 +1,207 @@
+"""Parity at full size with diffusers, transformers and open_clip on the same random weights; not in CI.
+
+    python tests/reference/full_size.py sd15    (or sdxl, ssd1b; needs the `reference` extra, 20 GB of memory)
+
+Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64, alpha 8), lets
+minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others, in float32, and prints the largest
+difference as a share of the largest value. For sd15 also prompt to pixels: 4 LCM steps at 256x256 by diffusers'
+pipeline. Seeds: each tensor's from the crc32 of its name.
+"""
+
+import argparse
+import gc
+import gzip
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from make_reference import fill
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.lcm import sample_lcm  # noqa: E402
+from minilcm.lora_io import read_tau  # noqa: E402
+from minilcm.merge import merge_into  # noqa: E402
+from minilcm.safefile import read_tensors, write_tensors  # noqa: E402
+from minilcm.schedule import make_schedule  # noqa: E402
+from minilcm.solver import guided_eps  # noqa: E402
+
+PROMPT = "a lighthouse in a storm, oil painting"
+SIDE = 32  # latents, 256 pixels
+
+
+def make_files(family: str, folder: Path) -> tuple[Path, Path]:
+    """(checkpoint, LoRA) with random float16 weights; deltas are about a tenth of the weights."""
+    keys = json.loads(gzip.decompress((HERE / "official_keys.json.gz").read_bytes()))
+    lora = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))[f"lcm_{family}"]
+    clip_l = {"sd15": "cond_stage_model.transformer."}.get(family, "conditioner.embedders.0.transformer.")
+    shapes = {f"model.diffusion_model.{k}": s for k, s in keys[family].items()}
+    shapes |= {f"first_stage_model.{k}": s for k, s in keys["vae"].items()}
+    shapes |= {f"{clip_l}text_model.{k}": s for k, s in keys["clip_l"].items()}
+    if family != "sd15":
+        shapes |= {f"conditioner.embedders.1.model.{k}": s for k, s in keys["big_g"].items()}
+    tensors = {}
+    for key, shape in shapes.items():
+        if key.endswith("position_ids"):
+            tensors[key] = torch.arange(77)[None]
+        else:
+            tensors[key] = fill(key, shape).half()
+    write_tensors(folder / "model.safetensors", tensors, {})
+    tensors = {}
+    for key, shape in lora.items():
+        tensors[key] = torch.tensor(8.0).half() if key.endswith("alpha") else fill(key, shape).half()
+        if key.endswith("lora_up.weight"):
+            tensors[key] = tensors[key] * 0.8  # times alpha / rank = 1/8
+    write_tensors(folder / "lora.safetensors", tensors, {})
+    return folder / "model.safetensors", folder / "lora.safetensors"
+
+
+def inputs(family: str) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "z_t": torch.randn(1, 4, SIDE, SIDE, generator=g),
+        "pixels": torch.rand(1, 3, 8 * SIDE, 8 * SIDE, generator=g) * 2 - 1,
+        "z_T": torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)),
+    }
+
+
+@torch.no_grad()
+def by_minilcm(family: str, model: Path, lora: Path) -> dict[str, Tensor]:
+    x, out = inputs(family), {}
+    unet, vae, text, _ = load_model(model)
+    cond = text.encode([PROMPT], (1024, 1024))
+    out["tokens"] = text.tokenize([PROMPT])
+    out["tokens_big"] = text.tokenize([PROMPT], pad=0)
+    out["context"], out["vector"] = cond.context, cond.vector if cond.vector is not None else torch.zeros(1, 1)
+    out["eps_hat"] = unet(x["z_t"], 500, cond)
+    tau = read_tau(lora)
+    merge_into(unet, tau, 0.7)
+    out["eps_hat + 0.7 LoRA"] = unet(x["z_t"], 500, cond)
+    out["z0"] = vae.encode_mean(x["pixels"])
+    out["decoded"] = vae.decode(out["z0"])
+    if family == "sd15":
+        generator = torch.Generator().manual_seed(1)
+        z_T = torch.randn(1, 4, SIDE, SIDE, generator=generator)
+        z0 = sample_lcm(guided_eps(unet, cond, None, 0.0), z_T, make_schedule(), 4, [generator])
+        out["4 steps, pixels"] = vae.decode(z0).clamp(-1, 1)
+    return out
+
+
+def load(module, state: dict[str, Tensor], rename=lambda key: key) -> None:
+    """Strictly, but for position_ids, which newer transformers do not keep."""
+    state = {rename(k): v.float() for k, v in state.items() if not k.endswith("position_ids")}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not [k for k in missing if not k.endswith("position_ids")] and not unexpected, (missing[:3], unexpected[:3])
+    module.eval()
+
+
+@torch.no_grad()
+def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' converters, networks, LoRA loader and pipeline; transformers' text models; open_clip's tokens."""
+    from diffusers import (
+        AutoencoderKL,
+        LCMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_clip_checkpoint,
+        convert_ldm_unet_checkpoint,
+        convert_ldm_vae_checkpoint,
+        convert_open_clip_checkpoint,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    x, out = inputs(family), {}
+    tensors, _ = read_tensors(model)
+    config = dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407)
+    clip_l = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407, **config))  # fmt: skip
+    state = convert_ldm_clip_checkpoint(dict(tensors))
+    strip = next(iter(clip_l.state_dict())).startswith("text_model.")
+    load(clip_l, state, (lambda k: k) if strip else (lambda k: k.removeprefix("text_model.")))
+    states = clip_l(ours["tokens"], output_hidden_states=True)
+    added = None
+    if family == "sd15":
+        context, vector = states.last_hidden_state, torch.zeros(1, 1)
+    else:
+        big = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+            num_attention_heads=20, hidden_act="gelu", projection_dim=1280, pad_token_id=0, **config))  # fmt: skip
+        load(big, convert_open_clip_checkpoint(big, dict(tensors), prefix="conditioner.embedders.1.model."))
+        states_big = big(ours["tokens_big"], output_hidden_states=True)
+        context = torch.cat([states.hidden_states[-2], states_big.hidden_states[-2]], dim=-1)
+        time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+        added = {"text_embeds": states_big.text_embeds, "time_ids": time_ids}
+        vector = states_big.text_embeds
+        del big
+    out["context"], out["vector"] = context, vector
+    del clip_l
+
+    xl = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+        cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816)  # fmt: skip
+    small = dict(transformer_layers_per_block=[1, [2, 2], [4, 4]], mid_block_type="UNetMidBlock2D",
+        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1])  # fmt: skip
+    configs = {"sd15": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": xl, "ssd1b": xl | small}
+    unet = UNet2DConditionModel(**configs[family])
+    load(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        scaling_factor=0.18215 if family == "sd15" else 0.13025)  # fmt: skip
+    load(vae, convert_ldm_vae_checkpoint(dict(tensors), vae.config))
+    del tensors
+    gc.collect()
+
+    scale = vae.config.scaling_factor
+    out["z0"] = vae.encode(x["pixels"]).latent_dist.mean * scale
+    out["decoded"] = vae.decode(out["z0"] / scale).sample
+    out["eps_hat"] = unet(x["z_t"], 500, context, added_cond_kwargs=added).sample
+    pipeline = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
+    state, alphas = pipeline.lora_state_dict(lora, unet_config=unet.config)
+    pipeline.load_lora_into_unet(state, alphas, unet, adapter_name="lcm")
+    unet.set_adapters(["lcm"], [0.7])
+    out["eps_hat + 0.7 LoRA"] = unet(x["z_t"], 500, context, added_cond_kwargs=added).sample
+    if family == "sd15":
+        scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        z_T = torch.randn(1, 4, SIDE, SIDE, generator=generator)
+        pictures = pipe(prompt_embeds=context, latents=z_T, generator=generator, num_inference_steps=4,
+            guidance_scale=1.0, height=8 * SIDE, width=8 * SIDE, output_type="pt").images  # fmt: skip
+        out["4 steps, pixels"] = pictures * 2 - 1
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=["sd15", "sdxl", "ssd1b"])
+    family = parser.parse_args().family
+    with tempfile.TemporaryDirectory() as name:
+        model, lora = make_files(family, Path(name))
+        gc.collect()
+        ours = by_minilcm(family, model, lora)
+        gc.collect()
+        theirs = by_others(family, model, lora, ours)
+    worst = 0.0
+    for key, expected in theirs.items():
+        got = ours[key][:, : expected.shape[1]] if key == "vector" else ours[key]
+        far = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
+        print(f"{key:20} {far:.2e} of the largest value, {expected.abs().max():.2f}")
+        if key == "4 steps, pixels":
+            print(f"{'':20} mean difference {(got - expected).abs().mean().item() * 127.5:.4f} of 255 levels")
+        else:
+            worst = max(worst, far)
+    print(f"{family}: worst {worst:.2e}, goal 1e-4")
+    sys.exit(worst > 1e-4)
+
+
+if __name__ == "__main__":
+    main()
