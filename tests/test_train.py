@@ -197,8 +197,8 @@ def test_lcm_training_lowers_the_fixed_loss(files, tmp_path, capsys):
     """Learning rate 0 leaves the loss at fixed (z0, t, noise) where it is, to the last digit; twenty steps of training
     bring it down by 15 %.
     """
-    run(files, tmp_path, "lcm", 2, "--lr", "0", "--w", "0", "--save-every", "1")
-    run(files, tmp_path, "lcm", 20, "--lr", "0.8", "--w", "0")
+    run(files, tmp_path / "still", "lcm", 2, "--lr", "0", "--w", "0", "--save-every", "1")
+    run(files, tmp_path / "down", "lcm", 20, "--lr", "0.8", "--w", "0")
     lines = capsys.readouterr().out.splitlines()
     before, still, after = [float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line]
     assert still == before and after < 0.85 * before

@@ -2,13 +2,13 @@
 
     python weights/emoji/evaluate.py                       table over all prompts, about 10 minutes on 2 cores
     python weights/emoji/evaluate.py --blind runs/blind    36 numbered pictures and, apart from them, their prompts
-    python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: three rows, same prompts and
-    seeds
+    python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: the same prompts and seeds
 
-Prompts: every seen and every held-out (name, style) pair with a colour ("said"), and bare names, four seeds each. The
-judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names. Intervals: 95
-% bootstrap over prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two evaluations,
-an LCM-LoRA step one.
+Prompts: every seen (name, style) pair with a colour ("said"), every held-out one four times, and bare names, four seeds
+each. The judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names.
+Intervals: 95 % bootstrap over prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two
+evaluations, an LCM-LoRA step one. "style" and "colour": the share of said, seen prompts whose style and background are
+obeyed.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from minilcm.checkpoint import load_model  # noqa: E402
 from minilcm.data import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
 from minilcm.lora_io import read_tau  # noqa: E402
+from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.merge import combine, merge_into, unmerge  # noqa: E402
 from minilcm.metrics import load_judge, prompt_accuracy  # noqa: E402
 from minilcm.pictures import contact_sheet, save_png, to_images  # noqa: E402
 from minilcm.schedule import make_schedule  # noqa: E402
 from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
 
-SCHEDULE = make_schedule()
+SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 
 
 def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int = 0) -> Tensor:
@@ -44,7 +45,12 @@ def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_se
         part = prompts[i : i + 64]
         generators = [torch.Generator().manual_seed(first_seed + i + j) for j in range(len(part))]
         z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
-        eps_fn = guided_eps(unet, text.encode(part), text.null_cond(len(part)), w)
+        guided = guided_eps(unet, text.encode(part), text.null_cond(len(part)), w)
+
+        def eps_fn(z_t: Tensor, t) -> Tensor:
+            with torch.autocast("cpu", dtype=HALF, enabled=HALF != torch.float32):  # the UNet only
+                return guided(z_t, t)
+
         if sampler == "lcm":
             z0 = sample_lcm(eps_fn, z_T, SCHEDULE, steps, generators)
         elif sampler == "ddim":
@@ -95,8 +101,10 @@ def table(args, model, judge) -> None:
         x = torch.stack([compose(a, config.size, rng)[0] for a in art])
         decoded = torch.cat([vae.decode(vae.encode_mean(p)) for p in x.split(64)]).clamp(-1, 1)
         mean, low, high = interval(prompt_accuracy(judge, text, decoded, [a.name for a in art], names))
+        style = style_right(judge, text, decoded, [(a.name, a.style) for a in art]).float().mean()
         psnr = -10 * ((decoded - x) / 2).square().flatten(1).mean(dim=1).log10()
-        print(f"judge on decoded art, {what:9} {mean:.3f} [{low:.3f}, {high:.3f}]   autoencoder {psnr.mean():.1f} dB")
+        line = f"{mean:.3f} [{low:.3f}, {high:.3f}], style {style:.3f}; autoencoder {psnr.mean():.1f} dB"
+        print(f"judge on decoded art, {what:9} {line}", flush=True)
 
     def said(art):
         colors = [rng.choice(list(COLORS)) for _ in art]
@@ -105,13 +113,14 @@ def table(args, model, judge) -> None:
 
     kinds = {
         "said, seen": said(seen),
-        "said, held-out": said(held_out),
+        "said, held-out": said(held_out * 4),
         "bare names": (names * 4, names * 4, None, None),
     }
     tau = read_tau(args.lora)
     w = config.guidance - 1
     rows = [("ddim", 50, w, 0), *[("lcm", n, 0.0, 1) for n in (1, 2, 4, 8)], ("lcm", 4, 0.0, 0), ("lcm", 4, w, 0)]
     rows += [(s, n, w, 0) for s in ("ddim", "dpmpp") for n in (2, 4, 8)]
+    print(f"UNet in {str(HALF)[6:]}, guidance {config.guidance:g}, seed {args.seed}")
     print(f"\n{'sampler':22}{'evals':>6}" + "".join(f"{kind:>24}" for kind in kinds) + f"{'style':>8}{'colour':>8}")
     results = []
     for sampler, steps, w_, lora in rows:

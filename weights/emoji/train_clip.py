@@ -186,7 +186,7 @@ def main() -> None:
             tower = {k: state[k] for k in text.tower.state_dict() if k in state}
             text_config = json.dumps(dict(width=TEXT.width, layers=TEXT.layers, heads=TEXT.heads))
             write_tensors(args.out / "text.safetensors", open_clip_to_clip_l(tower), {"config": text_config})
-            judge = {k: v for k, v in state.items() if k.startswith("visual.") or k == "text_projection"}
+            judge = {k: v.half() for k, v in state.items() if k.startswith("visual.") or k == "text_projection"}
             write_tensors(args.out / "judge.safetensors", judge, {"config": json.dumps(IMAGE)})
 
 
