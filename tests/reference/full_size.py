@@ -4,8 +4,8 @@
 
 Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64, alpha 8), lets
 minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others, in float32, and prints the largest
-difference as a share of the largest value. For sd15 also prompt to pixels: 4 LCM steps at 256x256 by diffusers'
-pipeline. Seeds: each tensor's from the crc32 of its name.
+difference as a share of the largest value; also with the LoRA as minilcm writes it, read by diffusers. For sd15 also
+prompt to pixels: 4 LCM steps at 256x256 by diffusers' pipeline. Seeds: each tensor's from the crc32 of its name.
 """
 
 import argparse
@@ -24,9 +24,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from minilcm.checkpoint import load_model  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
-from minilcm.lora_io import read_tau  # noqa: E402
+from minilcm.lora_io import read_tau, write_tau  # noqa: E402
 from minilcm.merge import merge_into  # noqa: E402
-from minilcm.safefile import read_tensors, write_tensors  # noqa: E402
+from minilcm.safefile import read_header, read_tensors, write_tensors  # noqa: E402
 from minilcm.schedule import make_schedule  # noqa: E402
 from minilcm.solver import guided_eps  # noqa: E402
 
@@ -93,7 +93,7 @@ def by_minilcm(family: str, model: Path, lora: Path) -> dict[str, Tensor]:
 
 def load(module, state: dict[str, Tensor], rename=lambda key: key) -> None:
     """Strictly, but for position_ids, which newer transformers do not keep."""
-    state = {rename(k): v.float() for k, v in state.items() if not k.endswith("position_ids")}
+    state = {rename(k): v for k, v in state.items() if not k.endswith(("position_ids", "logit_scale"))}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not [k for k in missing if not k.endswith("position_ids")] and not unexpected, (missing[:3], unexpected[:3])
     module.eval()
@@ -168,6 +168,17 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     pipeline.load_lora_into_unet(state, alphas, unet, adapter_name="lcm")
     unet.set_adapters(["lcm"], [0.7])
     out["eps_hat + 0.7 LoRA"] = unet(x["z_t"], 500, context, added_cond_kwargs=added).sample
+    for style in (None, "diffusers", "peft"):  # the same LoRA as minilcm writes it
+        write_tau(lora.with_name("written.safetensors"), read_tau(lora), {}, style=style)
+        state, alphas = pipeline.lora_state_dict(lora.with_name("written.safetensors"), unet_config=unet.config)
+        metadata = read_header(lora.with_name("written.safetensors"))[1].get("lora_adapter_metadata")
+        metadata = {k.removeprefix("unet."): v for k, v in json.loads(metadata).items()} if metadata else None
+        unet.delete_adapters(["lcm"])
+        pipeline.load_lora_into_unet(state, alphas, unet, adapter_name="lcm", metadata=metadata)
+        unet.set_adapters(["lcm"], [0.7])
+        eps_hat = unet(x["z_t"], 500, context, added_cond_kwargs=added).sample
+        out[f"written, {style}"] = eps_hat
+        ours[f"written, {style}"] = ours["eps_hat + 0.7 LoRA"]
     if family == "sd15":
         scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
