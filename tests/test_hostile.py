@@ -232,7 +232,7 @@ def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
         elif kind == 3:
             tensors[key] = value.to(rng.choice((torch.int8, torch.bool, torch.float64, torch.bfloat16, torch.int64)))
         elif kind == 4:
-            tensors[key] = torch.full_like(value, rng.choice((torch.nan, torch.inf, 0.0, 1e30)))
+            tensors[key] = torch.full_like(value, rng.choice((torch.nan, torch.inf, 0.0, 1e30)), dtype=torch.float32)
         else:
             tensors[key.replace("lora_up", "lora_mid")] = value.clone()
     return tensors

@@ -172,7 +172,7 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
         write_tau(lora.with_name("written.safetensors"), read_tau(lora), {}, style=style)
         state, alphas = pipeline.lora_state_dict(lora.with_name("written.safetensors"), unet_config=unet.config)
         metadata = read_header(lora.with_name("written.safetensors"))[1].get("lora_adapter_metadata")
-        metadata = {k.removeprefix("unet."): v for k, v in json.loads(metadata).items()} if metadata else None
+        metadata = json.loads(metadata) if metadata else None
         unet.delete_adapters(["lcm"])
         pipeline.load_lora_into_unet(state, alphas, unet, adapter_name="lcm", metadata=metadata)
         unet.set_adapters(["lcm"], [0.7])
