@@ -27,8 +27,9 @@ from minilcm.memory import default_dtype, resident
 from minilcm.merge import check_fit, combine, merge_into, split_parts
 from minilcm.pictures import contact_sheet, read_image, save_png, to_images
 from minilcm.schedule import add_noise, make_schedule
-from minilcm.solver import ddim_grid, dpmpp_grid, guided_eps, sample_ddim, sample_dpmpp_2m
+from minilcm.solver import EpsFn, ddim_grid, dpmpp_grid, guided_eps, sample_ddim, sample_dpmpp_2m
 from minilcm.text import lora_weights
+from minilcm.unet import Cond
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
 STEPS = {"lcm": 4, "ddim": 25, "dpmpp": 20}
@@ -106,11 +107,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def is_lcm(lora: str) -> bool:
-    """The word lcm, or lcm:LAMBDA, is no file's name but the shipped LCM-LoRA."""
-    return lora.split(":")[0] == "lcm" and not Path(lora).is_file()
-
-
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
     """`WxH` -> (W, H), both multiples of `multiple` so that every level of the networks halves evenly."""
     match = re.fullmatch(r"(\d+)x(\d+)", text or f"{native}x{native}")
@@ -137,8 +133,9 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         return print("\n".join(config.names))
     full_lcm = config.unet.w_dim is not None  # takes w through an embedding, and no LCM-LoRA
-    off = args.sampler == "lcm" and not full_lcm
-    w = (1.0 if off else config.guidance) - 1 if args.guidance is None else args.guidance - 1
+    if args.guidance is None:  # an LCM-LoRA has its guidance in the weights
+        args.guidance = 1.0 if args.sampler == "lcm" and not full_lcm else config.guidance
+    w = args.guidance - 1
     multiple = vae.factor * 2 ** (len(config.unet.channels) - 1)
     width, height = parse_size(args.size, config.size, multiple)
     strength = args.strength if args.image else 1.0
@@ -151,7 +148,8 @@ def main(args: argparse.Namespace) -> None:
     # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32
     shipped = args.model == WEIGHTS / "model.safetensors"
     words = args.lora or (["lcm"] if shipped and args.sampler == "lcm" else [])
-    loras = [parse_lora(x.replace("lcm", str(WEIGHTS / "lcm_lora.safetensors"), 1) if is_lcm(x) else x) for x in words]
+    loras = [parse_lora(word) for word in words]
+    loras = [(WEIGHTS / "lcm_lora.safetensors" if str(path) == "lcm" else path, lam) for path, lam in loras]
     if args.sampler == "lcm" and not loras and not full_lcm:
         print("no --lora: without the LCM-LoRA of this model few steps are blurred")
     taus = [read_tau(path) for path, _ in loras]
@@ -178,6 +176,12 @@ def main(args: argparse.Namespace) -> None:
         )
     print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
 
+    def network(cond: Cond) -> EpsFn:
+        if full_lcm:
+            w_emb = guidance_embedding(torch.tensor([w]), config.unet.w_dim).to(args.device)
+            return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
+        return guided_eps(unet, cond, neg_cond.to(args.device), w)
+
     jobs = [(i, prompt) for i, prompt in enumerate(args.prompts) for _ in range(args.count)]
     latents = []
     with resident(unet, args.device):
@@ -186,12 +190,7 @@ def main(args: argparse.Namespace) -> None:
             generator = torch.Generator().manual_seed(args.seed + k)
             shape = (1, 4, height // vae.factor, width // vae.factor)
             z_T = torch.randn(shape, generator=generator).to(args.device)
-            cond, null = conds[i].to(args.device), neg_cond.to(args.device)
-            if full_lcm:
-                w_emb = guidance_embedding(torch.tensor([w]), config.unet.w_dim).to(args.device)
-                eps_fn = lambda z_t, t: unet(z_t, t, cond, w_emb).float()  # noqa: B023, E731
-            else:
-                eps_fn = guided_eps(unet, cond, null, w)
+            eps_fn = network(conds[i].to(args.device))
             try:
                 if args.sampler == "lcm":
                     start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)

@@ -233,6 +233,22 @@ def test_styles_come_back(tmp_path, style):
     assert same(read_tau(tmp_path / "lora.safetensors"), tau)
 
 
+def test_sdxl_is_written_in_ldm_names_and_says_so(tmp_path):
+    """Default names are G1 for SD1.x, G2 for SDXL; `ss_base_model_version` is what A1111 lists a LoRA by."""
+    for path, width, key, base in (
+        ("input_blocks.7.1.proj_in", (1280, 1280, 1, 1), "lora_unet_down_blocks_2_attentions_0_proj_in", "sd_v1"),
+        ("input_blocks.7.1.proj_in", (1280, 1280), "lora_unet_input_blocks_7_1_proj_in", "sdxl_base_v1-0"),
+    ):
+        up, down = torch.ones(width[0], 2, *width[2:]), torch.ones(2, *width[1:])
+        tau = {path: (up, down, 1.0)}
+        if base != "sd_v1":  # a module that only SDXL has
+            tau["input_blocks.7.1.transformer_blocks.9.attn1.to_q"] = (torch.ones(1280, 2), torch.ones(2, 1280), 1.0)
+        write_tau(tmp_path / "lora.safetensors", tau, {})
+        tensors, metadata = safefile.read_tensors(tmp_path / "lora.safetensors")
+        assert f"{key}.lora_up.weight" in tensors and metadata["ss_base_model_version"] == base
+        assert set(read_tau(tmp_path / "lora.safetensors")) == set(tau)
+
+
 def test_a_tucker_core_is_multiplied_out(tmp_path):
     """LoCon with lora_mid: delta[o, i, h, w] = alpha/r sum_pq up[o, p] mid[p, q, h, w] down[q, i]."""
     g = torch.Generator().manual_seed(0)

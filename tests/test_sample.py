@@ -19,7 +19,7 @@ from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
 
 import sample
 from minilcm.checkpoint import load_model
-from minilcm.lcm import lcm_grid, sample_lcm
+from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import merge_into
@@ -270,6 +270,27 @@ def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
         assert same_picture((shipped / f"out{i}/0000_pizza_seed0.png").read_bytes(), only(named))
     bare = draw("pizza", "--sampler", "ddim", "--steps", "2", loras=[])
     assert "Lora: none" in lines_in(only(bare))[1]
+
+
+def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):
+    """A UNet with cond_proj, no LoRA: the picture is f of unet(z, t, cond, e(w)), one evaluation, w = guidance - 1."""
+    config = dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, w_dim=256))
+    path = write_model(tmp_path / "lcm.safetensors", config=config)
+    pictures = []
+    for guidance in (3.0, 8.0):
+        out = tmp_path / f"{guidance}.png"
+        argv = ["pizza", "--model", str(path), "--dtype", "float32", "--device", "cpu", "--steps", "2"]
+        sample.main(sample.parse([*argv, "--guidance", str(guidance), "--out", str(out)]))
+        unet, vae, text, _ = load_model(path)
+        cond, w_emb = text.encode(["pizza"]), guidance_embedding(torch.tensor([guidance - 1]), 256)
+        generator = torch.Generator().manual_seed(0)
+        z_T = torch.randn(1, 4, 8, 8, generator=generator)
+        with torch.no_grad():
+            eps_fn = lambda z_t, t: unet(z_t, t, cond, w_emb)  # noqa: E731, B023
+            z0 = sample_lcm(eps_fn, z_T, make_schedule(), 2, [generator])
+            assert np.array_equal(levels(out.read_bytes()), np.array(to_images(vae.decode(z0))[0]))
+        pictures.append(out.read_bytes())
+    assert not same_picture(*pictures)
 
 
 @pytest.mark.parametrize("name", ["a:b.safetensors", "lora:0.5", "my lora, é.safetensors"])
