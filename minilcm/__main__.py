@@ -12,10 +12,12 @@ dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averag
 """  # noqa: E501
 
 import argparse
+import math
 import os
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,12 +25,14 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import identify, places
+from .checkpoint import BIG_G, CLIP_L, UNET, VAE_, identify, part_of, places
 from .lora import Tau
-from .lora_io import parse_lora, read_recipe, read_tau, write_tau
-from .merge import check_fit, combine, delta, extract_tau, no_kernel, reduce_rank
+from .lora_io import module_table, parse_lora, read_recipe, read_tau, write_tau
+from .merge import check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
 from .safefile import read_header, rewrite
+from .unet import emoji, sd15, sdxl, ssd1b
 
+FAMILIES = {"the emoji model": emoji, "SD1.x": sd15, "SSD-1B": ssd1b, "SDXL base": sdxl}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,6 +55,13 @@ def distance(a: Tau, b: Tau) -> float:
     return (total / norm) ** 0.5 if norm else 0.0
 
 
+def lora_family(tau: Tau) -> str:
+    """The first family that has all of tau's UNet modules: SSD-1B's are all among SDXL's."""
+    unet, _ = split_parts(tau)
+    paths = {name: {path for path, _ in module_table(cfg).values()} for name, cfg in FAMILIES.items()}
+    return next((name for name in FAMILIES if unet.keys() <= paths[name]), "no known UNet")
+
+
 # ---- commands
 
 
@@ -63,9 +74,10 @@ def info(args) -> None:
             tau = read_tau(path)
             ranks = Counter(down.shape[0] for _, down, _ in tau.values())
             alphas = Counter(lora_alpha for _, _, lora_alpha in tau.values())
-            print(
-                f"  LoRA of {len(tau)} modules, {sum(u.numel() + d.numel() for u, d, _ in tau.values()):,} parameters"
-            )
+            parts = Counter({"te1.": "CLIP-L", "te2.": "bigG"}.get(path[:4], "UNet") for path in tau)
+            size = sum(up.numel() + down.numel() for up, down, _ in tau.values())
+            modules = ", ".join(f"{part} {n} modules" for part, n in parts.items())
+            print(f"  LoRA for {lora_family(tau)}: {modules}, {size:,} parameters")
             print("  rank       " + ", ".join(f"{r} ({n})" for r, n in sorted(ranks.items())))
             print("  lora_alpha " + ", ".join(f"{a:g} ({n})" for a, n in sorted(alphas.items())))
             blocks: dict[str, float] = {}
@@ -79,8 +91,12 @@ def info(args) -> None:
         else:
             config = identify(path)
             lcm = ", full LCM: it takes w" if config.unet.w_dim else ""
-            widths = f"UNet widths {config.unet.channels}, context {config.unet.context_dim}"
-            print(f"  checkpoint: {widths}, native {config.size}x{config.size}{lcm}")
+            base = replace(config.unet, w_dim=None)
+            name = next((name for name, cfg in FAMILIES.items() if cfg() == base), "a model by minilcm")
+            print(f"  checkpoint: {name}, native {config.size}x{config.size}{lcm}")
+            for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
+                if found := part_of(header, prefixes):
+                    print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
             for key, value in metadata.items():
                 print(f"  {key}: {value if len(value) < 200 else value[:200] + ' ...'}")
 
@@ -248,6 +264,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse())
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"minilcm: {error}")
     except KeyboardInterrupt:

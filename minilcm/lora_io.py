@@ -14,6 +14,7 @@ for text encoders.
 import json
 import math
 import re
+from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from .lora import Tau
-from .safefile import read_tensors, write_tensors
+from .safefile import read_header, read_tensors, write_tensors
 from .unet import UNet, UNetConfig, emoji, sd15, sdxl
 
 RES = {  # inside a ResBlock: LDM's name -> diffusers'
@@ -262,7 +263,7 @@ def peft_alphas(path: Path, metadata: dict[str, str]) -> dict[tuple[str, str], f
 
 def read_recipe(path: str | Path) -> dict[str, str]:
     """What `write_tau` recorded: {"w": "7.5", "K": "50", ...}, without the `minilcm.` prefix."""
-    _, metadata = read_tensors(path)
+    _, metadata = read_header(path)
     return {key.removeprefix("minilcm."): value for key, value in metadata.items() if key.startswith("minilcm.")}
 
 
@@ -298,7 +299,8 @@ def write_tau(
             tensors[f"{flat}.lora_up.weight"] = up.to(dtype)
             tensors[f"{flat}.lora_down.weight"] = down.to(dtype)
             tensors[f"{flat}.alpha"] = torch.tensor(lora_alpha, dtype=dtype)
-    write_tensors(path, tensors, lora_metadata(tau, family, settings) | {f"minilcm.{k}": v for k, v in recipe.items()})
+    metadata = lora_metadata(tau, family, settings) | {"modelspec.title": Path(path).stem}
+    write_tensors(path, tensors, metadata | {f"minilcm.{k}": v for k, v in recipe.items()})
 
 
 def lora_metadata(tau: Tau, family, settings: dict[str, dict[str, tuple[int, float]]]) -> dict[str, str]:
@@ -311,6 +313,7 @@ def lora_metadata(tau: Tau, family, settings: dict[str, dict[str, tuple[int, flo
         "ss_network_alpha": ",".join(f"{a:g}" for a in alphas),
         "ss_v2": "False",
         "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.date": date.today().isoformat(),
     }
     base = {
         sd15: ("sd_v1", "stable-diffusion-v1/lora"),

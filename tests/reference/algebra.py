@@ -1,0 +1,149 @@
+"""The algebra of `python -m minilcm` at full size, on files with random weights; not in CI.
+
+    python tests/reference/algebra.py sd15    (or sdxl, ssd1b; 20 GB of disk, some minutes)
+
+combine against the sum of deltas, and against averaging A and B; merge then unmerge of a float32 and of a float16
+checkpoint; the residual that resize prints against the one measured on the file it wrote; extract(base, merged)
+against the delta that was merged. Every command runs as a user runs it, on files. Prints one line each, exits 1 if one
+fails.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from full_size import make_files
+from make_reference import fill
+from torch import Tensor
+
+from minilcm.__main__ import main, parse
+from minilcm.lora import Tau
+from minilcm.lora_io import read_tau, write_tau
+from minilcm.merge import delta
+from minilcm.safefile import read_tensors, write_tensors
+
+failed = []
+
+
+def run(*argv) -> str:
+    """What a command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        main(parse([str(x) for x in argv]))
+    return out.getvalue()
+
+
+def say(what: str, value: float, goal: float) -> None:
+    failed.extend([what] if value > goal else [])
+    print(f"{what:64} {value:.2e}   goal {goal:.0e}", flush=True)
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """Largest difference as a share of b's largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def combine(folder: Path, tau_a: Tau, tau_b: Tau) -> None:
+    a, b, mix = (folder / f"{name}.safetensors" for name in ("lora", "style", "mix"))
+    run("combine", f"{a}:1.0", f"{b}:0.8", "-o", mix, "--dtype", "float32")
+    exact = worst = 0.0
+    for path, parts in read_tau(mix).items():
+        expected = delta(*tau_a[path]) + 0.8 * delta(*tau_b[path])
+        exact = max(exact, far(delta(*parts), expected))
+        (up_a, down_a, alpha_a), (up_b, down_b, alpha_b) = tau_a[path], tau_b[path]
+        # both factors averaged separately, here for the ranks that both have: B = B_a + B_b, A = A_a + A_b
+        r = min(len(down_a), len(down_b))
+        up = alpha_a / len(down_a) * up_a[:, :r] + 0.8 * alpha_b / len(down_b) * up_b[:, :r]
+        worst = max(worst, far(delta(up, down_a[:r] + down_b[:r], r), expected))
+    say("combine against lambda1 dW1 + lambda2 dW2, worst module", exact, 1e-6)
+    print(f"{'  A and B averaged instead: off by':64} {worst:.2e}   of the largest value")
+
+
+def merge_and_back(folder: Path, model: Path, lora: Path, what: str) -> None:
+    merged, back = folder / "merged.safetensors", folder / "back.safetensors"
+    run("merge", model, f"{lora}:0.7", "-o", merged, "--force")
+    run("unmerge", merged, f"{lora}:0.7", "-o", back, "--force")
+    before, middle, after = (read_tensors(p)[0] for p in (model, merged, back))
+    changed = [k for k in before if not torch.equal(before[k], middle[k])]
+    assert all(torch.equal(before[k], after[k]) for k in before if k not in changed)
+    if what == "float32":
+        say(
+            f"{what} merge, unmerge: worst of {len(changed)} changed",
+            max(far(after[k], before[k]) for k in changed),
+            1e-6,
+        )
+    else:  # each of two roundings moves a value by half a unit in the last place, of the larger of the two
+        eps = torch.finfo(torch.float16).eps
+        units = 0.0
+        for k in changed:
+            x, y, z = (t[k].float() for t in (before, middle, after))
+            unit = eps * torch.maximum(x.abs(), y.abs()).clamp(min=2**-14)
+            units = max(units, ((z - x).abs() / unit).max().item())
+        say(f"{what} merge, unmerge: worst of {len(changed)} changed, in units of rounding", units, 1.0)
+    back.unlink()
+
+
+def resize(folder: Path, lora: Path, tau: Tau) -> None:
+    small = folder / "small.safetensors"
+    printed = run("resize", lora, "--rank", 16, "-o", small, "--dtype", "float32")
+    worst = lost = norm = 0.0
+    got = read_tau(small)
+    for path, parts in tau.items():
+        whole, rest = delta(*parts), delta(*parts) - delta(*got[path])
+        residual = float(re.search(rf"(\S+)  rank \d+ -> 16  {re.escape(path)}$", printed, re.M)[1])
+        worst = max(worst, abs(residual - (rest.double().norm() / whole.double().norm()).item()))
+        lost, norm = lost + rest.double().square().sum().item(), norm + whole.double().square().sum().item()
+    say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)  # four digits are printed
+    in_all = float(re.search(r"in all .* = (\S+)", printed)[1])
+    say(f"resize to 16: printed in all {in_all:.4f}, against the direct one", abs(in_all - (lost / norm) ** 0.5), 6e-5)
+
+
+def extract(folder: Path, base: Path, tau: Tau) -> None:
+    out = folder / "extracted.safetensors"
+    run("extract", base, folder / "merged.safetensors", "--rank", 64, "-o", out, "--dtype", "float32")
+    got = read_tau(out)
+    assert got.keys() == tau.keys()
+    worst = 0.0
+    for path, parts in tau.items():
+        expected = 0.7 * delta(*parts)
+        worst = max(worst, ((delta(*got[path]) - expected).norm() / expected.norm()).item())
+    say("extract(base, merged) against 0.7 dW, worst module, of its norm", worst, 1e-4)
+
+
+@torch.no_grad()
+def check(family: str, folder: Path) -> None:
+    model, lora = make_files(family, folder)
+    tau = read_tau(lora)
+    style = {
+        path: (
+            fill(f"style up {path}", (up.shape[0], 16, *up.shape[2:])),
+            fill(f"style down {path}", (16, *down.shape[1:])),
+            4.0,
+        )
+        for path, (up, down, _) in tau.items()
+    }
+    write_tau(folder / "style.safetensors", style, {}, torch.float32)
+    combine(folder, tau, style)
+    resize(folder, lora, tau)
+    merge_and_back(folder, model, lora, "float16")
+    tensors, _ = read_tensors(model)
+    base = folder / "float32.safetensors"
+    write_tensors(base, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, {})
+    del tensors
+    model.unlink()
+    merge_and_back(folder, base, lora, "float32")
+    extract(folder, base, tau)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=["sd15", "sdxl", "ssd1b"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        check(args.family, Path(name))
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
