@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .safefile import Header, read_header, read_tensors, write_tensors
+from .safefile import Header, all_finite, read_header, read_tensors, write_tensors
 from .text import RENAMED, TextConfig, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, sdxl_text
 from .unet import UNet, UNetConfig, sd15, sdxl, ssd1b
 from .vae import VAE, VAEConfig
@@ -190,7 +190,7 @@ def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype
             if not stored.startswith(("F", "BF")) or "scale_weight" in key or "scaled_fp8" in key:
                 raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
             value = f.get_tensor(file_key).to(dtype)
-            if value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
+            if not all_finite(value):
                 raise ValueError(f"{path}: {file_key} has values that are not finite")
             out[rename(key)] = value
     return out

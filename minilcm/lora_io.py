@@ -23,7 +23,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from .lora import Tau
-from .safefile import read_header, read_tensors, write_tensors
+from .safefile import all_finite, read_header, read_tensors, write_tensors
 from .unet import UNet, UNetConfig, emoji, sd15, sdxl
 
 RES = {  # inside a ResBlock: LDM's name -> diffusers'
@@ -202,9 +202,10 @@ def read_tau(path: str | Path) -> Tau:
             raise ValueError(f"{path}: key {key} is none of a LoRA")
         if not value.is_floating_point() and split[2] != "alpha":
             raise ValueError(f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first")
-        if not value.isfinite().all():
+        value = value.float()
+        if not all_finite(value):
             raise ValueError(f"{path}: {key} has values that are not finite")
-        modules.setdefault(split[:2], {})[split[2]] = value.float()
+        modules.setdefault(split[:2], {})[split[2]] = value
     for (prefix, flat), parts in modules.items():
         if "up" not in parts or "down" not in parts:
             raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")

@@ -121,6 +121,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None
 
 
+def all_finite(x: Tensor) -> bool:
+    """No NaN and no infinity in x: both show in the smallest and the largest value; one pass, no copy."""
+    return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 def rewrite(
     source: str | Path, path: str | Path, metadata: dict[str, str], changes: dict[str, Callable[[Tensor], Tensor]]
 ) -> None:

@@ -156,7 +156,8 @@ def test_info_and_diff(files, capsys):
     run("info", files / "a.safetensors", files / "model.safetensors")
     out = capsys.readouterr().out
     assert "rank       4 (" in out and "lora_alpha 3 (" in out and "w: 3" in out and "||dW||" in out
-    assert "checkpoint: UNet widths (32, 32, 32)" in out
+    assert "LoRA for the emoji model: UNet" in out and "checkpoint: a model by minilcm, native 32x32" in out
+    assert "VAE " in out and "CLIP-L " in out and "bigG" not in out
     run("diff", files / "a.safetensors", files / "b.safetensors")
     out = capsys.readouterr().out
     assert "keys only in" in out and "shape" in out
