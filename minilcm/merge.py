@@ -18,7 +18,7 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     """
     # dW = (lora_alpha / r) B A
     up = rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r): a 1x1 kernel has nothing more
-    return lora_alpha / down.shape[0] * einsum(up, down.float(), "out r, r ... -> out ...")
+    return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
