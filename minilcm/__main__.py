@@ -29,7 +29,7 @@ from .checkpoint import BIG_G, CLIP_L, UNET, VAE_, identify, part_of, places
 from .lora import Tau
 from .lora_io import module_table, parse_lora, read_recipe, read_tau, write_tau
 from .merge import check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
-from .safefile import read_header, rewrite
+from .safefile import all_finite, read_header, rewrite
 from .unet import emoji, sd15, sdxl, ssd1b
 
 FAMILIES = {"the emoji model": emoji, "SD1.x": sd15, "SSD-1B": ssd1b, "SDXL base": sdxl}
@@ -98,7 +98,7 @@ def info(args) -> None:
                 if found := part_of(header, prefixes):
                     print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
             for key, value in metadata.items():
-                print(f"  {key}: {value if len(value) < 200 else value[:200] + ' ...'}")
+                print(f"  {key}: {ascii(value)[1:-1] if len(value) < 200 else ascii(value[:200])[1:-1] + ' ...'}")
 
 
 def combine_files(args) -> None:
@@ -146,6 +146,8 @@ def merge(args, sign: float = 1.0) -> None:
 
     def add(key: str):
         def change(weight: Tensor) -> Tensor:
+            if not all_finite(weight):
+                raise ValueError(f"{args.checkpoint}: {key} has values that are not finite")
             weight = weight.float()
             for place, parts in by_key[key]:
                 view = weight.T if place.transposed else weight[place.rows]

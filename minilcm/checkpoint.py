@@ -2,9 +2,10 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from types import UnionType
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -24,6 +25,7 @@ CLIP_L = (
     "cond_stage_model.transformer.",  # old merges
 )
 BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
+QUANTISED = re.compile(r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*")
 NO_WEIGHT = re.compile(  # buffers and leftovers of training that no network needs
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|posterior_\w+"
     r"|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*|embedding_manager\..*|global_step)"
@@ -47,11 +49,29 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
+    """The inverse of `to_json`. Raises ValueError and the like unless each field is there and of its type."""
+
     def tuples(x):
         return tuple(tuples(y) for y in x) if isinstance(x, list) else x
 
-    def build(cls, fields: dict):
-        return cls(**{key: tuples(value) for key, value in fields.items()})
+    def fits(value, kind) -> bool:
+        args = get_args(kind)
+        if isinstance(kind, UnionType):
+            return any(fits(value, k) for k in args)
+        if args:  # tuple[int, ...] or tuple[int, int, int]
+            return type(value) is tuple and all(fits(x, args[0]) for x in value) and args[1:] in (
+                (...,), args[:1] * (len(value) - 1)
+            )  # fmt: skip
+        if kind in (int, float):
+            return type(value) in (int, kind) and 0 <= value <= 1 << 16
+        return type(value) is kind
+
+    def build(cls, values: dict):
+        out = cls(**{key: tuples(value) for key, value in values.items()})
+        for field in fields(cls):
+            if not fits(getattr(out, field.name), field.type):
+                raise ValueError(f"{field.name} is {getattr(out, field.name)!r}")
+        return out
 
     raw = json.loads(text)
     parts = dict(
@@ -72,6 +92,20 @@ def ssd1b_config() -> Config:
     return replace(sdxl_config(), unet=ssd1b())
 
 
+def count_blocks(config: Config) -> int:
+    """About how many blocks the networks have; each has some tensors."""
+    depths = [depth for level in (*config.unet.down, *config.unet.up) for depth in level]
+    vae = 2 * len(config.vae.channels) * config.vae.res_blocks
+    return (
+        len(depths)
+        + sum(depths)
+        + (config.unet.middle or 0)
+        + vae
+        + config.text.layers
+        + (config.text.big or (0, 0))[1]
+    )
+
+
 # ---- whose file is it?
 
 
@@ -83,23 +117,28 @@ def identify(path: str | Path) -> Config:
     header, metadata = read_header(path)
     if lora := [k for k in header if re.search(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.", k)]:
         raise ValueError(f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint ({min(lora)})")
-    if "minilcm.config" in metadata:
-        try:
-            return from_json(metadata["minilcm.config"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: minilcm.config is not one of this version ({error})") from None
     unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # names and shapes, no prefix
-    if "input_blocks.0.0.weight" not in unet:
+    if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:
         raise ValueError(f"{path}: {what_else(header)}; supported are SD1.x, SDXL base and SSD-1B single files")
     if marks := [k for k in header if k in ("v_pred", "ztsnr", "edm_mean", "edm_std")]:
         raise ValueError(f"{path}: a v-prediction or EDM checkpoint (key {marks[0]}); LCM-LoRA expects epsilon")
     if video := [k for k in unet if "time_stack" in k or "temporal" in k]:
         raise ValueError(f"{path}: detected a video UNet (key {video[0]}); supported: SD1.x, SDXL base, SSD-1B")
+    refuse_quantised(path, header)
+    if "minilcm.config" in metadata:
+        try:
+            config = from_json(metadata["minilcm.config"])
+            if count_blocks(config) > len(header):
+                raise ValueError("of a larger model than the file has tensors for")
+            return config
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            what = ascii(str(error)[:200])
+            raise ValueError(f"{path}: minilcm.config is not one of this version ({what})") from None
 
-    first = unet["input_blocks.0.0.weight"]
-    width, channels = first[:2]
-    context = next((s[1] for k, s in sorted(unet.items()) if k.endswith("attn2.to_k.weight") and len(s) == 2), None)
-    adm = unet.get("label_emb.0.0.weight", (None, None))[1]
+    matrices = {k: s for k, s in unet.items() if len(s) > 1}
+    width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
+    context = next((s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None)
+    adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
     i, depths = 1, []
     while any(k.startswith(f"input_blocks.{i}.") for k in unet):
         if f"input_blocks.{i}.0.in_layers.2.weight" in unet:
@@ -111,8 +150,19 @@ def identify(path: str | Path) -> Config:
         u = config.unet
         if facts == (u.channels[0], 4, u.context_dim, u.adm, tuple(d for level in u.down for d in level), u.middle):
             w_keys = [k for k in unet if k.endswith("cond_proj.weight")]
-            return replace(config, unet=replace(u, w_dim=unet[w_keys[0]][1])) if w_keys else config
+            if all(k in matrices for k in w_keys):
+                return replace(config, unet=replace(u, w_dim=matrices[w_keys[0]][1])) if w_keys else config
     raise ValueError(f"{path}: detected {refused_family(*facts)}; supported: SD1.x, SDXL base, SSD-1B")
+
+
+def refuse_quantised(path: str | Path, header: Header) -> None:
+    """Raises ValueError, one line, if a part has tensors that are no floating-point numbers, or that others scale."""
+    for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
+        for key, (file_key, _) in part_of(header, prefixes).items():
+            stored = header[file_key].dtype
+            is_weight = not NO_WEIGHT.fullmatch(file_key) and not NO_WEIGHT.fullmatch(key)
+            if is_weight and not stored.startswith(("F", "BF")) or QUANTISED.fullmatch(key):
+                raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
 
 
 def depth(unet: dict, block: str) -> int:
@@ -180,15 +230,12 @@ def rename(key: str) -> str:
 
 
 def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one part under official names, one at a time into `dtype`. Raises ValueError: NaN, quantised."""
+    """The tensors of one part under official names, one at a time into `dtype`. Raises ValueError on NaN."""
     out = {}
     with safe_open(path, "pt") as f:
         for key, (file_key, _) in part_of(header, prefixes).items():
             if NO_WEIGHT.fullmatch(file_key) or NO_WEIGHT.fullmatch(key):
                 continue
-            stored = header[file_key].dtype
-            if not stored.startswith(("F", "BF")) or "scale_weight" in key or "scaled_fp8" in key:
-                raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
             value = f.get_tensor(file_key).to(dtype)
             if not all_finite(value):
                 raise ValueError(f"{path}: {file_key} has values that are not finite")
@@ -259,8 +306,13 @@ def load_model(
     header, _ = read_header(path)
     vae_path = Path(vae_path or path)
     vae_header, _ = read_header(vae_path)
-    with torch.device("meta"):
-        unet, vae, text = UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
+    refuse_quantised(vae_path, vae_header)
+    try:
+        with torch.device("meta"):
+            unet, vae, text = UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
+    except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
+        what = ascii(str(error)[:200])
+        raise ValueError(f"{path}: minilcm.config describes a network that cannot be built ({what})") from None
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
     if not part_of(vae_header, VAE_):
         raise ValueError(f"{vae_path}: no VAE in the file; give one with --vae FILE")

@@ -17,6 +17,7 @@ import re
 from datetime import date
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import einsum
@@ -39,9 +40,12 @@ PREFIXES = {  # of a file's key -> of a path in tau
     "lora_te_text_model_": "te1.",
     "lora_te1_text_model_": "te1.",
     "lora_te2_text_model_": "te2.",
+    "lora_te_": "te1.",  # of transformers 5, which has no text_model any more
+    "lora_te1_": "te1.",
     "lora_te2_": "te2.",
     "text_encoder.text_model.": "te1.",
     "text_encoder_2.text_model.": "te2.",
+    "text_encoder.": "te1.",
     "text_encoder_2.": "te2.",
     "unet.": "",
     "": "",
@@ -147,19 +151,19 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any of the five spellings -> (prefix in tau, flattened module, "up" | "down" | "mid" | "alpha")."""
+    """A key in any of the five spellings -> (prefix in tau, module as written, "up" | "down" | "mid" | "alpha")."""
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
     if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
         tail = f"{old[2]}_proj" if "self_attn" in old[1] else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
         key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
-    match = re.fullmatch(r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.default\w*)?\.weight", key)
+    match = re.fullmatch(r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight", key)
     match = match or re.fullmatch(r"(.+)\.(alpha)", key)
     if not match:
         return None
     prefix = next(p for p in PREFIXES if match[1].startswith(p))
     part = {"A": "down", "B": "up"}.get(match[2], match[2])
-    return PREFIXES[prefix], match[1].removeprefix(prefix).replace(".", "_"), part
+    return PREFIXES[prefix], match[1].removeprefix(prefix), part
 
 
 def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]):
@@ -195,7 +199,8 @@ def read_tau(path: str | Path) -> Tau:
         what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in tensors) else "no LoRA file"
         raise ValueError(f"{path}: this is {what} (first key: {min(tensors, default='none')})")
 
-    modules: dict[tuple[str, str], dict[str, Tensor]] = {}
+    modules: dict[tuple[str, str], dict[str, Tensor]] = {}  # (prefix in tau, flattened module): its tensors
+    spelled: dict[tuple[str, str], str] = {}
     for key, split in keys.items():
         value = tensors[key]
         if split is None:
@@ -205,13 +210,19 @@ def read_tau(path: str | Path) -> Tau:
         value = value.float()
         if not all_finite(value):
             raise ValueError(f"{path}: {key} has values that are not finite")
-        modules.setdefault(split[:2], {})[split[2]] = value
+        prefix, name, part = split
+        module = prefix, name.replace(".", "_")
+        if part in modules.setdefault(module, {}):
+            raise ValueError(f"{path}: {''.join(module)} is in the file twice, the second time as {key}")
+        modules[module][part], spelled[module] = value, name
     for (prefix, flat), parts in modules.items():
         if "up" not in parts or "down" not in parts:
             raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")
         check_shapes(f"{path}: {prefix}{flat}", **parts)
 
-    family, alphas = find_family(modules), peft_alphas(path, metadata)
+    family, settings = find_family(modules), peft_settings(path, metadata)
+    if not settings and any(key.startswith("base_model.model.") for key in keys):
+        print(f"{path}: no adapter_config.json beside it: lora_alpha is taken as the rank; PEFT's default is 8")
     paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family) for m in modules}
     if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
         first = ", ".join(unknown[:5])
@@ -223,43 +234,71 @@ def read_tau(path: str | Path) -> Tau:
             raise ValueError(f"{path}: {target} is in the file twice, in LDM and in diffusers spelling")
         if "mid" in parts:  # LoCon Tucker: down is 1x1, mid has the kernel
             down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
-        rank = float(parts["down"].shape[0])
-        lora_alpha = (
-            parts["alpha"].item() if "alpha" in parts else alphas.get(module, alphas.get((module[0], ""), rank))
-        )
+        if "alpha" in parts:
+            lora_alpha = parts["alpha"].item()
+        elif module[0] in settings:
+            lora_alpha = settings[module[0]].lora_alpha(spelled[module], down.shape[0])
+        else:
+            lora_alpha = float(down.shape[0])
         tau[target] = up, down, lora_alpha
     return tau
 
 
 def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> None:
-    """Raises ValueError unless up (out, r), down (r, in), or both with a kernel, up's 1x1, fit at a rank above 0."""
+    """Raises ValueError unless up (out, r), down (r, in), or both with a kernel, up's 1x1, fit; none of them empty."""
     rank, ones = down.shape[:1], (1,) * (down.ndim - 2)
-    if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in rank:
+    if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):
         raise ValueError(f"{name} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
-    if mid is not None and (mid.ndim != 4 or mid.shape[:2] != (*rank, *rank) or down.shape[2:] != (1, 1)):
+    kernels = (*rank, *rank, 1, 1), (*rank, *rank, 3, 3)
+    if mid is not None and (mid.shape not in kernels or down.shape[2:] != (1, 1)):
         raise ValueError(f"{name} mid {tuple(mid.shape)} does not fit down {tuple(down.shape)}")
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"{name} alpha has {alpha.numel()} values, not one")
 
 
-def peft_alphas(path: Path, metadata: dict[str, str]) -> dict[tuple[str, str], float]:
-    """PEFT keeps lora_alpha beside the tensors: {(prefix in tau, flattened module): lora_alpha}, "" for the rest.
+class PeftSettings(NamedTuple):
+    """What PEFT keeps beside the tensors of one network."""
 
-    From the header's `lora_adapter_metadata`, else from adapter_config.json in the same folder.
+    default: float
+    patterns: dict[str, float]  # {end of a module's name, or a regular expression of it: lora_alpha}
+    rslora: bool  # scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
+
+    def lora_alpha(self, module: str, rank: int) -> float:
+        """By the first pattern that fits the end of `module`'s name, at a dot."""
+        names = module, f"text_model.{module}"  # text encoders: patterns have it or not
+        fits = (a for p, a in self.patterns.items() if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names))
+        return next(fits, self.default) * (rank**0.5 if self.rslora else 1.0)
+
+
+def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
+    """{prefix in tau: settings} from the header's `lora_adapter_metadata`, else adapter_config.json in the same folder.
+
+    Raises ValueError with one line if they are none of PEFT's. A pattern with repeats is refused: a file of unknown
+    origin could keep a regular expression busy for years.
     """
-    out = {}
-    if "lora_adapter_metadata" in metadata:
-        raw = json.loads(metadata["lora_adapter_metadata"])
-        for theirs, ours in (("unet.", ""), ("text_encoder.", "te1."), ("text_encoder_2.", "te2.")):
-            if theirs + "lora_alpha" in raw:
-                out[ours, ""] = float(raw[theirs + "lora_alpha"])
-            for module, lora_alpha in (raw.get(theirs + "alpha_pattern") or {}).items():
-                out[ours, module.removeprefix("text_model.").replace(".", "_")] = float(lora_alpha)
-    elif (config := path.parent / "adapter_config.json").is_file():
-        raw = json.loads(config.read_text())
-        # rsLoRA scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
-        out["", ""] = float(raw["lora_alpha"]) * (raw["r"] ** 0.5 if raw.get("use_rslora") else 1)
-    return out
+    config, inside = path.parent / "adapter_config.json", "lora_adapter_metadata" in metadata
+    if not inside and not config.is_file():
+        return {}
+    where = "lora_adapter_metadata" if inside else str(config)
+    try:
+        raw = json.loads(metadata[where] if inside else config.read_text())
+        names = {"unet.": "", "text_encoder.": "te1.", "text_encoder_2.": "te2."} if inside else {"": ""}
+        settings = {}
+        for theirs, ours in names.items():
+            if any(key.startswith(theirs) for key in raw.keys()) or not inside:
+                patterns = {p: float(a) for p, a in (raw.get(theirs + "alpha_pattern") or {}).items()}
+                default = float(raw[theirs + "lora_alpha"])
+                settings[ours] = PeftSettings(default, patterns, bool(raw.get(theirs + "use_rslora")))
+                for pattern in patterns:
+                    re.compile(pattern)
+                    if re.search(r"[*+?{(|]", pattern):
+                        raise ValueError(f"the pattern {pattern} has repeats or choices")
+                if not all(map(math.isfinite, (default, *patterns.values()))):
+                    raise ValueError("an alpha is not finite")
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, re.error) as error:
+        what = ascii(f"{type(error).__name__} {error}"[:200])
+        raise ValueError(f"{path}: {where} is none of PEFT's settings ({what})") from None
+    return settings
 
 
 def read_recipe(path: str | Path) -> dict[str, str]:

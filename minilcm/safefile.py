@@ -53,30 +53,37 @@ class Entry(NamedTuple):
 
 
 Header = dict[str, Entry]
+MAX_HEADER = 10_000_000  # bytes: 30 times those of SDXL; as Python's objects JSON takes up to 30 times its size
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
     """({key: Entry}, metadata) of a safetensors file, checked to the last byte without reading a tensor.
 
-    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line: missing, a pickle or GGUF,
-    damaged, a key twice, offsets that overlap or leave the file.
+    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line: missing, a folder, a pickle
+    or GGUF, damaged, a header above 10 MB, a key twice or not printable, offsets that overlap or leave the file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the single file")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(9)
         n = int.from_bytes(head[:8], "little")
-        if len(head) < 9 or head[8:9] != b"{":
-            if head[:4] == b"GGUF":
-                raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
+        damaged = f"{path}: file is damaged or incomplete"
+        if head[:4] == b"GGUF":
+            raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
+        if len(head) < 9:
+            raise ValueError(f"{damaged} (expected a header, found {size} bytes); download it again")
+        if head[8:9] != b"{":
             raise ValueError(
                 f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
             )
-        damaged = f"{path}: file is damaged or incomplete"
-        if n > min(size - 8, 100_000_000):
+        if n > size - 8:
             raise ValueError(f"{damaged} (expected a header of {n:,} bytes, found {size - 8:,}); download it again")
+        if n > MAX_HEADER:
+            raise ValueError(f"{damaged} (a header of {n:,} bytes, above {MAX_HEADER:,}); download it again")
         f.seek(8)
         raw = f.read(n)
 
@@ -86,16 +93,18 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         return dict(pairs)
 
     try:
-        entries = json.loads(raw, object_pairs_hook=unique)
+        entries = json.loads(raw.decode(), object_pairs_hook=unique)
         metadata = entries.pop("__metadata__", {})
         header, spans = {}, []
         for key, entry in entries.items():
-            (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-            if not all(type(x) is int and x >= 0 for x in (begin, end, *shape)):
+            (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+            if not key.isprintable() or len(key) > 1000:
+                raise ValueError(f"key {ascii(key)[:80]} is no name")
+            if type(shape) is not list or not all(type(x) is int and x >= 0 for x in (begin, end, *shape)):
                 raise ValueError(f"{key} has a shape or offset that is no number")
-            if end - begin != BYTES[dtype] * math.prod(shape):
-                raise ValueError(f"{key} is {dtype} {list(shape)} in {end - begin} bytes")
-            header[key] = Entry(dtype, shape, begin, end)
+            if end - begin != BYTES[dtype] * math.prod(shape) or math.prod(x for x in shape if x) >= 1 << 63:
+                raise ValueError(f"{key} is {dtype} {str(shape)[:100]} in {end - begin} bytes")
+            header[key] = Entry(dtype, tuple(shape), begin, end)
             spans.append((begin, end))
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
