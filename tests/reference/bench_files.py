@@ -1,0 +1,106 @@
+"""Time and memory of loading a checkpoint and of merging an LCM-LoRA into it, beside diffusers; not in CI.
+
+    python tests/reference/bench_files.py    (needs the `reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
+
+SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own, the two programs
+take turns. load: the file to a model that could run, in the file's dtype. merge: from the two files to the merged model
+on disk, here `python -m minilcm merge`, there from_single_file, load_lora_weights, fuse_lora, save_pretrained; both
+wait until the disk has it. Seconds leave out Python's imports; the memory is the process's highest resident set, pages
+of the mapped file and imports included. Prints medians and ratios.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+DTYPES = {"sd15": torch.float32, "sdxl": torch.float16}
+
+
+def job(who: str, what: str, family: str, folder: Path) -> None:
+    """Run in a process of its own; prints {"seconds", "peak"}."""
+    model, lora, dtype = folder / "model.safetensors", folder / "lora.safetensors", DTYPES[family]
+    if who == "minilcm":
+        from minilcm.__main__ import main, parse
+        from minilcm.checkpoint import load_model
+
+        start = time.perf_counter()
+        if what == "load":
+            load_model(model, dtype)
+        else:
+            main(parse(["merge", str(model), str(lora), "-o", str(folder / "merged.safetensors"), "--force"]))
+    else:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        cls = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
+        start = time.perf_counter()
+        pipe = cls.from_single_file(model, config=str(folder / "config"), torch_dtype=dtype)
+        if what == "merge":
+            pipe.load_lora_weights(str(lora))
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+            pipe.save_pretrained(folder / "merged")
+            os.sync()
+    seconds = time.perf_counter() - start
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def run(*argv) -> dict[str, float]:
+    lines = subprocess.run([sys.executable, __file__, *map(str, argv)], check=True, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True).stdout.splitlines()  # fmt: skip
+    return json.loads(lines[-1])
+
+
+def bench(family: str, folder: Path, rounds: int) -> None:
+    from full_size import make_files
+    from other_programs import write_configs
+
+    from minilcm.safefile import read_tensors, write_tensors
+
+    model, _ = make_files(family, folder)
+    if DTYPES[family] == torch.float32:
+        tensors, _ = read_tensors(model)
+        write_tensors(model, {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}, {})
+        del tensors
+    write_configs(folder / "config", family)
+    os.sync()
+    size = model.stat().st_size
+    print(f"{family} {str(DTYPES[family])[6:]}, {size:,} bytes, median of {rounds}")
+    for what in ("load", "merge"):
+        results: dict[str, list] = {"minilcm": [], "diffusers": []}
+        for i in range(rounds + 1):
+            for who in results:
+                subprocess.run(["cat", model], stdout=subprocess.DEVNULL)  # warm
+                results[who] += [run(who, what, family, folder)] * (i > 0)
+        ours, theirs = ({key: median(x[key] for x in results[who]) for key in ("seconds", "peak")} for who in results)
+        for who, x in (("minilcm", ours), ("diffusers", theirs)):
+            print(f"  {what:6} {who:10} {x['seconds']:6.1f} s  {x['peak'] / size:5.2f} x the file")
+        ratio, memory = ours["seconds"] / theirs["seconds"], ours["peak"] / size
+        print(
+            f"  {what:6} time {ratio:.2f} of diffusers', goal 0.5; memory {memory:.2f} of the file, goal 1.2",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 5:
+        job(*sys.argv[1:4], Path(sys.argv[4]))
+    else:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--rounds", type=int, default=3)
+        parser.add_argument("--family", choices=[*DTYPES, "both"], default="both")
+        args = parser.parse_args()
+        for family in DTYPES if args.family == "both" else [args.family]:
+            with tempfile.TemporaryDirectory() as name:
+                bench(family, Path(name), args.rounds)
