@@ -28,6 +28,7 @@ from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
 from minilcm.memory import default_dtype
 from minilcm.pictures import contact_sheet, save_png, to_images
+from minilcm.safefile import sha256
 from minilcm.schedule import T, diffusion_loss, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
 
@@ -126,6 +127,8 @@ def main(args: argparse.Namespace) -> None:
     cache = cache_latents(vae, art, config.size, args.looks, args.seed, device)
     null_cond = text.null_cond(args.batch)
 
+    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+
     # ---- resume
     run = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "out", "device", "save_every")}
     start = 0
@@ -173,7 +176,8 @@ def main(args: argparse.Namespace) -> None:
 
     def save(step: int) -> None:
         unet.eval()
-        recipe = {"objective": args.objective, "steps": str(step), "model": args.model.name, "seed": str(args.seed)}
+        recipe = {"objective": args.objective, "steps": str(step), "seed": str(args.seed)}
+        recipe |= {"model": args.model.name, "model_sha256": model_sha256}
         if args.rank is not None:
             if args.objective == "lcm":
                 recipe |= {"w": f"{args.w:g}", "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}

@@ -307,6 +307,8 @@ def load_model(
     vae_path = Path(vae_path or path)
     vae_header, _ = read_header(vae_path)
     refuse_quantised(vae_path, vae_header)
+    if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
+        print(f"{path}: {len(narrow)} tensors are float8 and are widened: less exact than the file they were made from")
     try:
         with torch.device("meta"):
             unet, vae, text = UNet(config.unet), VAE(config.vae), TextEncoder(config.text)

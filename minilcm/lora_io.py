@@ -182,7 +182,7 @@ def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]):
 
 
 def read_tau(path: str | Path) -> Tau:
-    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank.
+    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank, 0 means no effect.
 
     Raises ValueError with one line: no such file, damaged, not a LoRA, another kind of adapter, a key that names no
     module, a module spelled twice, down without up, ranks that do not fit, values that are not finite.

@@ -63,6 +63,10 @@ def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA"
     """
     weights = weights_of(model)
     absent = [path for path in tau if f"{path}.weight" not in weights]
+    for te, tower in (("te1.", "CLIP-L"), ("te2.", "bigG")):
+        if te in {path[:4] for path in absent} and not any(key.startswith(te) for key in weights):
+            first = next(path for path in absent if path.startswith(te))
+            raise ValueError(f"{name}: changes {tower}, a text encoder that is not here, first: {first}")
     if absent:
         raise ValueError(
             f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}"

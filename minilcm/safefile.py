@@ -1,5 +1,6 @@
 """Files that are either whole or absent: reading safetensors with one clear error, writing through a temporary name."""
 
+import hashlib
 import json
 import math
 import os
@@ -128,6 +129,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: f.get_tensor(key) for key in header}, metadata
     except (SafetensorError, AttributeError) as error:  # a format this torch has not
         raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file, in hexadecimal: what A1111 and model sites know it by (often its first ten digits)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def all_finite(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -285,18 +286,33 @@ def split(whole: bytes) -> tuple[bytes, bytes]:
     return whole[8:n], whole[n:]
 
 
+class Mutant(NamedTuple):
+    """A file in pieces: hypothesis keeps all examples, and would keep the data of each."""
+
+    header: bytes
+    data: bytes  # not changed
+    end: int | None = None  # where the data is cut
+    more: bytes = b""
+    length: int | None = None  # of the header, as the file says it
+
+    def content(self) -> bytes:
+        return raw_file(self.header, self.data[: self.end] + self.more, self.length)
+
+
 @st.composite
-def spoilt_bytes(draw, whole: bytes) -> bytes:
+def spoilt_bytes(draw, whole: bytes) -> Mutant:
     """Pieces of the header cut, repeated or replaced; the data cut or extended; the length wrong."""
-    header, data = map(bytearray, split(whole))
+    header, data = split(whole)
+    header = bytearray(header)
     for _ in range(draw(st.integers(1, 4))):
         i = draw(st.integers(0, len(header)))
         piece = header[i : i + draw(st.integers(0, 40))]
         new = st.just(b"") | st.just(2 * piece) | st.binary(max_size=2) | st.sampled_from(TOKENS)
         header[i : i + len(piece)] = draw(new)
-    cut, more = st.integers(0, len(data)).map(lambda n: data[:n]), st.binary(max_size=64).map(lambda x: data + x)
-    data = draw(st.sampled_from((st.just(data),) * 8 + (cut, more)).flatmap(lambda x: x))
-    return raw_file(header, data, draw(st.sampled_from((len(header),) * 9 + (0, 1, len(header) + 1, 1 << 63))))
+    end = draw(st.one_of([st.none()] * 9 + [st.integers(0, len(data))]))
+    more = draw(st.one_of([st.just(b"")] * 9 + [st.binary(max_size=64)]))
+    length = draw(st.sampled_from((None,) * 9 + (0, 1, len(header) + 1, 1 << 63)))
+    return Mutant(bytes(header), data, end, more, length)
 
 
 def other_json(draw, value):
@@ -317,7 +333,7 @@ def field(entry, name: str):
 
 
 @st.composite
-def spoilt_json(draw, whole: bytes) -> bytes:
+def spoilt_json(draw, whole: bytes) -> Mutant:
     """Entries renamed or dropped, their axes shuffled, their dtype another of that width, or any part any JSON."""
     header, data = split(whole)
     header = json.loads(header)
@@ -336,11 +352,11 @@ def spoilt_json(draw, whole: bytes) -> bytes:
             header[key]["dtype"] = draw(st.sampled_from("IU")) + dtype.lstrip("BFIU")
         elif isinstance(header[key], dict):
             header = other_json(draw, header)
-    return raw_file(json.dumps(header).encode(), data)
+    return Mutant(json.dumps(header).encode(), data)
 
 
 @st.composite
-def spoilt_tensors(draw, whole: bytes) -> bytes:
+def spoilt_tensors(draw, whole: bytes) -> Mutant:
     """The dictionary with keys renamed, dropped or doubled, and values of other shapes, dtypes and contents."""
     tensors = load(whole)
     for _ in range(draw(st.integers(1, 3))):
@@ -361,7 +377,7 @@ def spoilt_tensors(draw, whole: bytes) -> bytes:
             tensors[key] = torch.full(value.shape, draw(st.sampled_from((torch.nan, torch.inf, 0.0, 1e30))))
         else:
             tensors[key.replace("lora_up", "lora_mid")] = value.clone()
-    return save(tensors)
+    return Mutant(*split(save(tensors)))
 
 
 def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
@@ -383,8 +399,8 @@ def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
     @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
     @given(st.one_of(mutants))
     def check(mutant):
-        reader, content = mutant
-        path.write_bytes(content)
+        reader, file = mutant
+        path.write_bytes(file.content())
         line, share = measured(READERS[reader][0], path)
         assert share < 1
         tally[reader, "refused" if line else "read"] += 1

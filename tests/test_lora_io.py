@@ -280,6 +280,51 @@ def test_peft_alpha_is_read(tmp_path):
     assert [x[2] for x in read_tau(path).values()] == [16.0]
 
 
+def test_peft_patterns(tmp_path):
+    """alpha_pattern holds ends of names, at a dot, or regular expressions; the first that fits counts. PEFT's rules.
+
+    attn1.to_k: "to_k"; attn2.to_k: the first, though "to_k" fits too; conv1: "[02]" fits 0 and not 1; to_q: none, and
+    "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of alpha sqrt(r). Text encoders have their own.
+    """
+    attn = "unet.mid_block.attentions.0.transformer_blocks.0"
+    expected = {f"{attn}.attn1.to_k": 2.0, f"{attn}.attn2.to_k": 3.0, f"{attn}.attn1.to_q": 8.0}
+    expected |= {f"unet.mid_block.resnets.{i}.conv1": x for i, x in ((0, 5.0), (1, 8.0))}
+    expected["text_encoder.text_model.encoder.layers.0.mlp.fc1"] = 6.0
+    expected["text_encoder.encoder.layers.1.mlp.fc1"] = 7.0  # as transformers 5 names it
+    patterns = {"attn2.to_k": 3, "to_k": 2, "o_q": 9, r"mid_block.resnets.[02]\.conv\d": 5}
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": patterns, "text_encoder.lora_alpha": 6}
+    config["text_encoder.alpha_pattern"] = {"text_model.encoder.layers.1.mlp.fc1": 7}
+    tensors = {}
+    for name in expected:
+        kernel = [3, 3] if "conv" in name else []
+        tensors[f"{name}.lora_A.weight"] = torch.ones(4, 32, *kernel)
+        tensors[f"{name}.lora_B.weight"] = torch.ones(32, 4, *[1 for _ in kernel])
+    for factor, more in ((1, {}), (2, {"unet.use_rslora": True, "text_encoder.use_rslora": True})):
+        save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config | more)})
+        got = sorted(lora_alpha for _, _, lora_alpha in read_tau(tmp_path / "lora.safetensors").values())
+        assert got == sorted(factor * x for x in expected.values())
+        first = read_tau(tmp_path / "lora.safetensors")["middle_block.1.transformer_blocks.0.attn2.to_k"]
+        assert first[2] == 3.0 * factor
+
+
+def test_a_pattern_that_could_take_years_is_refused(tmp_path):
+    """Nested repeats take time that is exponential in the length of the name."""
+    tensors = {"unet.mid_block.resnets.0.conv1.lora_A.weight": torch.ones(4, 32, 3, 3)}
+    tensors["unet.mid_block.resnets.0.conv1.lora_B.weight"] = torch.ones(32, 4, 1, 1)
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": {r"(\w+)+x": 3}}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    assert "has repeats or choices" in one_line(tmp_path / "lora.safetensors")
+
+
+def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path, capsys):
+    """PEFT's default alpha is 8, so rank 64 read as alpha 64 would be 8 times too strong: one printed line."""
+    name = "base_model.model.mid_block.resnets.0.conv1"
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, 32, 3, 3), f"{name}.lora_B.weight": torch.ones(32, 4, 1, 1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    read_tau(tmp_path / "adapter_model.safetensors")
+    assert "no adapter_config.json beside it: lora_alpha is taken as the rank" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
     "unet.x.lora_magnitude_vector", "lora_unet_x.diff", "lora_unet_x.diff_b", "lora_unet_x.w_norm",
     "lora_unet_x.on_input", "lora_unet_x.a1.weight", "lora_unet_x.oft_blocks"])  # fmt: skip
