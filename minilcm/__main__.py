@@ -25,10 +25,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import BIG_G, CLIP_L, UNET, VAE_, identify, part_of, places
+from .checkpoint import places
+from .family import BIG_G, CLIP_L, UNET, VAE_, identify, part_of
 from .lora import Tau
-from .lora_io import module_table, parse_lora, read_recipe, read_tau, write_tau
+from .lora_io import parse_lora, read_recipe, read_tau, write_tau
 from .merge import check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
+from .names import module_table
 from .safefile import all_finite, read_header, rewrite
 from .unet import emoji, sd15, sdxl, ssd1b
 

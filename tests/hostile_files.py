@@ -23,7 +23,7 @@ from test_checkpoint import TEXT, UNET, VAE, koala, tiny_sd, unet_keys, vega, wi
 from tiny import CONFIG, write_model
 from torch import Tensor
 
-from minilcm.checkpoint import to_json
+from minilcm.family import to_json
 from minilcm.lora import target_paths
 from minilcm.text import TextEncoder
 from minilcm.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b

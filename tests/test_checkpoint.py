@@ -16,18 +16,8 @@ from tiny import CONFIG, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
 from torch import nn
 
 from minilcm import safefile
-from minilcm.checkpoint import (
-    from_json,
-    identify,
-    load_model,
-    load_state,
-    save_model,
-    save_state,
-    sd15_config,
-    sdxl_config,
-    ssd1b_config,
-    to_json,
-)
+from minilcm.checkpoint import load_model, load_state, save_model, save_state
+from minilcm.family import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
 from minilcm.lora_io import write_tau
 from minilcm.safefile import read_tensors
 from minilcm.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b

@@ -413,7 +413,7 @@ def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
 def test_fuzz(tmp_path):
     """400 mutants: never a traceback; most are refused, and some harmless ones are read."""
     tally, _ = fuzz(tmp_path, 400)
-    assert tally.total() >= 400 and all(tally[x, "refused"] > 50 and tally[x, "read"] > 5 for x in ("lora", "model"))
+    assert tally.total() >= 400 and all(tally[x, "refused"] > 50 and tally[x, "read"] > 2 for x in ("lora", "model"))
 
 
 # ---- by command

@@ -16,8 +16,9 @@ from torch import nn
 
 from minilcm import safefile
 from minilcm.lora import Tau, target_paths
-from minilcm.lora_io import read_recipe, read_tau, split_key, text_table, to_diffusers_path, to_ldm_path, write_tau
+from minilcm.lora_io import read_recipe, read_tau, split_key, write_tau
 from minilcm.merge import delta
+from minilcm.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.unet import UNet, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = (emoji, sd15, ssd1b, sdxl)

@@ -441,7 +441,7 @@ MISTAKES = [
     (["pizza", "--lora", "{f}/lcm.safetensors:"], "'' is not a number"),
     (["pizza", "--lora", "{f}/lcm.safetensors:nan"], "'nan' is not a number"),
     (["pizza", "--lora", "{f}/lcm.safetensors:inf"], "'inf' is not a number"),
-    (["pizza", "--lora", ""], "no such file"),
+    (["pizza", "--lora", ""], "is a folder"),
     (["pizza", "--image", "{f}/none.png"], "none.png: "),
     (["pizza", "--image", "{f}/words.txt"], "words.txt: not a picture"),
     (["pizza", "--image", "{f}"], ": not a picture"),

@@ -1,6 +1,7 @@
 """train.py on a tiny model: every objective, what is written, resume to the last bit, and one line for wrong flags."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import runpy
@@ -98,6 +99,7 @@ def test_two_steps(files, tmp_path, objective, capsys):
         }
         assert all(up.any() for up, _, _ in tau.values())  # B started at zero; gradients flowed into each
         expected = {"objective": OBJECTIVES[objective][1], "steps": "2", "model": "model.safetensors", "seed": "0"}
+        expected["model_sha256"] = hashlib.sha256((files / "model.safetensors").read_bytes()).hexdigest()
         if objective != "style":
             expected |= {"w": "7.5", "k": "20", "K": "50", "timestep_scaling": "10"}
         assert read_recipe(out / result) == expected

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from minilcm.checkpoint import Config, save_model
+from minilcm.checkpoint import save_model
+from minilcm.family import Config
 from minilcm.lora import TARGETS, Tau, target_paths
 from minilcm.text import TextConfig, TextEncoder
 from minilcm.unet import UNet, UNetConfig

@@ -16,7 +16,8 @@ from torch import nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.checkpoint import Config, load_model, save_model  # noqa: E402
+from minilcm.checkpoint import load_model, save_model  # noqa: E402
+from minilcm.family import Config  # noqa: E402
 from minilcm.layers import ResBlock, SpatialTransformer  # noqa: E402
 from minilcm.safefile import read_tensors  # noqa: E402
 from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip  # noqa: E402

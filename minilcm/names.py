@@ -1,0 +1,92 @@
+"""The names of modules, LDM <-> diffusers, and flattened: one of the two maps of this project, with its inverse.
+
+    LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q        as in checkpoints and in a tau
+    diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
+    flattened  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
+
+A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module names of a known UNet.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from .unet import UNet, UNetConfig
+
+RES = {  # inside a ResBlock: LDM's name -> diffusers'
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def block_names(cfg: UNetConfig) -> dict[str, str]:
+    """{LDM block: diffusers block}, in running order. LDM counts blocks through, diffusers level by level."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "time_embedding.cond_proj": "time_embedding.cond_proj",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    i = 1
+    for level, depths in enumerate(cfg.down):
+        for layer in range(len(depths)):
+            names[f"input_blocks.{i}.0"] = f"down_blocks.{level}.resnets.{layer}"
+            names[f"input_blocks.{i}.1"] = f"down_blocks.{level}.attentions.{layer}"
+            i += 1
+        names[f"input_blocks.{i}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        i += 1
+    i = 0
+    for level, depths in enumerate(cfg.up):
+        for layer in range(len(depths)):
+            names[f"output_blocks.{i}.0"] = f"up_blocks.{level}.resnets.{layer}"
+            names[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
+            i += 1
+        # the upsampler follows the transformer, or the ResBlock where there is none
+        names[f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names
+
+
+def to_diffusers_path(path: str, cfg: UNetConfig) -> str:
+    """`input_blocks.4.1.proj_in` -> `down_blocks.1.attentions.0.proj_in`."""
+    names, parts = block_names(cfg), path.split(".")
+    n = next(n for n in (4, 3, 2) if ".".join(parts[:n]) in names)
+    rest = ".".join(parts[n:])
+    return ".".join(filter(None, [names[".".join(parts[:n])], RES.get(rest, rest)]))
+
+
+@cache
+def module_table(family) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{flattened name: (LDM path, shape of the weight)} of a family's Linear and Conv2d modules, in both spellings."""
+    with torch.device("meta"):
+        unet = UNet(family())
+    table = {}
+    for path, m in unet.named_modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            for name in (path, to_diffusers_path(path, unet.cfg)):
+                table[name.replace(".", "_")] = path, tuple(m.weight.shape)
+    return table
+
+
+@cache
+def text_table() -> dict[str, str]:
+    """{flattened name: Hugging Face's path} below `text_model.`, of up to 32 layers, and bigG's text_projection."""
+    parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + ["text_projection"]
+    return {path.replace(".", "_"): path for path in paths}
+
+
+def to_ldm_path(flat: str, family) -> str | None:
+    """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` -> `input_blocks.1.0.in_layers.2`."""
+    return module_table(family).get(flat, (None,))[0]
