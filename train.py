@@ -1,120 +1,317 @@
 """Train a UNet, or a LoRA for it: the base model, a style, or an LCM-LoRA.
 
-    the paper        python train.py --objective lcm --rank 16 --model weights/emoji/model.safetensors \\
-                         --data weights/emoji/art --out runs/lcm --steps 1500
+    the paper        python train.py --objective lcm --rank 64 --model weights/sd15.safetensors --data my_pictures \\
+                         --out runs/lcm --steps 1000
+    a full LCM       python train.py --objective lcm --full --w 2:14 --model ... --data ... --out runs/full
     a style LoRA     python train.py --objective diffusion --rank 8 --data my_pictures --out runs/style --steps 500
-    a base model     python train.py --objective diffusion --full --model runs/start.safetensors \\
-                         --data weights/emoji/art --out runs/base --steps 14000
+    a base model     python train.py --objective diffusion --full --data weights/emoji/art --out runs/base
+    will it fit?     python train.py --objective lcm --rank 64 --model sdxl --plan 12
+    many GPUs        torchrun --nproc_per_node 8 train.py ...
 
 diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the
-teacher is the model itself with its LoRA off, guided by w. --out gets lora.safetensors (or model.safetensors), a sheet
-of pictures after every save, and state.safetensors, with which --resume goes on as if never stopped.
+teacher is the model itself with its LoRA off (a full LCM: a frozen copy), guided by w. --out gets lora.safetensors (or
+model.safetensors), a sheet of pictures and a line of metrics.jsonl at every save, and the last two states, with which
+--resume goes on as if never stopped.
 """
 
 import argparse
+import copy
 import math
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minilcm.checkpoint import load_model, load_state, save_model, save_state
+from minilcm.checkpoint import latest_state, load_model, load_state, read_run, save_model, save_state, state_tensors
 from minilcm.data import batches, cache_latents, read_art, split_art
-from minilcm.lcm import T_SCALE, K, lcd_loss, sample_lcm
+from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
+from minilcm.lcm import T_SCALE, K, Network, guidance_embedding, lcd_loss, sample_lcm, update_ema
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
-from minilcm.memory import default_dtype
+from minilcm.memory import LiveBytes, add_checkpointing, default_dtype, size_of
 from minilcm.pictures import contact_sheet, save_png, to_images
+from minilcm.ranks import mean_over_ranks, shard, start_ranks, whole
 from minilcm.safefile import sha256
 from minilcm.schedule import T, diffusion_loss, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
+from minilcm.text import TextEncoder
+from minilcm.unet import Cond, UNet
+from minilcm.vae import VAE
 
+CUDA_CONTEXT = 0.5  # GB that CUDA takes for itself, about
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
+FAMILIES = {"sd15": sd15_config, "ssd1b": ssd1b_config, "sdxl": sdxl_config}
+W_DIM = 256  # sinusoids of a full LCM's guidance embedding
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
     add = parser.add_argument
-    add(
-        "--objective",
-        choices=["diffusion", "lcm"],
-        required=True,
-        help="what to learn: eps, or the consistency function",
-    )
+    objectives = "what to learn: eps, or the consistency function"
+    add("--objective", choices=["diffusion", "lcm"], required=True, help=objectives)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of rank N on the frozen UNet")
-    size.add_argument("--full", action="store_true", help="train all weights of the UNet (diffusion only)")
+    size.add_argument("--full", action="store_true", help="train all weights of the UNet; lcm: with w as an input")
     add("--alpha", type=float, help="lora_alpha; the LoRA's strength is alpha / rank (default: the rank)")
+    add("--attention-only", action="store_true", help="LoRA on attention projections only, as many style LoRAs have it")
     add(
-        "--attention-only",
-        action="store_true",
-        help="LoRA on the attention projections only, as many style LoRAs have it",
-    )
-    add("--model", type=Path, default=SHIPPED, help="checkpoint to start from (default: the shipped emoji model)")
-    add(
-        "--data",
+        "--model",
         type=Path,
-        required=True,
-        help=".tar shards, a folder of them, or a folder of pictures with .txt captions",
+        default=SHIPPED,
+        help="checkpoint to start from (default: the shipped emoji model); with --plan also sd15, ssd1b or sdxl",
     )
-    add("--out", type=Path, required=True, help="folder for the result, the sheets and the state")
+    add("--data", type=Path, help=".tar shards, a folder of them, or a folder of pictures with .txt captions")
+    add("--out", type=Path, help="folder for the result, the sheets and the states")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
-    add("--batch", type=int, default=16, help="pictures a step (default 16)")
+    add("--batch", type=int, default=16, help="pictures in the network at a time, on each GPU (default 16)")
+    add("--accumulate", type=int, default=1, metavar="N", help="add up the gradients of N batches a step (default 1)")
+    again = "compute blocks again in the backward pass: slower, far smaller (default: yes, but for small models)"
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
+    add("--size", type=int, metavar="PIXELS", help="of the square pictures (default: the model's own size)")
     add("--lr", type=float, default=3e-4, help="learning rate after warm-up, then cosine to 0 (default 3e-4)")
-    add(
-        "--w",
-        type=float,
-        default=7.5,
-        help="lcm: guidance strength distilled in, the paper's w = guidance - 1 (default 7.5)",
-    )
+    guidance = "lcm: guidance distilled in, the paper's w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    add("--w", metavar="W[:HIGH]", help=guidance)
     add("--k", type=int, default=T // K, help="lcm: skipping interval in timesteps (default 20)")
+    add("--average", type=float, metavar="MU", help="write an average of the weights, of rate MU (default: 0.9995 with "
+        "--objective diffusion --full, else none)")  # fmt: skip
     add("--looks", type=int, default=8, help="compositions made and encoded of each drawing (default 8)")
     add("--seed", type=int, default=0, help="all randomness comes from it (default 0)")
     add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
-    add("--resume", action="store_true", help="go on from --out/state.safetensors")
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if there)",
-    )
+    add("--resume", action="store_true", help="go on from the last state in --out")
+    plan_help = "print the memory of a step, part by part, and whether it fits a card of GB; trains nothing"
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda if there; with --plan cuda)")
     args = parser.parse_args(argv)
-    if args.objective == "lcm" and args.full:
-        parser.error("--objective lcm needs --rank N")
-    for flag in ("steps", "batch", "k", "looks", "save_every"):
+
+    if args.plan is None and (args.data is None or args.out is None):
+        parser.error("--data and --out are needed, but with --plan")
+    for flag in ("steps", "batch", "accumulate", "k", "looks", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.average is None and args.objective == "diffusion" and args.full:
+        args.average = 0.9995
+    if args.average is not None and not 0 < args.average < 1:
+        parser.error(f"--average is {args.average}; give a number between 0 and 1")
+    words = (args.w or ("2:14" if args.full else "7.5")).split(":")
+    try:
+        args.w_range = float(words[0]), float(words[-1])
+    except ValueError:
+        args.w_range = math.nan, math.nan
+    if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
+        parser.error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
+    if args.objective == "lcm" and args.rank is not None and len(words) == 2:
+        parser.error(f"--w is {args.w}: an LCM-LoRA takes no w, so one is distilled in; give one number, or --full")
+    if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
+    args.device = args.device or (cuda if args.plan is None else "cuda")
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    device, schedule = args.device, make_schedule()
-    half = torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32  # of the UNet's forward only
-    unet, vae, text, config = load_model(args.model)
-    unet, vae, text = unet.to(device), vae.to(device), text.to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "state.safetensors").exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a run already; go on with --resume, or give another --out")
+# ---- the three networks of Algorithm 1
 
-    # ---- what is trained
+
+class Networks(NamedTuple):
+    """(z_t, t, cond, w) -> eps_hat, three times. LCM-LoRA: one UNet with LoRA on, off, and on without gradient, which
+    takes no w. Full LCM: a student that does, a frozen teacher, and an average of the student as target.
+    """
+
+    student: Network
+    teacher: Network
+    target: Network
+    target_unet: UNet | None = None
+    ddp: DistributedDataParallel | None = None
+
+
+def make_networks(args: argparse.Namespace, unet: UNet, half: torch.dtype, world: int = 1) -> Networks:
+    """Prepare the UNet for training, in place: LoRA, or an input for w; over `world` ranks DDP or FSDP2."""
+    target_unet = ddp = None
     if args.rank is not None:
         targets = ATTENTION if args.attention_only else TARGETS
-        parameters = add_lora(unet, args.rank, args.alpha, targets, torch.Generator().manual_seed(args.seed))
-        named = {f"{path}.{part}": x for path, tau in get_tau(unet).items() for part, x in zip(("up", "down"), tau)}
-    else:
-        parameters = list(unet.requires_grad_(True).parameters())
-        named = dict(unet.named_parameters())
-    # EMA of full weights; a LoRA is written as it is
-    average = {name: x.detach().clone() for name, x in named.items()} if args.full else {}
+        add_lora(unet, args.rank, args.alpha, targets, torch.Generator().manual_seed(args.seed))
+    elif args.objective == "lcm":
+        teacher_unet = copy.deepcopy(unet).to(half)
+        width = unet.cfg.channels[0]
+        with torch.device(unet.out[2].weight.device):
+            unet.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(W_DIM, width, bias=False)})
+        nn.init.zeros_(unet.time_embedding["cond_proj"].weight)  # the student begins as the teacher, whatever w
+        unet.cfg = replace(unet.cfg, w_dim=W_DIM)
+        target_unet = copy.deepcopy(unet)
+    if args.rank is None:
+        unet.requires_grad_(True)
+    if args.checkpointing:
+        add_checkpointing(unet)
+    net = unet
+    if world > 1 and args.rank is not None:
+        net = ddp = DistributedDataParallel(unet)
+    elif world > 1:
+        for whole_unet in [unet] if target_unet is None else [unet, teacher_unet, target_unet]:
+            shard(whole_unet)
+
+    def run(network: nn.Module, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor) -> Tensor:
+        with torch.autocast(z_t.device.type, dtype=half, enabled=half != torch.float32):
+            return network(z_t, t, cond, *w_emb)
+
+    def lora_teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        with lora_off(unet):
+            return run(unet, z_t, t, cond)
+
+    if target_unet is None:
+        return Networks(
+            student=lambda z_t, t, cond, w=None: run(net, z_t, t, cond),
+            teacher=lora_teacher,
+            target=lambda z_t, t, cond, w=None: run(unet, z_t, t, cond),
+            ddp=ddp,
+        )
+    return Networks(
+        student=lambda z_t, t, cond, w: run(net, z_t, t, cond, guidance_embedding(w, W_DIM)),
+        teacher=lambda z_t, t, cond, w=None: run(teacher_unet, z_t, t, cond),
+        target=lambda z_t, t, cond, w: run(target_unet, z_t, t, cond, guidance_embedding(w, W_DIM)),
+        target_unet=target_unet,
+    )
+
+
+def loss_of(
+    args: argparse.Namespace, nets: Networks, z0: Tensor, cond: Cond, null_cond: Cond, generator: torch.Generator
+) -> Tensor:
+    """The objective on clean latents z0 (b, 4, h, w) -> scalar; all noise from the CPU generator."""
+    schedule = make_schedule()
+    if args.objective == "lcm":
+        together = not args.checkpointing  # teacher at cond and null in one batch of 2b, where there is memory for it
+        return lcd_loss(*nets[:3], z0, cond, null_cond, schedule, generator, args.w_range, k=args.k, together=together)
+    t = torch.randint(0, T, (len(z0),), generator=generator)
+    eps = torch.randn(z0.shape, generator=generator)
+    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond, None), z0, t.to(z0.device), eps.to(z0.device), schedule)
+
+
+def forward_dtype(device: str) -> torch.dtype:
+    """Of the forward pass: bfloat16 where it is fast. What is trained is float32, as the loss and the schedule are."""
+    return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
+
+
+# ---- will it fit?
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the bytes of a step by part, from the shapes alone: the real code on fake tensors, which have no memory.
+
+    They are said to lie on the CPU: autograd's backward asks for a real card. The shapes are the same.
+    """
+    config = FAMILIES[str(args.model)]() if str(args.model) in FAMILIES else identify(args.model)
+    half, size, chosen = forward_dtype(args.device), args.size or config.size, args.checkpointing
+    columns = {}
+    for args.checkpointing in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.set_default_dtype(half if args.rank is not None else torch.float32)
+            unet, vae, text = UNet(config.unet), VAE(config.vae).float(), TextEncoder(config.text)
+            torch.set_default_dtype(torch.float32)
+            base = size_of(unet.parameters())
+            nets = make_networks(args, unet, half)
+            trained = [x for x in unet.parameters() if x.requires_grad]
+            side = size // vae.factor
+            z0 = torch.randn(args.batch, 4, side, side)
+            cond = text.null_cond(args.batch, (size, size))
+            with LiveBytes() as live:
+                loss_of(args, nets, z0, cond, cond, torch.Generator()).backward()
+            with LiveBytes() as encoding, torch.no_grad():
+                vae.moments(torch.randn(1, 3, size, size))
+            gradients = size_of(x.grad for x in trained)
+        copies = size_of(nets.target_unet.parameters()) + base * half.itemsize // 4 if nets.target_unet else 0
+        columns[args.checkpointing] = {
+            "UNet": base,
+            "teacher and target": copies,
+            "LoRA" if args.rank is not None else "input for w": size_of(unet.parameters()) - base,
+            "gradients": gradients,
+            "Adam's moments": 2 * size_of(trained),
+            "average": size_of(trained) if args.average else 0,
+            "activations": live.peak - gradients,
+        }
+        stages = {"encoding pictures": size_of(vae.parameters()) + encoding.peak, "text encoders": size_of(text.parameters())}
+    args.checkpointing = is_large(config) if chosen is None else chosen
+    parts, other = columns[args.checkpointing], columns[not args.checkpointing]
+    size_text = f"{args.batch} x {size}x{size}, {str(half)[6:]}, checkpointing {'on' if args.checkpointing else 'off'}"
+    print(f"{args.objective}, {sum(x.numel() for x in trained):,} parameters to train, batch {size_text}")
+    for part, size_in_bytes in parts.items():
+        if size_in_bytes:
+            note = f"   ({other[part] / 1e9:.2f} with --{'no-' * args.checkpointing}checkpointing)" * (part == "activations")
+            print(f"  {part:20} {size_in_bytes / 1e9:7.2f} GB{note}")
+    for stage, size_in_bytes in stages.items():
+        print(f"before training, then off the card: {stage} {size_in_bytes / 1e9:.2f} GB")
+    total = max(sum(parts.values()), *stages.values()) / 1e9
+    if args.plan:
+        room = args.plan - total - CUDA_CONTEXT
+        print(f"on a card of {args.plan:g} GB: {'fits' if room >= 0 else 'does not fit'}, with {CUDA_CONTEXT} GB for CUDA "
+              f"itself {abs(room):.2f} GB are {'left' if room >= 0 else 'missing'}")  # fmt: skip
+    print(f"total {total:.2f} GB")
+
+
+def is_large(config: Config) -> bool:
+    """An official checkpoint, not a small model: gradient checkpointing is worth its time."""
+    return config.unet.channels[0] >= 320
+
+
+# ---- the loop
+
+
+@contextmanager
+def sync_gradients(nets: Networks, unet: UNet, last: bool) -> Iterator[None]:
+    """Over several ranks, gradients are averaged in the last of the batches that are accumulated only."""
+    if hasattr(unet, "set_requires_gradient_sync"):  # FSDP2
+        unet.set_requires_gradient_sync(last)
+    with nets.ddp.no_sync() if nets.ddp is not None and not last else nullcontext():
+        yield
+
+
+def start_folder(args: argparse.Namespace) -> None:
+    """Make --out, and clear it of what a killed run left half written."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if list(args.out.glob("state_*.safetensors")) and not args.resume:
+        raise ValueError(f"{args.out} holds a run already; go on with --resume, or give another --out")
+    for part in args.out.glob(".*.part"):
+        part.unlink()
+
+
+def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
+    """Raises ValueError with both values of the first flag by which a resumed run would be another run."""
+    for key, value in now.items():
+        if key != "w_range" and (was := then.get(key)) != value:
+            flag = key.replace("_", "-")
+            raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.plan is not None:
+        return plan(args)
+    rank, world = start_ranks(args.device)
+    device, schedule, half = args.device, make_schedule(), forward_dtype(args.device)
+    unet, vae, text, config = load_model(args.model)
+    if config.unet.w_dim is not None:
+        raise ValueError(f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from")
+    unet = unet.to(device, half if args.rank is not None else torch.float32)  # a frozen base needs no more bits
+    vae, text = vae.to(device), text.to(device)
+    args.checkpointing = is_large(config) if args.checkpointing is None else args.checkpointing
+    size = args.size or config.size
+    if rank == 0:
+        start_folder(args)
+
+    # ---- what is trained
+    nets = make_networks(args, unet, half, world)
+    named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
+    parameters = list(named.values())
+    average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
-    print(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
 
     # ---- what it is trained on
     art = read_art(args.data)
@@ -124,43 +321,23 @@ def main(args: argparse.Namespace) -> None:
         art = [a for a in art if a.style is None or a.name in config.names]
     if not art:
         raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
-    cache = cache_latents(vae, art, config.size, args.looks, args.seed, device)
-    null_cond = text.null_cond(args.batch)
-
-    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+    cache = cache_latents(vae, art, size, args.looks, args.seed, device)
+    null_cond = text.null_cond(args.batch, (size, size))
 
     # ---- resume
-    run = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "out", "device", "save_every")}
+    run = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "out", "device", "save_every", "plan")}
+    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+    saved_tensors = named | {f"average.{k}": v for k, v in average.items()}
+    if nets.target_unet is not None:
+        saved_tensors |= {f"target.{k}": v for k, v in nets.target_unet.named_parameters()}
     start = 0
     if args.resume:
-        saved = load_state(
-            args.out / "state.safetensors", named | {f"average.{k}": v for k, v in average.items()}, optimizer
-        )
-        for key, value in run.items():
-            if (was := saved["flags"].get(key)) != value:
-                raise ValueError(
-                    f"--resume: --{key.replace('_', '-')} was {was}, is now {value}; give the flags of that run"
-                )
-        start = saved["step"]
+        state = latest_state(args.out)
+        check_flags(run, read_run(state)["flags"])
+        start = load_state(state, saved_tensors, optimizer)["step"]
 
-    # ---- the three networks of Algorithm 1: one UNet with LoRA on, off, and on without gradient
-
-    def student(z_t: Tensor, t: Tensor, cond, w=None) -> Tensor:
-        with torch.autocast(device, dtype=half, enabled=half != torch.float32):
-            return unet(z_t, t, cond)
-
-    def teacher(z_t: Tensor, t: Tensor, cond, w=None) -> Tensor:
-        with lora_off(unet):
-            return student(z_t, t, cond)
-
-    def loss_of(z0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-        z0, cond = z0.to(device), text.encode(captions)
-        if args.objective == "lcm":
-            w_range = (args.w, args.w)
-            return lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, generator, w_range, k=args.k)
-        t = torch.randint(0, T, (len(z0),), generator=generator)
-        eps = torch.randn(z0.shape, generator=generator)
-        return diffusion_loss(lambda z_t, t: student(z_t, t, cond), z0, t.to(device), eps.to(device), schedule)
+    def batch_loss(z0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+        return loss_of(args, nets, z0.to(device), text.encode(captions, (size, size)), null_cond, generator)
 
     fixed = [next(batches(cache, args.batch, seed=-1 - i)) for i in range(8)]
 
@@ -170,46 +347,55 @@ def main(args: argparse.Namespace) -> None:
         total = 0.0
         for z0, captions, generator in fixed:
             before = generator.get_state()
-            total += loss_of(z0, captions, generator).item() / len(fixed)
+            total += batch_loss(z0, captions, generator).item() / len(fixed)
             generator.set_state(before)
         return total
 
     def save(step: int) -> None:
-        unet.eval()
+        """The result and the state; every rank has a part in it, rank 0 writes."""
         recipe = {"objective": args.objective, "steps": str(step), "seed": str(args.seed)}
         recipe |= {"model": args.model.name, "model_sha256": model_sha256}
+        if args.objective == "lcm":
+            w = ":".join(f"{w:g}" for w in dict.fromkeys(args.w_range))
+            recipe |= {"w": w, "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
+        weights = {name: whole(x) for name, x in (average or named).items()}
+        tensors = state_tensors(saved_tensors, optimizer)
+        if rank != 0:
+            return
         if args.rank is not None:
-            if args.objective == "lcm":
-                recipe |= {"w": f"{args.w:g}", "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
-            write_tau(args.out / "lora.safetensors", get_tau(unet), recipe)
+            tau = {path: (weights[f"{path}.lora_up.weight"], weights[f"{path}.lora_down.weight"], lora_alpha)
+                   for path, (_, _, lora_alpha) in get_tau(unet).items()}  # fmt: skip
+            write_tau(args.out / "lora.safetensors", tau, recipe)
         else:
-            save_model(args.out / "model.safetensors", average, vae, text, config)
-        state = named | {f"average.{k}": v for k, v in average.items()}
-        save_state(args.out / "state.safetensors", state, optimizer, {"step": step, "flags": run})
+            save_model(args.out / "model.safetensors", weights, vae, text, replace(config, unet=unet.cfg))
+        save_state(args.out / f"state_{step:06d}.safetensors", tensors, {"step": step, "flags": run})
+        for old in sorted(args.out.glob("state_*.safetensors"))[:-2]:
+            old.unlink()
 
     @torch.no_grad()
     def draw(step: int) -> None:
         """Eight fixed prompts, the same noise each time: 4 LCM steps, or 20 guided DDIM steps."""
         prompts = [f"{a.name}, {a.style} style" if a.style else a.name for a in to_draw]
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
-        side = config.size // vae.factor
+        side = size // vae.factor
         z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators]).to(device)
         live = {k: v.detach().clone() for k, v in named.items()}
-        if args.full:  # draw with the average, as the file has it
-            [x.copy_(average[k]) for k, x in named.items()]
-        cond = text.encode(prompts)
+        [x.copy_(average[k]) for k, x in named.items() if average]  # draw what the file has
+        cond, w = text.encode(prompts, (size, size)), torch.full((8,), sum(args.w_range) / 2, device=device)
         if args.objective == "lcm":
-            z0 = sample_lcm(guided_eps(unet, cond, None, 0.0), z_T, schedule, 4, generators)
+            z0 = sample_lcm(lambda z_t, t: nets.student(z_t, t, cond, w).float(), z_T, schedule, 4, generators)
         else:
-            z0 = sample_ddim(guided_eps(unet, cond, text.null_cond(8), config.guidance - 1), z_T, schedule, 20)
+            null = text.null_cond(8, (size, size))
+            z0 = sample_ddim(guided_eps(unet, cond, null, config.guidance - 1), z_T, schedule, 20)
         [x.copy_(live[k]) for k, x in named.items()]
-        sheet = contact_sheet(to_images(vae.decode(z0)), prompts, 8)
-        save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
+        if rank == 0:
+            sheet = contact_sheet(to_images(vae.decode(z0)), prompts, 8)
+            save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
 
     # eight drawings spread over the data, as they would be asked for
     to_draw = (art[:: max(1, len(art) // 8)] * 8)[:8]
-    data = batches(cache, args.batch, args.seed, start)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
+    data = batches(cache, args.batch, args.seed, start * args.accumulate)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step in hand, then save
     for step in progress:
@@ -218,26 +404,34 @@ def main(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = loss_of(*next(data))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not (loss.isfinite() and norm.isfinite()):
-            what = f"loss is {loss.item()}, norm of its gradient {norm.item()} at step {step}"
+        loss = 0.0
+        for i in range(args.accumulate):
+            z0, captions, generator = next(data)
+            with sync_gradients(nets, unet, i == args.accumulate - 1):
+                part = batch_loss(z0, captions, generator) / args.accumulate
+                part.backward()
+            loss += part.item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0)).item()
+        loss, stopping = mean_over_ranks(loss, float(bool(stop)))  # all ranks must decide alike
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r} and others"
             raise ValueError(f"{what}; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        if args.full:
-            # average <- mu average + (1 - mu) weights, with mu growing to 0.9995
-            mu = min(0.9995, (step + 1) / (step + 10))
+        if nets.target_unet is not None:
+            update_ema(nets.target_unet, unet)
+        if average:
+            # average <- mu average + (1 - mu) weights, with mu growing to its rate
+            mu = min(args.average, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [x.detach() for x in named.values()], 1 - mu)
 
-        progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
-            print(f"step {step + 1} loss {loss.item():.4f} fixed {validate():.4f} lr {lr:.2e}", flush=True)
+        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            say(f"step {step + 1} loss {loss:.4f} fixed {validate():.4f} lr {lr:.2e}", flush=True)
             save(step + 1)
             draw(step + 1)
-        if stop:
-            sys.exit(f"stopped after step {step + 1}; go on with --resume")
+        if stopping:
+            sys.exit(f"stopped after step {step + 1}; go on with --resume" if rank == 0 else 1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .family import BIG_G, CLIP_L, NO_WEIGHT, UNET, VAE_, Config, identify, part_of, refuse_quantised, to_json
+from .ranks import share_of, whole
 from .safefile import Header, all_finite, read_header, read_tensors, write_tensors
 from .text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
 from .unet import UNet
@@ -145,31 +146,66 @@ def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEn
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
 
 
-def save_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer, run: dict) -> None:
-    """All a run needs to go on: trained tensors (and averages), optimizer moments, and `run` (step, flags) as JSON.
+# ---- the state of a run
 
-    There is no generator to save: everything random in a step is drawn from (seed, step). Safetensors, atomic.
+
+def state_tensors(named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """All a run needs to go on, on the CPU: trained tensors (and averages), and the optimizer's moments.
+
+    There is no generator to save: everything random in a step is drawn from (seed, step). Where ranks have shares of
+    the tensors, all must call this, and those that do not `keep` get {}.
     """
     moments = {
         f"optimizer.{i}.{key}": value
         for i, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    write_tensors(path, {k: v.clone() for k, v in named.items()} | moments, {"minilcm.run": json.dumps(run)})
+    out = {}
+    for key, value in (named | moments).items():
+        value = whole(value).detach()
+        if keep:
+            out[key] = value.cpu().clone()
+    return out
+
+
+def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
+    """Write `state_tensors` and `run` (step, flags) as safetensors with JSON in the header, atomically."""
+    write_tensors(path, tensors, {"minilcm.run": json.dumps(run)})
+
+
+def latest_state(folder: str | Path) -> Path:
+    """The newest whole state of a run. Raises ValueError if there is none."""
+    for path in sorted(Path(folder).glob("state_*.safetensors"), reverse=True):
+        try:
+            read_run(path)
+            return path
+        except ValueError as error:
+            print(f"{error}; going on from the one before")
+    raise ValueError(f"{folder}: no state of a run to go on from; start one without --resume")
+
+
+def read_run(path: str | Path) -> dict:
+    """{"step", "flags"} of a state. Raises ValueError if the file is no whole state."""
+    _, metadata = read_header(path)
+    if "minilcm.run" not in metadata:
+        raise ValueError(f"{path}: not the state of a run")
+    return json.loads(metadata["minilcm.run"])
 
 
 @torch.no_grad()
 def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict:
     """Fill `named` and the optimizer in place from `save_state`'s file; -> `run`. Raises ValueError on other keys."""
-    tensors, metadata = read_tensors(path)
+    tensors, _ = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):
         raise ValueError(f"{path}: state of another model or objective; give another --out, or the flags of that run")
     for key, value in named.items():
-        value.copy_(tensors[key])
+        value.copy_(share_of(tensors[key], value))
+    parameters = optimizer.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in moments.items():
         _, i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = value
+        like = parameters[int(i)]
+        state.setdefault(int(i), {})[name] = share_of(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads(metadata["minilcm.run"])
+    return read_run(path)

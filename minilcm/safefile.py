@@ -29,6 +29,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
