@@ -22,7 +22,7 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
 
 
 def add_delta(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
-    """W + (lora_alpha / r) B A, float32, in the shape of W, which stays as it is: one matrix product that starts from W."""
+    """W + (lora_alpha / r) B A, float32, in the shape of W, which stays as it is: one product that starts from W."""
     up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")
     w, down = (rearrange(x.float(), "rows ... -> rows (...)") for x in (weight, down))  # (out, in k k), (r, in k k)
     return torch.addmm(w, up, down).reshape(weight.shape)
