@@ -29,7 +29,7 @@ from .checkpoint import places
 from .family import BIG_G, CLIP_L, UNET, VAE_, identify, part_of
 from .lora import Tau
 from .lora_io import parse_lora, read_recipe, read_tau, write_tau
-from .merge import check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
+from .merge import add_delta, check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
 from .names import module_table
 from .safefile import all_finite, read_header, rewrite
 from .unet import emoji, sd15, sdxl, ssd1b
@@ -150,11 +150,13 @@ def merge(args, sign: float = 1.0) -> None:
         def change(weight: Tensor) -> Tensor:
             if not all_finite(weight):
                 raise ValueError(f"{args.checkpoint}: {key} has values that are not finite")
-            weight = weight.float()
-            for place, parts in by_key[key]:
-                view = weight.T if place.transposed else weight[place.rows]
-                view += delta(*parts).reshape(view.shape)
-            return weight
+            (place, parts), *more = by_key[key]
+            if more or place.rows != slice(None):  # q, k and v of bigG, in one matrix
+                weight = weight.float().clone()
+                for place, parts in by_key[key]:
+                    weight[place.rows] = add_delta(weight[place.rows], *parts)
+                return weight
+            return add_delta(weight.T, *parts).T if place.transposed else add_delta(weight, *parts)
 
         return change
 

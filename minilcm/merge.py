@@ -21,6 +21,13 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
+def add_delta(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
+    """W + (lora_alpha / r) B A, float32, in the shape of W, which stays as it is: one product that starts from W."""
+    up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")
+    w, down = (rearrange(x.float(), "rows ... -> rows (...)") for x in (weight, down))  # (out, in k k), (r, in k k)
+    return torch.addmm(w, up, down).reshape(weight.shape)
+
+
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     """sum_i lambda_i tau_i as one tau, exact by concatenation of ranks; order does not matter.
 
@@ -87,7 +94,7 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     weights = weights_of(model)
     for path, (up, down, lora_alpha) in tau.items():
         weight = weights[f"{path}.weight"]
-        weight.copy_(weight.float() + scale * delta(up, down, lora_alpha).to(weight.device).reshape(weight.shape))
+        weight.copy_(add_delta(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha))
 
 
 def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:

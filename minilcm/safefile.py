@@ -168,7 +168,7 @@ def rewrite(
             if key in changes:
                 value = tensors.get_tensor(key)
                 changed = changes[key](value).to(value.dtype).contiguous()
-                out.write(changed.flatten().view(torch.uint8).numpy().tobytes())
+                out.write(changed.flatten().view(torch.uint8).numpy())
             else:
                 f.seek(start + entry.begin)
                 for n in range(entry.begin, entry.end, 1 << 24):

@@ -5,14 +5,16 @@
 SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own, the two programs
 take turns. load: the file to a model that could run, in the file's dtype. merge: from the two files to the merged model
 on disk, here `python -m minilcm merge`, there from_single_file, load_lora_weights, fuse_lora, save_pretrained; both
-wait until the disk has it. Seconds leave out Python's imports; the memory is the process's highest resident set, pages
-of the mapped file and imports included. Prints medians and ratios.
+wait until the disk has it; with --out in memory the disk's speed, the same for both, is left out. Seconds leave out
+Python's imports; the memory is the process's highest resident set, pages of the mapped file and imports included.
+Prints medians and ratios.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ import torch
 DTYPES = {"sd15": torch.float32, "sdxl": torch.float16}
 
 
-def job(who: str, what: str, family: str, folder: Path) -> None:
+def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
     """Run in a process of its own; prints {"seconds", "peak"}."""
     model, lora, dtype = folder / "model.safetensors", folder / "lora.safetensors", DTYPES[family]
     if who == "minilcm":
@@ -38,7 +40,7 @@ def job(who: str, what: str, family: str, folder: Path) -> None:
         if what == "load":
             load_model(model, dtype)
         else:
-            main(parse(["merge", str(model), str(lora), "-o", str(folder / "merged.safetensors"), "--force"]))
+            main(parse(["merge", str(model), str(lora), "-o", str(out / "merged.safetensors"), "--force"]))
     else:
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -49,10 +51,11 @@ def job(who: str, what: str, family: str, folder: Path) -> None:
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()
             pipe.unload_lora_weights()
-            pipe.save_pretrained(folder / "merged")
+            pipe.save_pretrained(out / "merged")
             os.sync()
     seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would have the parent's too
+    peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
@@ -62,7 +65,7 @@ def run(*argv) -> dict[str, float]:
     return json.loads(lines[-1])
 
 
-def bench(family: str, folder: Path, rounds: int) -> None:
+def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
     from full_size import make_files
     from other_programs import write_configs
 
@@ -82,7 +85,9 @@ def bench(family: str, folder: Path, rounds: int) -> None:
         for i in range(rounds + 1):
             for who in results:
                 subprocess.run(["cat", model], stdout=subprocess.DEVNULL)  # warm
-                results[who] += [run(who, what, family, folder)] * (i > 0)
+                results[who] += [run(who, what, family, folder, out)] * (i > 0)
+                for old in out.glob("merged*"):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
         ours, theirs = ({key: median(x[key] for x in results[who]) for key in ("seconds", "peak")} for who in results)
         for who, x in (("minilcm", ours), ("diffusers", theirs)):
             print(f"  {what:6} {who:10} {x['seconds']:6.1f} s  {x['peak'] / size:5.2f} x the file")
@@ -94,13 +99,16 @@ def bench(family: str, folder: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
-        job(*sys.argv[1:4], Path(sys.argv[4]))
+    if len(sys.argv) == 6:
+        job(*sys.argv[1:4], Path(sys.argv[4]), Path(sys.argv[5]))
     else:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--rounds", type=int, default=3)
         parser.add_argument("--family", choices=[*DTYPES, "both"], default="both")
+        parser.add_argument(
+            "--out", type=Path, help="where merged models go: memory, e.g. /dev/shm, or TMPDIR (default)"
+        )
         args = parser.parse_args()
         for family in DTYPES if args.family == "both" else [args.family]:
             with tempfile.TemporaryDirectory() as name:
-                bench(family, Path(name), args.rounds)
+                bench(family, Path(name), args.out or Path(name), args.rounds)
