@@ -50,6 +50,7 @@ from minilcm.vae import VAE
 CUDA_CONTEXT = 0.5  # GB that CUDA takes for itself, about
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 FAMILIES = {"sd15": sd15_config, "ssd1b": ssd1b_config, "sdxl": sdxl_config}
+NOT_OF_THE_RUN = ("resume", "out", "device", "save_every", "plan", "w_range")  # flags that do not change its numbers
 W_DIM = 256  # sinusoids of a full LCM's guidance embedding
 
 
@@ -79,7 +80,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
     add("--size", type=int, metavar="PIXELS", help="of the square pictures (default: the model's own size)")
     add("--lr", type=float, default=3e-4, help="learning rate after warm-up, then cosine to 0 (default 3e-4)")
-    guidance = "lcm: guidance distilled in, the paper's w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    guidance = (
+        "lcm: guidance distilled in, the paper's w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    )
     add("--w", metavar="W[:HIGH]", help=guidance)
     add("--k", type=int, default=T // K, help="lcm: skipping interval in timesteps (default 20)")
     add("--average", type=float, metavar="MU", help="write an average of the weights, of rate MU (default: 0.9995 with "
@@ -103,7 +106,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.average = 0.9995
     if args.average is not None and not 0 < args.average < 1:
         parser.error(f"--average is {args.average}; give a number between 0 and 1")
-    words = (args.w or ("2:14" if args.full else "7.5")).split(":")
+    args.w = args.w or ("2:14" if args.full else "7.5")
+    words = args.w.split(":")
     try:
         args.w_range = float(words[0]), float(words[-1])
     except ValueError:
@@ -191,7 +195,9 @@ def loss_of(
         return lcd_loss(*nets[:3], z0, cond, null_cond, schedule, generator, args.w_range, k=args.k, together=together)
     t = torch.randint(0, T, (len(z0),), generator=generator)
     eps = torch.randn(z0.shape, generator=generator)
-    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond, None), z0, t.to(z0.device), eps.to(z0.device), schedule)
+    return diffusion_loss(
+        lambda z_t, t: nets.student(z_t, t, cond, None), z0, t.to(z0.device), eps.to(z0.device), schedule
+    )
 
 
 def forward_dtype(device: str) -> torch.dtype:
@@ -236,22 +242,26 @@ def plan(args: argparse.Namespace) -> None:
             "average": size_of(trained) if args.average else 0,
             "activations": live.peak - gradients,
         }
-        stages = {"encoding pictures": size_of(vae.parameters()) + encoding.peak, "text encoders": size_of(text.parameters())}
+        stages = {
+            "encoding pictures": size_of(vae.parameters()) + encoding.peak,
+            "text encoders": size_of(text.parameters()),
+        }
     args.checkpointing = is_large(config) if chosen is None else chosen
     parts, other = columns[args.checkpointing], columns[not args.checkpointing]
     size_text = f"{args.batch} x {size}x{size}, {str(half)[6:]}, checkpointing {'on' if args.checkpointing else 'off'}"
     print(f"{args.objective}, {sum(x.numel() for x in trained):,} parameters to train, batch {size_text}")
     for part, size_in_bytes in parts.items():
         if size_in_bytes:
-            note = f"   ({other[part] / 1e9:.2f} with --{'no-' * args.checkpointing}checkpointing)" * (part == "activations")
-            print(f"  {part:20} {size_in_bytes / 1e9:7.2f} GB{note}")
+            print(f"  {part:20} {size_in_bytes / 1e9:7.2f} GB")
+    flag = f"--{'no-' * args.checkpointing}checkpointing"
+    print(f"  activations with {flag} would be {other['activations'] / 1e9:.2f} GB")
     for stage, size_in_bytes in stages.items():
         print(f"before training, then off the card: {stage} {size_in_bytes / 1e9:.2f} GB")
     total = max(sum(parts.values()), *stages.values()) / 1e9
     if args.plan:
         room = args.plan - total - CUDA_CONTEXT
-        print(f"on a card of {args.plan:g} GB: {'fits' if room >= 0 else 'does not fit'}, with {CUDA_CONTEXT} GB for CUDA "
-              f"itself {abs(room):.2f} GB are {'left' if room >= 0 else 'missing'}")  # fmt: skip
+        fits = f"fits, {room:.2f} GB are left" if room >= 0 else f"does not fit, {-room:.2f} GB are missing"
+        print(f"on a card of {args.plan:g} GB, {CUDA_CONTEXT} of them for CUDA itself: {fits}")
     print(f"total {total:.2f} GB")
 
 
@@ -284,7 +294,7 @@ def start_folder(args: argparse.Namespace) -> None:
 def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
     """Raises ValueError with both values of the first flag by which a resumed run would be another run."""
     for key, value in now.items():
-        if key != "w_range" and (was := then.get(key)) != value:
+        if (was := then.get(key)) != value:
             flag = key.replace("_", "-")
             raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
 
@@ -296,7 +306,9 @@ def main(args: argparse.Namespace) -> None:
     device, schedule, half = args.device, make_schedule(), forward_dtype(args.device)
     unet, vae, text, config = load_model(args.model)
     if config.unet.w_dim is not None:
-        raise ValueError(f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from")
+        raise ValueError(
+            f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from"
+        )
     unet = unet.to(device, half if args.rank is not None else torch.float32)  # a frozen base needs no more bits
     vae, text = vae.to(device), text.to(device)
     args.checkpointing = is_large(config) if args.checkpointing is None else args.checkpointing
@@ -325,7 +337,7 @@ def main(args: argparse.Namespace) -> None:
     null_cond = text.null_cond(args.batch, (size, size))
 
     # ---- resume
-    run = {k: str(v) for k, v in vars(args).items() if k not in ("resume", "out", "device", "save_every", "plan")}
+    run = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
     model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
     saved_tensors = named | {f"average.{k}": v for k, v in average.items()}
     if nets.target_unet is not None:

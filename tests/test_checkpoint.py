@@ -16,7 +16,7 @@ from tiny import CONFIG, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
 from torch import nn
 
 from minilcm import safefile
-from minilcm.checkpoint import load_model, load_state, save_model, save_state
+from minilcm.checkpoint import load_model, load_state, save_model, save_state, state_tensors
 from minilcm.family import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
 from minilcm.lora_io import write_tau
 from minilcm.safefile import read_tensors
@@ -396,7 +396,7 @@ def test_state_round_trip_is_bitwise(tmp_path):
     """
     net, optimizer = small_run(3)
     run = {"step": 3, "flags": {"lr": "0.01"}}
-    save_state(tmp_path / "state.safetensors", dict(net.named_parameters()), optimizer, run)
+    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), run)
     with safe_open(tmp_path / "state.safetensors", "pt") as f:
         assert {f"optimizer.0.{key}" for key in ("step", "exp_avg", "exp_avg_sq")} <= set(f.keys())
 
@@ -419,7 +419,7 @@ def test_state_round_trip_is_bitwise(tmp_path):
 def test_state_is_loaded_into_the_parameters_that_the_optimizer_holds(tmp_path):
     """load_state fills tensors in place: optimizer, average and a compiled network go on holding the right ones."""
     net, optimizer = small_run(2)
-    save_state(tmp_path / "state.safetensors", dict(net.named_parameters()), optimizer, {})
+    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {})
     other, other_optimizer = small_run(0, seed=1)
     pointers = [p.data_ptr() for p in other.parameters()]
     load_state(tmp_path / "state.safetensors", dict(other.named_parameters()), other_optimizer)
@@ -430,7 +430,7 @@ def test_state_is_loaded_into_the_parameters_that_the_optimizer_holds(tmp_path):
 def test_state_of_another_run_is_refused(tmp_path):
     """Other keys or shapes: ValueError with the file, and no tensor has changed."""
     net, optimizer = small_run(2)
-    save_state(tmp_path / "state.safetensors", dict(net.named_parameters()), optimizer, {})
+    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {})
     wider = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     deeper = nn.Sequential(*net, nn.Linear(2, 2))
     for other in (wider, deeper):
@@ -448,7 +448,7 @@ def test_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
     """An interrupted save_state leaves the last good state."""
     net, optimizer = small_run(1)
     path = tmp_path / "state.safetensors"
-    save_state(path, dict(net.named_parameters()), optimizer, {"step": 1})
+    save_state(path, state_tensors(dict(net.named_parameters()), optimizer), {"step": 1})
     old = path.read_bytes()
 
     def interrupt(*_):
@@ -456,5 +456,5 @@ def test_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
 
     monkeypatch.setattr("minilcm.safefile.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_state(path, dict(net.named_parameters()), optimizer, {"step": 2})
+        save_state(path, state_tensors(dict(net.named_parameters()), optimizer), {"step": 2})
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

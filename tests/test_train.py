@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 import runpy
 import signal
@@ -14,7 +13,7 @@ from PIL import Image
 from tiny import CONFIG, ROOT, drawing, png, write_art, write_model
 
 import train
-from minilcm.checkpoint import load_model
+from minilcm.checkpoint import latest_state, load_model, read_run
 from minilcm.lcm import sample_lcm
 from minilcm.lora import add_lora, get_tau, load_tau, target_paths
 from minilcm.lora_io import read_recipe, read_tau
@@ -28,6 +27,7 @@ OBJECTIVES = {
     "style": ["--objective", "diffusion", "--rank", "3", "--alpha", "2"],
     "lcm": ["--objective", "lcm", "--rank", "4", "--alpha", "6"],
     "attention": ["--objective", "lcm", "--rank", "2", "--attention-only"],
+    "full lcm": ["--objective", "lcm", "--full"],
 }
 
 
@@ -80,9 +80,9 @@ def test_two_steps(files, tmp_path, objective, capsys):
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
     result = "model.safetensors" if objective == "full" else "lora.safetensors"
-    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state.safetensors", "step_000002.png"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state_000002.safetensors", "step_000002.png"])
     assert Image.open(out / "step_000002.png").text["parameters"] == "step 2"
-    metadata = json.loads(read_tensors(out / "state.safetensors")[1]["minilcm.run"])
+    metadata = read_run(latest_state(out))
     assert metadata["step"] == 2 and metadata["flags"]["objective"] in OBJECTIVES[objective]
     unet, *_ = load_model(files / "model.safetensors")
     if objective == "full":
@@ -213,7 +213,7 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
     """
     run(files, tmp_path, "lcm", 4, "--lr", "1")
     tau = read_tau(tmp_path / "lora.safetensors")
-    state = read_tensors(tmp_path / "state.safetensors")[0]
+    state = read_tensors(latest_state(tmp_path))[0]
     latents = []
     for how in ("state", "file", "merged", "base"):
         unet, _, text, _ = load_model(files / "model.safetensors")
@@ -222,7 +222,7 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
             load_tau(unet, tau)
         if how == "state":
             for path, (up, down, _) in get_tau(unet).items():
-                up.data, down.data = state[f"{path}.up"].half().float(), state[f"{path}.down"].half().float()
+                up.data, down.data = (state[f"{path}.{x}.weight"].half().float() for x in ("lora_up", "lora_down"))
         if how == "merged":
             merge_into(unet, tau)
         generator = torch.Generator().manual_seed(0)
@@ -239,7 +239,7 @@ def test_full_training_writes_the_average(files, tmp_path):
     """model.safetensors is the running average of the weights, not the last ones: after one step, 0.1 old + 0.9 new."""
     run(files, tmp_path, "full", 1, "--lr", "1")
     state, old = (
-        read_tensors(tmp_path / "state.safetensors")[0],
+        read_tensors(latest_state(tmp_path))[0],
         load_model(files / "model.safetensors")[0].state_dict(),
     )
     written = load_model(tmp_path / "model.safetensors")[0].state_dict()
@@ -291,8 +291,9 @@ def interrupt_at(monkeypatch, step: int) -> None:
 
 
 def contents(folder) -> dict:
-    """All tensors and headers that a run wrote, but for its own folder's name."""
-    return {p.name: read_tensors(p) for p in folder.glob("*.safetensors")}
+    """All tensors and headers of a run's result and last state."""
+    result = [p for p in folder.glob("*.safetensors") if not p.name.startswith("state_")]
+    return {name: read_tensors(p) for name, p in zip(("result", "state"), [*result, latest_state(folder)])}
 
 
 @pytest.mark.parametrize("objective", ["full", "lcm"])
@@ -305,7 +306,7 @@ def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, object
         interrupt_at(patch, 2)
         with pytest.raises(SystemExit, match="stopped after step 3; go on with --resume"):
             run(files, tmp_path / "parts", objective, 6)
-    assert json.loads(read_tensors(tmp_path / "parts/state.safetensors")[1]["minilcm.run"])["step"] == 3
+    assert read_run(latest_state(tmp_path / "parts"))["step"] == 3
     half_way = contents(tmp_path / "parts")
     run(files, tmp_path / "parts", objective, 6, "--resume")
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
@@ -325,7 +326,7 @@ def test_saving_does_not_change_training(files, tmp_path, objective):
     """
     run(files, tmp_path / "a", objective, 2)
     run(files, tmp_path / "b", objective, 2, "--save-every", "1")
-    a, b = (read_tensors(tmp_path / x / "state.safetensors")[0] for x in "ab")
+    a, b = (read_tensors(latest_state(tmp_path / x))[0] for x in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert len(list((tmp_path / "b").glob("*.png"))) == 2
 
@@ -340,7 +341,7 @@ def finished(files, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flag, was, now", [("--lr", "0.0003", "0.001"), ("--seed", "0", "5"), ("--w", "7.5", "3.0")])
+@pytest.mark.parametrize("flag, was, now", [("--lr", "0.0003", "0.001"), ("--seed", "0", "5"), ("--w", "7.5", "3")])
 def test_resume_with_another_flag_is_refused(files, finished, flag, was, now):
     """Both values are in the message, and nothing in --out has changed."""
     before = {p: p.read_bytes() for p in finished.iterdir()}
@@ -353,14 +354,14 @@ def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_p
     """Another rank, another objective's tensors, and a folder without a state."""
     assert "state of another model or objective" in refused(flags(files, finished, "lcm", 1, "--resume"))
     assert "state of another model or objective" in refused(flags(files, finished, "full", 1, "--resume"))
-    assert "state.safetensors: no such file" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
+    assert "no state of a run to go on from" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
 
 
 def test_a_new_run_does_not_write_over_an_old_one(files, finished):
     """The same --out without --resume is refused, and the old state stays byte for byte."""
-    before = (finished / "state.safetensors").read_bytes()
+    before = latest_state(finished).read_bytes()
     assert "holds a run already; go on with --resume" in refused(flags(files, finished, "attention", 1))
-    assert (finished / "state.safetensors").read_bytes() == before
+    assert latest_state(finished).read_bytes() == before
 
 
 def test_resume_of_a_finished_run_changes_nothing(files, finished):
@@ -388,8 +389,8 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
     argv = flags(files, tmp_path, "lcm", 3, "--save-every", "1")
     with pytest.raises(ValueError, match="at step 2; the last saved state is good"):
         train.main(train.parse(argv))
-    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 2
-    assert all(x.isfinite().all() for x in read_tensors(tmp_path / "state.safetensors")[0].values())
+    assert read_run(latest_state(tmp_path))["step"] == 2
+    assert all(x.isfinite().all() for x in read_tensors(latest_state(tmp_path))[0].values())
     assert read_tau(tmp_path / "lora.safetensors")
 
 
@@ -407,9 +408,9 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
     argv = flags(files, tmp_path, "attention", 2, "--save-every", "1")
     with pytest.raises(OSError):
         train.main(train.parse(argv))
-    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 1
+    assert read_run(latest_state(tmp_path))["step"] == 1
     train.main(train.parse([*argv, "--resume"]))
-    assert json.loads(read_tensors(tmp_path / "state.safetensors")[1]["minilcm.run"])["step"] == 2
+    assert read_run(latest_state(tmp_path))["step"] == 2
 
 
 # ---- wrong flags
@@ -420,7 +421,11 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
     [
         ([], "required: --objective"),
         (["--objective", "lcm"], "--rank --full is required"),
-        (["--objective", "lcm", "--full"], "--objective lcm needs --rank"),
+        (["--objective", "lcm", "--rank", "2", "--w", "2:14"], "--w is 2:14: an LCM-LoRA takes no w"),
+        (["--objective", "lcm", "--full", "--w", "14:2"], "--w is 14:2; give a number, or LOW:HIGH"),
+        (["--objective", "lcm", "--full", "--w", "high"], "--w is high; give a number, or LOW:HIGH"),
+        (["--objective", "lcm", "--rank", "2", "--accumulate", "0"], "--accumulate is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--average", "1"], "--average is 1.0; give a number between 0 and 1"),
         (["--objective", "lcm", "--full", "--rank", "2"], "not allowed with"),
         (["--objective", "gan", "--rank", "2"], "invalid choice: 'gan'"),
         (["--objective", "lcm", "--rank", "two"], "invalid int value: 'two'"),
