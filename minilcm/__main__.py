@@ -29,7 +29,7 @@ from .checkpoint import places
 from .family import BIG_G, CLIP_L, UNET, VAE_, identify, part_of
 from .lora import Tau
 from .lora_io import parse_lora, read_recipe, read_tau, write_tau
-from .merge import add_delta, check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
+from .merge import add_delta_, check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
 from .names import module_table
 from .safefile import all_finite, read_header, rewrite
 from .unet import emoji, sd15, sdxl, ssd1b
@@ -142,21 +142,19 @@ def merge(args, sign: float = 1.0) -> None:
         check_fit(shapes, tau, str(path))
 
     mix = combine(taus, [sign * lam for _, lam in loras])
+    scratch = torch.empty(max(math.prod(header[where[path].key].shape) for path in mix))  # memory used again and again
     by_key: dict[str, list] = {}
     for path, parts in mix.items():
         by_key.setdefault(where[path].key, []).append((where[path], parts))
 
     def add(key: str):
         def change(weight: Tensor) -> Tensor:
-            if not all_finite(weight):
+            changed = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+            for place, parts in by_key[key]:
+                add_delta_(changed.T if place.transposed else changed[place.rows], *parts)
+            if not all_finite(changed):
                 raise ValueError(f"{args.checkpoint}: {key} has values that are not finite")
-            (place, parts), *more = by_key[key]
-            if more or place.rows != slice(None):  # q, k and v of bigG, in one matrix
-                weight = weight.float().clone()
-                for place, parts in by_key[key]:
-                    weight[place.rows] = add_delta(weight[place.rows], *parts)
-                return weight
-            return add_delta(weight.T, *parts).T if place.transposed else add_delta(weight, *parts)
+            return changed
 
         return change
 

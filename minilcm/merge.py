@@ -21,11 +21,11 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
-def add_delta(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
-    """W + (lora_alpha / r) B A, float32, in the shape of W, which stays as it is: one product that starts from W."""
+def add_delta_(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float) -> None:
+    """W <- W + (lora_alpha / r) B A in place, W float32: one matrix product that starts from W."""
     up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")
-    w, down = (rearrange(x.float(), "rows ... -> rows (...)") for x in (weight, down))  # (out, in k k), (r, in k k)
-    return torch.addmm(w, up, down).reshape(weight.shape)
+    # (out, in k k) <- (out, in k k) + (out, r) (r, in k k)
+    weight.flatten(1).addmm_(up, rearrange(down.float(), "r ... -> r (...)"))
 
 
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
@@ -94,7 +94,9 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     weights = weights_of(model)
     for path, (up, down, lora_alpha) in tau.items():
         weight = weights[f"{path}.weight"]
-        weight.copy_(add_delta(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha))
+        changed = weight.float()  # itself, if it is float32
+        add_delta_(changed, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
+        weight.copy_(changed)
 
 
 def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
