@@ -7,6 +7,7 @@
     unmerge  W <- W - lambda dW             python -m minilcm unmerge fast.safetensors lcm.safetensors:1.0 -o base.safetensors
     extract  dW = W_tuned - W_base          python -m minilcm extract base.safetensors tuned.safetensors --rank 32 -o tau.safetensors
     diff     which keys differ, how far     python -m minilcm diff a.safetensors b.safetensors
+    plot     the course of a training run   python -m minilcm plot runs/lcm
 
 dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averaging A and B is not.
 """  # noqa: E501
@@ -31,8 +32,10 @@ from .lora import Tau
 from .lora_io import parse_lora, read_recipe, read_tau, write_tau
 from .merge import add_delta_, check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
 from .names import module_table
-from .safefile import all_finite, read_header, rewrite
+from .plot import draw_run
+from .safefile import all_finite, atomic, read_header, rewrite
 from .unet import emoji, sd15, sdxl, ssd1b
+from .watch import delta_norms, read_metrics
 
 FAMILIES = {"the emoji model": emoji, "SD1.x": sd15, "SSD-1B": ssd1b, "SDXL base": sdxl}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,12 +85,8 @@ def info(args) -> None:
             print(f"  LoRA for {lora_family(tau)}: {modules}, {size:,} parameters")
             print("  rank       " + ", ".join(f"{r} ({n})" for r, n in sorted(ranks.items())))
             print("  lora_alpha " + ", ".join(f"{a:g} ({n})" for a, n in sorted(alphas.items())))
-            blocks: dict[str, float] = {}
-            for name, parts in tqdm(tau.items(), desc="norms", disable=None, leave=False):
-                block = re.match(r"((?:in|out)put_blocks\.\d+|te\d\.encoder\.layers\.\d+|[\w]+)", name)[1]
-                blocks[block] = blocks.get(block, 0.0) + delta(*parts).square().sum().item()
-            for block, squares in blocks.items():
-                print(f"  ||dW|| {squares**0.5:10.4f}  {block}")
+            for block, norm in delta_norms(tau).items():
+                print(f"  ||dW|| {norm:10.4f}  {block}")
             for key, value in read_recipe(path).items():
                 print(f"  {key}: {value}")
         else:
@@ -208,6 +207,13 @@ def diff(args) -> None:
     print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal")
 
 
+def plot(args) -> None:
+    figure, out = draw_run(read_metrics(args.run / "metrics.jsonl"), str(args.run)), args.run / "plot.png"
+    with atomic(out) as part:
+        figure.savefig(part, format="png", dpi=120)
+    print(out)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m minilcm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,6 +252,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     sub = command("diff", "Which keys two files do not share, and how far their tensors are apart.", writes=False)
     sub.add_argument("a", type=Path)
     sub.add_argument("b", type=Path)
+    sub = command("plot", "RUN/plot.png from the RUN/metrics.jsonl that train.py writes.", writes=False)
+    sub.add_argument("run", type=Path, metavar="RUN", help="the run's --out folder")
     for one in (parser, *commands.choices.values()):
         one.error = lambda message: sys.exit(f"minilcm: {message}")  # one line, exit 1
     args = parser.parse_args(argv)
@@ -260,9 +268,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.command == "unmerge":
         return merge(args, -1.0)
-    {"info": info, "combine": combine_files, "resize": resize, "merge": merge, "extract": extract, "diff": diff}[
-        args.command
-    ](args)
+    run = {"info": info, "combine": combine_files, "resize": resize, "merge": merge, "extract": extract, "diff": diff}
+    (run | {"plot": plot})[args.command](args)
 
 
 if __name__ == "__main__":

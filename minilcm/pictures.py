@@ -1,5 +1,6 @@
 """Pixels to pictures and files: one PNG an image with its recipe inside, and labelled contact sheets."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +49,12 @@ def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
 
 
 def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """All images in rows of `columns`, each above its label (wrapped to its width)."""
+    """All images in rows of `columns`, each above its label: its lines, wrapped to the image's width."""
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     letters = width // 6
-    lines = [[s[j : j + letters] for j in range(0, len(s), letters)] or [""] for s in labels]
+    # an empty line stays one
+    lines = [[x[j : j + letters] for x in s.split("\n") for j in range(0, len(x) or 1, letters)] for s in labels]
     tall = 13 * max(map(len, lines)) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")
@@ -63,3 +65,11 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
         for j, line in enumerate(text):
             draw.text((x, y + height + 2 + 13 * j), line, fill="black", font=font)
     return sheet
+
+
+@torch.no_grad()
+def draw_sheet(columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]) -> Image.Image:
+    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; decode gives pixels (b, 3, H, W)."""
+    pictures = [to_images(decode(z0)) for z0 in columns.values()]
+    labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
+    return contact_sheet([picture for row in zip(*pictures) for picture in row], labels, len(columns))
