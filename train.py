@@ -144,7 +144,8 @@ def make_networks(args: argparse.Namespace, unet: UNet, half: torch.dtype, world
         targets = ATTENTION if args.attention_only else TARGETS
         add_lora(unet, args.rank, args.alpha, targets, torch.Generator().manual_seed(args.seed))
     elif args.objective == "lcm":
-        teacher_unet = copy.deepcopy(unet).to(half)
+        teacher_unet = copy.deepcopy(unet)
+        teacher_unet.load_state_dict({key: x.to(half) for key, x in unet.state_dict().items()}, assign=True)
         width = unet.cfg.channels[0]
         with torch.device(unet.out[2].weight.device):
             unet.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(W_DIM, width, bias=False)})
@@ -218,8 +219,9 @@ def plan(args: argparse.Namespace) -> None:
     columns = {}
     for args.checkpointing in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True):
+            vae = VAE(config.vae)
             torch.set_default_dtype(half if args.rank is not None else torch.float32)
-            unet, vae, text = UNet(config.unet), VAE(config.vae).float(), TextEncoder(config.text)
+            unet, text = UNet(config.unet), TextEncoder(config.text)
             torch.set_default_dtype(torch.float32)
             base = size_of(unet.parameters())
             nets = make_networks(args, unet, half)
