@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .lcm import K, Network, f_theta, lcd_loss, sample_lcm, train_grid
 from .lora import Tau
-from .metrics import self_consistency
 from .schedule import Schedule, T, diffusion_loss
 from .solver import EpsFn, guided_eps, sample_ddim
 from .unet import Cond
@@ -120,9 +119,10 @@ def consistency_along_trajectory(
         return f_theta(z_t, eps_fn(z_t, t), t, schedule)
 
     for n in INDICES:
-        t_start, z_start = int(train_grid()[n]), trajectory[K - 1 - n]
-        neighbours[n] = rms(self_consistency(f, z_start, trajectory[K - n], t_start, max(t_start - T // K, 0)))
-        end[n] = rms(self_consistency(f, z_start, trajectory[-1], t_start, 0))  # f is the identity at 0
+        t_start = int(train_grid()[n])
+        f_start = f(trajectory[K - 1 - n], t_start)  # (b, c, h, w)
+        f_end = f(trajectory[K - n], max(t_start - T // K, 0))
+        neighbours[n], end[n] = rms(f_start - f_end), rms(f_start - trajectory[-1])
     return neighbours, end
 
 

@@ -9,9 +9,10 @@ from test_lcm import M_NULL, M_W, M, W, affine_student, fixed_point
 from tiny import random_tau, tiny_unet
 
 from minilcm.__main__ import main, parse
-from minilcm.lcm import lcd_loss
+from minilcm.lcm import f_theta, lcd_loss
 from minilcm.lora import add_lora, get_tau
 from minilcm.merge import delta
+from minilcm.metrics import self_consistency
 from minilcm.pictures import contact_sheet, draw_sheet
 from minilcm.plot import draw_run
 from minilcm.schedule import add_noise
@@ -176,6 +177,12 @@ def test_self_consistency_vanishes_for_the_exact_f_only(gaussian, schedule, traj
     for name, student in wrong_students(gaussian, schedule).items():
         neighbours, end = consistency_along_trajectory(student, trajectory, COND, schedule, W)
         assert min(neighbours.values()) > 5e-4 and min(end.values()) > 5e-3, name
+
+        def f(z_t, t):
+            return f_theta(z_t, student(z_t, torch.tensor([t]), COND, None), t, schedule)
+
+        gap = self_consistency(f, trajectory[49 - 22], trajectory[50 - 22], 459, 439)  # (b,), over each image
+        assert neighbours[22] == pytest.approx(gap.square().mean().sqrt().item(), rel=1e-3)
 
 
 def test_self_consistency_is_between_neighbours(gaussian, schedule, trajectory):
