@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minilcm.art import Art, art_batches, cache_art, read_art, split_art
 from minilcm.checkpoint import load_model, load_state, save_model, save_state
-from minilcm.data import batches, cache_latents, read_art, split_art
+from minilcm.data import decode, read_pictures
 from minilcm.lcm import T_SCALE, K, lcd_loss, sample_lcm
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
@@ -117,14 +118,17 @@ def main(args: argparse.Namespace) -> None:
     print(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
 
     # ---- what it is trained on
-    art = read_art(args.data)
+    if args.data.suffix == ".tar" or any(args.data.glob("*.tar")):
+        art = read_art(args.data)
+    else:
+        art = [Art(p.caption, (), None, decode(p.file.read_bytes()).convert("RGBA")) for p in read_pictures(args.data)]
     if (args.data / "held_out.txt").exists():
         art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
     elif config.names:
         art = [a for a in art if a.style is None or a.name in config.names]
     if not art:
         raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
-    cache = cache_latents(vae, art, config.size, args.looks, args.seed, device)
+    cache = cache_art(vae, art, config.size, args.looks, args.seed, device)
     null_cond = text.null_cond(args.batch)
 
     model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
@@ -153,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         with lora_off(unet):
             return student(z_t, t, cond)
 
-    def loss_of(z0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+    def loss_of(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
         z0, cond = z0.to(device), text.encode(captions)
         if args.objective == "lcm":
             w_range = (args.w, args.w)
@@ -162,15 +166,15 @@ def main(args: argparse.Namespace) -> None:
         eps = torch.randn(z0.shape, generator=generator)
         return diffusion_loss(lambda z_t, t: student(z_t, t, cond), z0, t.to(device), eps.to(device), schedule)
 
-    fixed = [next(batches(cache, args.batch, seed=-1 - i)) for i in range(8)]
+    fixed = [next(art_batches(cache, args.batch, seed=-1 - i)) for i in range(8)]
 
     @torch.no_grad()
     def validate() -> float:
         """The loss at a fixed set of (z0, t, noise): the same numbers' worth of luck every time."""
         total = 0.0
-        for z0, captions, generator in fixed:
+        for z0, captions, size_ids, generator in fixed:
             before = generator.get_state()
-            total += loss_of(z0, captions, generator).item() / len(fixed)
+            total += loss_of(z0, captions, size_ids, generator).item() / len(fixed)
             generator.set_state(before)
         return total
 
@@ -208,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
 
     # eight drawings spread over the data, as they would be asked for
     to_draw = (art[:: max(1, len(art) // 8)] * 8)[:8]
-    data = batches(cache, args.batch, args.seed, start)
+    data = art_batches(cache, args.batch, args.seed, start)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step in hand, then save
