@@ -258,10 +258,11 @@ def test_size_ids_tell_the_cut(size, target):
 
 def test_size_ids_of_a_hand_made_picture():
     """200 x 100 onto 64 x 64: scaled to 128 x 64, so top is 0 and left at most 64. Onto its own aspect: no cut."""
-    ids = [crop(ramp(200, 100), (64, 64), random.Random(i))[1] for i in range(500)]
+    image = ramp(200, 100)
+    ids = [crop(image, (64, 64), random.Random(i))[1] for i in range(500)]
     assert all(x[:3] == [100, 200, 0] and x[4:] == [64, 64] for x in ids)
     assert {x[3] for x in ids} == set(range(65))
-    assert crop(ramp(200, 100), (32, 64), random.Random(0))[1] == [100, 200, 0, 0, 32, 64]
+    assert crop(image, (32, 64), random.Random(0))[1] == [100, 200, 0, 0, 32, 64]
 
 
 def test_a_thread_of_a_picture_is_cut_without_scaling_it_whole():
@@ -318,7 +319,7 @@ def test_cache_latents(tmp_path):
         red = 2 * (left + 8 * torch.arange(w // 8) + 4) / round(zoom * width) - 1
         torch.testing.assert_close(tensors["mean"][0], red.expand(x.shape), rtol=0, atol=0.03)
     looks = [x.size_ids[2:4] for x in cache_latents(vae, "vae", pictures, tmp_path / "more", [(32, 32)], looks=8)]
-    assert len({tuple(x) for x in looks[8:16]}) > 3
+    assert len({tuple(x) for x in looks[8:32]}) > 4
 
 
 def test_only_what_changed_is_encoded_again(tmp_path):
