@@ -31,21 +31,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from minilcm.art import art_batches, cache_art, read_art, split_art
 from minilcm.checkpoint import latest_state, load_model, load_state, read_run, save_model, save_state, state_tensors
-from minilcm.data import batches, cache_latents, read_art, split_art
+from minilcm.data import batches, buckets, cache_latents, cache_text, read_cond, read_pictures
 from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
-from minilcm.lcm import T_SCALE, K, Network, guidance_embedding, lcd_loss, sample_lcm, update_ema
+from minilcm.lcm import T_SCALE, K, Network, guidance_embedding, lcd_loss, update_ema
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
 from minilcm.lora_io import write_tau
-from minilcm.memory import LiveBytes, add_checkpointing, default_dtype, size_of
-from minilcm.pictures import contact_sheet, save_png, to_images
+from minilcm.memory import LiveBytes, add_checkpointing, default_dtype, resident, size_of
+from minilcm.pictures import draw_sheet, save_png
 from minilcm.ranks import mean_over_ranks, shard, start_ranks, whole
 from minilcm.safefile import sha256
 from minilcm.schedule import T, diffusion_loss, make_schedule
-from minilcm.solver import guided_eps, sample_ddim
-from minilcm.text import TextEncoder
+from minilcm.text import TextEncoder, with_sizes
 from minilcm.unet import Cond, UNet
 from minilcm.vae import VAE
+from minilcm.watch import (
+    append_metrics,
+    consistency_along_trajectory,
+    delta_norms,
+    distance_to_teacher,
+    fixed_noise,
+    guided_trajectory,
+    lcm_columns,
+    loss_by_band,
+    loss_by_index,
+)
 
 CUDA_CONTEXT = 0.5  # GB that CUDA takes for itself, about
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
@@ -187,18 +198,25 @@ def make_networks(args: argparse.Namespace, unet: UNet, half: torch.dtype, world
 
 
 def loss_of(
-    args: argparse.Namespace, nets: Networks, z0: Tensor, cond: Cond, null_cond: Cond, generator: torch.Generator
+    args: argparse.Namespace,
+    nets: Networks,
+    z0: Tensor,
+    cond: Cond,
+    null_cond: Cond,
+    generator: torch.Generator,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tensor:
-    """The objective on clean latents z0 (b, 4, h, w) -> scalar; all noise from the CPU generator."""
-    schedule = make_schedule()
+    """The objective on clean latents z0 (b, 4, h, w) -> scalar; noise from the CPU generator, drawn for all ranks."""
+    schedule, b = make_schedule(), len(z0)
     if args.objective == "lcm":
         together = not args.checkpointing  # teacher at cond and null in one batch of 2b, where there is memory for it
-        return lcd_loss(*nets[:3], z0, cond, null_cond, schedule, generator, args.w_range, k=args.k, together=together)
-    t = torch.randint(0, T, (len(z0),), generator=generator)
-    eps = torch.randn(z0.shape, generator=generator)
-    return diffusion_loss(
-        lambda z_t, t: nets.student(z_t, t, cond, None), z0, t.to(z0.device), eps.to(z0.device), schedule
-    )
+        return lcd_loss(*nets[:3], z0, cond, null_cond, schedule, generator, args.w_range, None, args.k, together,
+            rank, world)  # fmt: skip
+    rows = slice(rank * b, (rank + 1) * b)
+    t = torch.randint(0, T, (world * b,), generator=generator)[rows].to(z0.device)
+    eps = torch.randn(world * b, *z0.shape[1:], generator=generator)[rows].to(z0.device)
+    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond, None), z0, t, eps, schedule)
 
 
 def forward_dtype(device: str) -> torch.dtype:
@@ -327,20 +345,48 @@ def main(args: argparse.Namespace) -> None:
     say = print if rank == 0 else lambda *_, **__: None
     say(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
 
-    # ---- what it is trained on
-    art = read_art(args.data)
-    if (args.data / "held_out.txt").exists():
-        art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
-    elif config.names:
-        art = [a for a in art if a.style is None or a.name in config.names]
-    if not art:
-        raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
-    cache = cache_latents(vae, art, size, args.looks, args.seed, device)
-    null_cond = text.null_cond(args.batch, (size, size))
+    # ---- what it is trained on: z0 and captions of every step, and Cond of them
+    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+    if args.data.suffix == ".tar" or any(args.data.glob("*.tar")):  # the emoji art: captions are made anew each time
+        art = read_art(args.data)
+        if (args.data / "held_out.txt").exists():
+            art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
+        elif config.names:
+            art = [a for a in art if a.name in config.names]
+        if not art:
+            raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
+        cache = cache_art(vae, art, size, args.looks, args.seed, device)
+        captions = [f"{a.name}, {a.style} style" if a.style else a.name for a in art]
+
+        def steps(seed: int, start: int = 0, rank: int = 0, world: int = 1):
+            return art_batches(cache, args.batch, seed, start, rank, world)
+
+        def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
+            return with_sizes(text.encode(captions), size_ids)
+    else:  # a folder: pictures and captions are encoded once and for all runs; then VAE and text leave the device
+        pictures = read_pictures(args.data)
+        folder, captions = args.out.parent / "cache", [p.caption for p in pictures]
+        targets = buckets(size) if config.unet.adm else [(size, size)]
+        cache = cache_latents(vae, model_sha256, pictures, folder, targets, args.looks, device)
+        texts = cache_text(text, model_sha256, captions, folder)
+        drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know "" too
+
+        def steps(seed: int, start: int = 0, rank: int = 0, world: int = 1):
+            return batches(cache, args.batch, seed, start, rank, world, drop)
+
+        def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
+            return read_cond(texts, captions, size_ids).to(device)
+
+    # eight of the captions, spread over the data, for the sheet
+    prompts = (captions[:: max(1, len(captions) // 8)] * 8)[:8]
+    null_cond, cond8, null8 = (
+        text.null_cond(args.batch),
+        text.encode(prompts, (size, size)),
+        text.null_cond(8, (size, size)),
+    )
 
     # ---- resume
     run = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
     saved_tensors = named | {f"average.{k}": v for k, v in average.items()}
     if nets.target_unet is not None:
         saved_tensors |= {f"target.{k}": v for k, v in nets.target_unet.named_parameters()}
@@ -350,20 +396,21 @@ def main(args: argparse.Namespace) -> None:
         check_flags(run, read_run(state)["flags"])
         start = load_state(state, saved_tensors, optimizer)["step"]
 
-    def batch_loss(z0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
-        return loss_of(args, nets, z0.to(device), text.encode(captions, (size, size)), null_cond, generator)
+    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
+        cond, null = cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+        return loss_of(args, nets, z0.to(device), cond, null, generator, rank, world)
 
-    fixed = [next(batches(cache, args.batch, seed=-1 - i)) for i in range(8)]
+    fixed = [next(steps(-1 - i, 0, rank, world)) for i in range(8)]
 
     @torch.no_grad()
     def validate() -> float:
         """The loss at a fixed set of (z0, t, noise): the same numbers' worth of luck every time."""
         total = 0.0
-        for z0, captions, generator in fixed:
+        for z0, captions, size_ids, generator in fixed:
             before = generator.get_state()
-            total += batch_loss(z0, captions, generator).item() / len(fixed)
+            total += batch_loss(z0, captions, size_ids, generator).item() / len(fixed)
             generator.set_state(before)
-        return total
+        return mean_over_ranks(total)[0]
 
     def save(step: int) -> None:
         """The result and the state; every rank has a part in it, rank 0 writes."""
@@ -386,29 +433,44 @@ def main(args: argparse.Namespace) -> None:
         for old in sorted(args.out.glob("state_*.safetensors"))[:-2]:
             old.unlink()
 
+    # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
+    z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
+    w = sum(args.w_range) / 2
+    if args.objective == "lcm":
+        trajectory = guided_trajectory(nets.teacher, z_T, cond8, null8, schedule, w)
+    else:
+        base = nets.teacher if args.rank is not None else nets.student
+        before = guided_trajectory(base, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1].clone()
+
     @torch.no_grad()
-    def draw(step: int) -> None:
-        """Eight fixed prompts, the same noise each time: 4 LCM steps, or 20 guided DDIM steps."""
-        prompts = [f"{a.name}, {a.style} style" if a.style else a.name for a in to_draw]
-        generators = [torch.Generator().manual_seed(i) for i in range(8)]
-        side = size // vae.factor
-        z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators]).to(device)
-        live = {k: v.detach().clone() for k, v in named.items()}
-        [x.copy_(average[k]) for k, x in named.items() if average]  # draw what the file has
-        cond, w = text.encode(prompts, (size, size)), torch.full((8,), sum(args.w_range) / 2, device=device)
+    def watch(step: int, loss: float) -> None:
+        """A line of metrics.jsonl and a sheet, by the weights that the file has: the average, if there is one."""
+        live = {k: x.detach().clone() for k, x in named.items()} if average else {}
+        [named[k].copy_(average[k]) for k in live]
+        record = {"step": step, "loss": loss, "fixed_loss": validate()}
+        z0, captions, size_ids, _ = fixed[0]
+        z0, cond, null = z0.to(device), cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
         if args.objective == "lcm":
-            z0 = sample_lcm(lambda z_t, t: nets.student(z_t, t, cond, w).float(), z_T, schedule, 4, generators)
+            record["loss_by_index"] = loss_by_index(*nets[:3], z0, cond, null, schedule, w, args.k)
+            along = consistency_along_trajectory(nets.student, trajectory, cond8, schedule, w)
+            record["self_consistency"], record["to_end"] = along
+            record["to_teacher"] = distance_to_teacher(nets.student, trajectory, cond8, schedule, w)
+            columns = lcm_columns(nets.student, nets.teacher, trajectory, cond8, schedule, w)
         else:
-            null = text.null_cond(8, (size, size))
-            z0 = sample_ddim(guided_eps(unet, cond, null, config.guidance - 1), z_T, schedule, 20)
-        [x.copy_(live[k]) for k, x in named.items()]
+            record["loss_by_band"] = loss_by_band(nets.student, z0, cond, schedule)
+            now = guided_trajectory(nets.student, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1]
+            columns = {"before, 20 DDIM": before, "now, 20 DDIM": now}
+        if args.rank is not None:
+            record["delta_norms"] = delta_norms(get_tau(unet))
+        [named[k].copy_(x) for k, x in live.items()]
+        say(f"step {step} loss {loss:.4f} fixed {record['fixed_loss']:.4f}", flush=True)
         if rank == 0:
-            sheet = contact_sheet(to_images(vae.decode(z0)), prompts, 8)
+            append_metrics(args.out / "metrics.jsonl", record)
+            with resident(vae, device):
+                sheet = draw_sheet(columns, prompts, vae.decode)
             save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
 
-    # eight drawings spread over the data, as they would be asked for
-    to_draw = (art[:: max(1, len(art) // 8)] * 8)[:8]
-    data = batches(cache, args.batch, args.seed, start * args.accumulate)
+    data = steps(args.seed, start * args.accumulate, rank, world)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step in hand, then save
@@ -420,9 +482,9 @@ def main(args: argparse.Namespace) -> None:
 
         loss = 0.0
         for i in range(args.accumulate):
-            z0, captions, generator = next(data)
+            z0, captions, size_ids, generator = next(data)
             with sync_gradients(nets, unet, i == args.accumulate - 1):
-                part = batch_loss(z0, captions, generator) / args.accumulate
+                part = batch_loss(z0, captions, size_ids, generator) / args.accumulate
                 part.backward()
             loss += part.item()
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0)).item()
@@ -441,9 +503,10 @@ def main(args: argparse.Namespace) -> None:
 
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            say(f"step {step + 1} loss {loss:.4f} fixed {validate():.4f} lr {lr:.2e}", flush=True)
             save(step + 1)
-            draw(step + 1)
+            watch(step + 1, loss)
+        elif (step + 1) % 10 == 0 and rank == 0:
+            append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:
             sys.exit(f"stopped after step {step + 1}; go on with --resume" if rank == 0 else 1)
 

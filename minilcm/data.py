@@ -1,15 +1,17 @@
-"""Pictures with captions, from webdataset tars of art or from a folder, composed and cached for training.
+"""Folders of pictures with captions, as people have them: read, cut to size, encoded once, drawn in batches.
 
-    art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption, another one each time
+    read_pictures --> Picture --cache_latents--> Example --batches--> z0 (b, 4, h, w), captions, size ids (b, 6)
 
-Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really unspecified: the picture
-keeps the style and the colour it was drawn with, the caption does not tell.
+Size ids are SDXL's (2307.01952 section 2.2), heights before widths: of the original, crop (top, left), of the target.
 """
 
+import csv
+import hashlib
 import io
 import json
+import math
 import random
-import tarfile
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,189 +22,279 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-STYLES = ("noto", "twemoji", "fluent", "emojione")
-COLORS = {  # light enough that no drawing drowns in its background
-    "white": (255, 255, 255),
-    "black": (32, 32, 38),
-    "pink": (255, 175, 190),
-    "orange": (255, 195, 120),
-    "yellow": (255, 240, 145),
-    "green": (165, 230, 165),
-    "blue": (155, 200, 255),
-    "purple": (205, 175, 245),
-}
+from .safefile import all_finite, read_header, read_tensors, write_tensors
+from .text import TextEncoder, add_size
+from .unet import Cond
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class Art(NamedTuple):
-    """One drawing: what it shows and how."""
+class Picture(NamedTuple):
+    """A picture file and what it shows; its pixels are read when they are needed."""
 
-    name: str  # the icon's own name, with spaces
-    words: tuple[str, ...]  # label and keywords that can stand for it or beside it
-    style: str | None
-    image: Image.Image  # RGBA
-
-
-def read_tar(path: Path) -> list[Art]:
-    """All drawings of one webdataset shard: NAME.png beside NAME.json {name, label, keywords, style}."""
-    files: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                stem, _, suffix = member.name.rpartition(".")
-                if member.isfile() and suffix in ("png", "json"):
-                    files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
-    except (OSError, tarfile.TarError):
-        raise ValueError(f"{path}: not a .tar file, or cut off; copy or make it again") from None
-    art = []
-    for stem, parts in files.items():
-        if "png" not in parts or "json" not in parts:
-            raise ValueError(f"{path}: {stem} needs both a .png and a .json; was the shard cut off?")
-        try:
-            meta = json.loads(parts["json"])
-            image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
-            art.append(Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
-    return art
+    file: Path
+    caption: str
+    repeats: int = 1  # how often an epoch shows it
 
 
-def read_folder(path: Path) -> list[Art]:
-    """All pictures of a folder with a caption each: cat.png beside cat.txt."""
-    art = []
-    for file in sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
-        if not file.with_suffix(".txt").exists():
-            raise ValueError(f"{file}: no caption; put its text into {file.with_suffix('.txt').name} beside it")
-        try:
-            text, image = file.with_suffix(".txt").read_text(encoding="utf-8"), Image.open(file).convert("RGBA")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: picture or caption cannot be read ({error})") from None
-        art.append(Art(text.strip(), (), None, image))
-    return art
+# ---- folders
 
 
-def read_art(path: str | Path) -> list[Art]:
-    """The art of a .tar, of a folder of .tar files, or of a folder of pictures with .txt captions.
+def read_pictures(path: str | Path) -> list[Picture]:
+    """The pictures of a folder, sorted. Three layouts, which may be mixed:
 
-    Raises ValueError when there is nothing to read.
+    cat.png beside cat.txt or cat.caption; metadata.jsonl or metadata.csv, there or in a subfolder, with file_name and
+    text or caption (Hugging Face's imagefolder); subfolders 10_NAME, whose pictures come 10 times an epoch and have
+    NAME as caption where a .txt is missing (kohya's). Raises ValueError: a caption or a picture is missing, or all.
     """
     path = Path(path)
-    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
-        raise ValueError(
-            f"{path}: no such folder or .tar file; --data takes .tar shards or a folder of pictures with .txt captions"
-        )
-    art = [a for shard in shards for a in read_tar(shard)] if shards else read_folder(path)
-    if not art:
-        raise ValueError(f"{path}: no pictures; --data takes .tar shards or a folder of pictures with .txt captions")
-    return art
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a folder of pictures with .txt captions")
+    listed: dict[Path, list[str]] = {}
+    tables = sorted(p for p in path.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
+    for table in tables:
+        for file, caption in read_table(table):
+            listed.setdefault(file, []).append(caption)
+    kohya = {folder: named for folder in path.iterdir() if folder.is_dir() and (named := read_repeats(folder))}
+    files = set(listed)
+    for folder in {path, *kohya, *(table.parent for table in tables)}:
+        files |= {f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith(".")}
+    pictures = []
+    for file in sorted(files):
+        repeats, name = kohya.get(file.parent, (1, None))
+        pictures += [Picture(file, c, repeats) for c in listed.get(file) or [read_caption(file, name)]]
+    if not pictures:
+        raise ValueError(f"{path}: no pictures; put them there with .txt captions, a metadata.jsonl, or in 10_NAME/")
+    return pictures
 
 
-def split_art(art: list[Art], held_out: Path, names: list[str] | None = None) -> tuple[list[Art], list[Art]]:
-    """(seen, held out) by the committed list of "name<TAB>style" lines, both restricted to `names` if given."""
-    pairs = {tuple(line.split("\t")) for line in held_out.read_text().splitlines()}
-    art = art if names is None else [a for a in art if a.name in set(names)]
-    return [a for a in art if (a.name, a.style) not in pairs], [a for a in art if (a.name, a.style) in pairs]
+def read_table(table: Path) -> Iterator[tuple[Path, str]]:
+    """(picture, caption) of each row of a metadata.jsonl or metadata.csv."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+        if table.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{table}: not UTF-8 with one picture a line ({error})") from None
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ValueError(f'{table}: picture {n} has no "file_name"; write one')
+        file = table.parent / row["file_name"]
+        if not file.is_file():
+            raise ValueError(
+                f"{table}: picture {n} is {row['file_name']!r}, which is not there; add it or drop the line"
+            )
+        if not (captions := [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]):
+            raise ValueError(f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"')
+        yield file, " ".join(captions[0].split())
 
 
-def article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+def read_repeats(folder: Path) -> tuple[int, str] | None:
+    """kohya's folder name 10_sks dog -> (10, "sks dog"); None for any other name."""
+    if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
+        return None
+    if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
+        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or without a number")
+    return int(match[1]), match[2]
 
 
-def naming(art: Art, rng: random.Random) -> str:
-    """NAME, or its label, an article or a keyword with it: what a person might type for this drawing."""
-    label, *keywords = art.words or (art.name,)
-    name = label.lower() if label and rng.random() < 0.15 else art.name
-    kind = rng.random()
-    if kind < 0.55:
-        return name
-    if kind < 0.75 or not keywords:
-        return article(name)
-    keyword = rng.choice(keywords)
-    return rng.choice([f"{article(keyword)} of {name}", f"{keyword} {name}", f"{name} {keyword}"])
+def read_caption(file: Path, name: str | None) -> str:
+    """The text beside a picture, in one line, or else `name`."""
+    for beside in (file.with_suffix(".txt"), file.with_suffix(".caption")):
+        if beside.exists():
+            try:
+                return " ".join(beside.read_text(encoding="utf-8-sig").split())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{beside}: cannot be read ({error}); save it as UTF-8") from None
+    if name is None:
+        raise ValueError(f"{file}: no caption; put its text into {file.stem}.txt beside it")
+    return name
 
 
-def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | None, str | None, str | None]]:
-    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; 10 % of captions are empty.
+# ---- pixels
 
-    -> (caption, what it says of (name, style, color), None for what it leaves open).
+
+def decode(data: bytes) -> Image.Image:
+    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is no picture."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
+    except Exception as error:  # each of Pillow's decoders has its own
+        raise ValueError(f"not a picture that can be read ({type(error).__name__})") from None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
+    """Targets (h, w) of about size^2 pixels: multiples of `multiple`, 90 to 100 % of the area, aspect 1:2 to 2:1.
+
+    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I), and 704 x 1344 lying down, too.
     """
-    says_style, says_color, says_nothing = rng.random() >= 0.4, rng.random() >= 0.4, rng.random() < 0.1
-    if says_nothing:
-        return "", (None, None, None)
-    if art.style is None:  # not of the emoji art: the caption is the caption
-        return art.name, (art.name, None, None)
-    parts = [naming(art, rng)]
-    parts += [f"{art.style} style"] if says_style else []
-    parts += [f"on {article(color)} background"] if says_color else []
-    return ", ".join(parts), (art.name, art.style if says_style else None, color if says_color else None)
+    if size < 1 or size % multiple:
+        raise ValueError(f"size is {size}; give a multiple of {multiple}")
+    sides = range(multiple, 2 * size, multiple)
+    return [(h, w) for h in sides for w in sides if 0.9 * size**2 < h * w <= size**2 and h <= 2 * w and w <= 2 * h]
 
 
-def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
-    """The drawing at `scale` of the canvas, moved by `shift` (fractions), on plain colour; (3, S, S) in [-1, 1]."""
-    side = round(scale * size)
-    art = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC)  # two drawings are not square
-    canvas = Image.new("RGBA", (size, size), COLORS[color])
-    canvas.alpha_composite(art, tuple(round((size - side) / 2 + d * size) for d in shift))
-    pixels = torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1)  # (3, S, S)
-    return pixels.float() / 127.5 - 1
+def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The target (h, w) whose aspect is the image's most nearly, as a ratio."""
+    return min(targets, key=lambda t: abs(math.log(t[1] * image.height / (t[0] * image.width))))
 
 
-def compose(art: Art, size: int, rng: random.Random) -> tuple[Tensor, str]:
-    """One training picture (3, S, S) in [-1, 1] and the colour it stands on."""
-    if art.style is None:  # a photograph or painting fills its frame: centre crop of the short side
-        side = min(art.image.size)
-        left, top = (art.image.width - side) // 2, (art.image.height - side) // 2
-        crop = art.image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-        canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
-        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1, "white"
-    color = rng.choice(list(COLORS))
-    scale = rng.uniform(0.75, 0.95)
-    room = (1 - scale) / 4  # half of the way to the edge
-    shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-    return place(art.image, color, size, scale, shift), color
+def crop(image: Image.Image, target: tuple[int, int], rng: random.Random) -> tuple[Tensor, list[int]]:
+    """Scaled to cover `target` (h, w) and cut to it anywhere: pixels (3, h, w) in [-1, 1], and the six size ids."""
+    (h, w), (H, W) = target, (image.height, image.width)
+    zoom = max(h / H, w / W)
+    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))  # as large as the scaled picture would be
+    top, left = rng.randint(0, tall - h), rng.randint(0, wide - w)
+    box = (left * W / wide, top * H / tall, (left + w) * W / wide, (top + h) * H / tall)  # the cut, in the original
+    pixels = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BICUBIC, box))).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1, [H, W, top, left, h, w]
 
 
-class Cache(NamedTuple):
-    """Latents of several compositions a drawing: q(z|x) by mean and std, so a fresh latent is drawn each time."""
+# ---- encoded once
 
-    mean: Tensor  # (m, 4, h, w)
-    std: Tensor  # (m, 4, h, w)
-    art: list[Art]  # of length m: what composition i shows
-    color: list[str]  # of length m: what it stands on
+
+class Example(NamedTuple):
+    """A picture as encoded: q(z|x) as mean and std, so that a fresh latent is drawn each time."""
+
+    file: Path  # safetensors: mean and std, (4, h, w) each
+    caption: str
+    size_ids: list[int]
+    shape: tuple[int, int]  # (h, w) of the latent
+
+
+def digest(*what) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 @torch.no_grad()
-def cache_latents(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Cache:
-    """Compose each drawing `looks` times and encode it: m = looks * len(art)."""
-    rng = random.Random(seed)
-    means, stds, shown, colors = [], [], [], []
-    todo = [a for a in art for _ in range(looks)]
-    for i in tqdm(range(0, len(todo), 32), desc="latents", disable=None):
-        pairs = [compose(a, size, rng) for a in todo[i : i + 32]]
-        mean, std = vae.moments(torch.stack([p for p, _ in pairs]).to(device))
-        means.append(mean.cpu()), stds.append(std.cpu())
-        shown += todo[i : i + 32]
-        colors += [c for _, c in pairs]
-    return Cache(torch.cat(means), torch.cat(stds), shown, colors)
+def cache_latents(
+    vae,
+    vae_id: str,
+    pictures: list[Picture],
+    folder: Path,
+    targets: list[tuple[int, int]],
+    looks: int = 1,
+    device="cpu",
+) -> list[Example]:
+    """Each picture cut to the nearest of `targets` (h, w) and encoded, `looks` times at other places; -> an epoch.
 
-
-def batches(cache: Cache, batch: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, list[str], torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, generator) for step = start, start + 1, ...
-
-    Everything random of a step comes from (seed, step): a resumed run needs no data position but its step number, and
-    each epoch is a permutation of the cache.
+    targets = buckets(1024), or [(512, 512)] for squares; `vae_id` names the VAE, as the sha256 of its file does. A look
+    is a file in `folder` named by the hash of the picture's bytes, targets, look and `vae_id`, and not encoded again if
+    it is there, so ranks can share the work. What is no picture is named and left out. Raises ValueError when none is
+    left, or a latent is not finite.
     """
-    m = len(cache.art)
-    step = start
+    folder.mkdir(parents=True, exist_ok=True)
+    examples, skipped = [], 0
+    for picture in tqdm(pictures, desc="latents", disable=None):
+        try:
+            data = picture.file.read_bytes()
+            content = hashlib.sha256(data).hexdigest()
+            files = [folder / f"{digest(content, targets, look, vae_id)}.safetensors" for look in range(looks)]
+            image = None if all(file.exists() for file in files) else decode(data)
+        except (OSError, ValueError) as error:
+            print(f"{picture.file}: skipped, {error}")
+            skipped += 1
+            continue
+        for file in files:
+            if not file.exists():
+                pixels, size_ids = crop(image, nearest(image, targets), random.Random(file.stem))
+                mean, std = vae.moments(pixels[None].to(device))  # (1, 4, h, w) each
+                if not all_finite(mean + std):
+                    raise ValueError(
+                        f"{picture.file}: latent is not finite; SDXL's VAE overflows in float16, use float32"
+                    )
+                write_tensors(file, {"mean": mean[0], "std": std[0]}, {"size_ids": json.dumps(size_ids)})
+            header, metadata = read_header(file)
+            shape = header["mean"].shape[1:]
+            examples += [Example(file, picture.caption, json.loads(metadata["size_ids"]), shape)] * picture.repeats
+    if skipped:
+        print(f"{skipped} of {len(pictures)} pictures skipped")
+    if not examples:
+        raise ValueError(f"{len(pictures)} pictures, and none can be read; first: {pictures[0].file}")
+    return examples
+
+
+@torch.no_grad()
+def cache_text(text: TextEncoder, text_id: str, captions: list[str], folder: Path) -> dict[str, Path]:
+    """Each caption, and "", encoded into a file under the hash of caption and `text_id`; -> {caption: file}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {c: folder / f"{digest(c, text_id)}.safetensors" for c in dict.fromkeys(["", *captions])}
+    for caption, file in tqdm(files.items(), desc="captions", disable=None):
+        if not file.exists():
+            context, vector = text.encode([caption])
+            pooled = {} if vector is None else {"pooled": vector[0, : -6 * 256]}  # sizes are the picture's
+            write_tensors(file, {"context": context[0]} | pooled, {"caption": caption})
+    return files
+
+
+def read_cond(files: dict[str, Path], captions: list[str], size_ids: Tensor) -> Cond:
+    """Cond of b captions out of `cache_text`, for SDXL with their pictures' size ids (b, 6)."""
+    tensors = [read_tensors(files[caption])[0] for caption in captions]
+    context = torch.stack([x["context"] for x in tensors])  # (b, n, d)
+    if "pooled" not in tensors[0]:
+        return Cond(context)
+    return Cond(context, add_size(torch.stack([x["pooled"] for x in tensors]), size_ids))
+
+
+# ---- drawn in batches
+
+
+def plan(
+    shapes: list[tuple[int, int]], batch: int, seed: int, start: int
+) -> Iterator[tuple[list[int], random.Random, torch.Generator]]:
+    """(examples, rng, generator) of step start, start + 1, ...: what is in its batch, and all its randomness.
+
+    Examples of one shape are a bucket, and a batch is of one bucket. A bucket is an endless line of permutations of
+    itself, cut into batches: what one epoch leaves over begins the next one's first batch, nothing is dropped. An
+    epoch takes the batches that begin in it, in random order of buckets. Everything is a function of (seed, step).
+    """
+    members = [[i for i, shape in enumerate(shapes) if shape == bucket] for bucket in sorted(set(shapes))]
+
+    def before(epoch: int) -> list[int]:
+        """Batches of each bucket that begin before this epoch."""
+        return [-(-epoch * len(m) // batch) for m in members]
+
+    epoch = start * batch // len(shapes)  # or an earlier one: e m / batch is rounded up in each bucket
+    while sum(before(epoch)) > start:
+        epoch -= 1
     while True:
-        rng = random.Random(f"{seed} {step}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        index = []
-        for i in range(step * batch, (step + 1) * batch):  # the i-th example of the whole run
-            if not index or i % m == 0:
-                order = torch.randperm(m, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // m))
-            index.append(int(order[i % m]))
-        mean, std = cache.mean[index], cache.std[index]
-        z0 = mean + std * torch.randn(mean.shape, generator=generator)  # (b, 4, h, w)
-        yield z0, [caption(cache.art[i], cache.color[i], rng)[0] for i in index], generator
-        step += 1
+        done, end = before(epoch), before(epoch + 1)
+        first = sum(done)
+        turns = [k for k in range(len(members)) for _ in range(done[k], end[k])]
+        random.Random(f"{seed} epoch {epoch}").shuffle(turns)
+        for step, k in enumerate(turns, first):
+            line = range(done[k] * batch, (done[k] + 1) * batch)
+            done[k] += 1
+            if step < start:
+                continue
+            rng = random.Random(f"{seed} {step}")
+            generator = torch.Generator().manual_seed(rng.getrandbits(62))
+            index, m = [], len(members[k])
+            for i in line:  # the i-th example of this bucket in the whole run
+                if not index or i % m == 0:
+                    permuted = torch.Generator().manual_seed(seed * 1_000_003 + i // m + (k << 40))
+                    order = torch.randperm(m, generator=permuted)
+                index.append(members[k][order[i % m]])
+            yield index, rng, generator
+        epoch += 1
+
+
+def batches(
+    cache: list[Example], batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1, drop: float = 0.0
+) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; order: see `plan`.
+
+    Everything random of a step comes from (seed, step): a resumed run needs its step number only. Rank r of `world`
+    gets rows r b to (r + 1) b of the batch that one process with batch = world b would draw, noise and all; the
+    generator, then, is the same on all ranks. A share `drop` of the captions is "", for classifier-free guidance.
+    """
+    rows = slice(rank * batch, (rank + 1) * batch)
+    for index, rng, generator in plan([x.shape for x in cache], batch * world, seed, start):
+        captions = ["" if rng.random() < drop else cache[i].caption for i in index][rows]
+        examples = [cache[i] for i in index[rows]]
+        tensors = [read_tensors(x.file)[0] for x in examples]
+        mean, std = (torch.stack([x[name] for x in tensors]) for name in ("mean", "std"))
+        noise = torch.randn(len(index), *mean.shape[1:], generator=generator)[rows]
+        yield mean + std * noise, captions, torch.tensor([x.size_ids for x in examples]), generator

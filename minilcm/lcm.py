@@ -74,6 +74,8 @@ def lcd_loss(
     n: Tensor | None = None,
     k: int = T // K,
     together: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
 
@@ -81,11 +83,13 @@ def lcd_loss(
     networks are one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes
     the grid indices. `k` is the skipping interval: a longer one reaches t = 0 in fewer skips, each less exact.
     `together`: the teacher sees cond and null_cond in one batch of 2b, which takes more memory and is faster on a GPU.
+    Rank `rank` of `world` takes its own rows of what is drawn for the batches of all.
     """
     b, device = len(z0), z0.device
-    n = torch.randint(0, K, (b,), generator=generator) if n is None else n
-    w = torch.empty(b).uniform_(*w_range, generator=generator).to(device)
-    eps = torch.randn(z0.shape, generator=generator).to(device)
+    rows = slice(rank * b, (rank + 1) * b)
+    n = torch.randint(0, K, (world * b,), generator=generator)[rows] if n is None else n
+    w = torch.empty(world * b).uniform_(*w_range, generator=generator)[rows].to(device)
+    eps = torch.randn(world * b, *z0.shape[1:], generator=generator)[rows].to(device)
     t_start = train_grid()[n].to(device)
     t_end = (t_start - k).clamp(min=0)  # f is the identity at t = 0
 

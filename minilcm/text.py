@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
@@ -126,14 +127,7 @@ class TextEncoder(nn.Module):
         # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and text_projection
         at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
         pooled = at_eos @ self.big.text_projection
-        return Cond(torch.cat([context, context_big], dim=-1), self.add_size(pooled, size))
-
-    def add_size(self, pooled: Tensor, size: tuple[int, int]) -> Tensor:
-        """Pooled text (b, 1280) and the size ids original (h, w), crop (top, left), target (h, w) -> (b, 2816)."""
-        width, height = size
-        size_ids = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
-        embedded = timestep_embedding(size_ids, 256).flatten().to(pooled.dtype)  # (1536,)
-        return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=-1)
+        return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, whole(size)))
 
     @torch.no_grad()
     def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:
@@ -142,7 +136,25 @@ class TextEncoder(nn.Module):
             return Cond(self.encode([""]).context.expand(b, -1, -1))
         weight, width = self.tower.positional_embedding, self.cfg.big[0]
         context = weight.new_zeros(b, N_TOKENS, self.cfg.width + width)
-        return Cond(context, self.add_size(weight.new_zeros(b, width), size))
+        return Cond(context, add_size(weight.new_zeros(b, width), whole(size)))
+
+
+def whole(size: tuple[int, int]) -> Tensor:
+    """Size ids (1, 6) of a picture of `size` (W, H) that was neither scaled nor cut."""
+    width, height = size
+    return torch.tensor([[height, width, 0, 0, height, width]])
+
+
+def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
+    """Pooled text (b, d) and ids (b or 1, 6): original (h, w), crop (top, left), target (h, w) -> (b, d + 1536)."""
+    embedded = timestep_embedding(size_ids.to(pooled.device).flatten(), 256)  # (b * 6, 256)
+    embedded = rearrange(embedded, "(b six) d -> b (six d)", six=6).to(pooled.dtype)
+    return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=-1)
+
+
+def with_sizes(cond: Cond, size_ids: Tensor) -> Cond:
+    """The same Cond for pictures of other size ids (b or 1, 6). SD1.x has none: as it was."""
+    return cond if cond.vector is None else Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
 
 
 def lora_weights(text: TextEncoder) -> dict[str, Tensor]:

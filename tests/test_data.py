@@ -1,342 +1,520 @@
-"""Art and captions: what a caption says is true of its picture, and everything random comes from (seed, step)."""
+"""Folders people have are read as their makers mean them, pictures are cut as the size ids say, and every batch is a
+function of (seed, step) that any number of ranks can share.
+"""
 
+import hashlib
 import io
 import json
+import math
 import random
-import re
-import tarfile
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from tiny import CONFIG, ROOT, drawing, png, tiny_vae, write_art, write_tar
+from tiny import png, tiny_text
+from torch import Tensor
 
 from minilcm.data import (
-    COLORS,
-    STYLES,
-    Art,
-    Cache,
+    Example,
+    Picture,
     batches,
+    buckets,
     cache_latents,
-    caption,
-    compose,
-    place,
-    read_art,
-    split_art,
+    cache_text,
+    crop,
+    decode,
+    nearest,
+    plan,
+    read_cond,
+    read_pictures,
 )
+from minilcm.safefile import read_tensors, write_tensors
+from minilcm.text import TextConfig, TextEncoder
 
-ART = ROOT / "weights/emoji/art"
-PIZZA = Art("pizza", ("Pizza", "slice", "cheese"), "noto", drawing(1))
-
-
-# ---- captions
+# ---- folders
 
 
-def test_brackets_are_left_out_40_percent_and_a_tenth_is_empty():
-    """Frequencies over 6000 draws: style and colour each left out of 40 +- 3 % of captions that say anything, 10 +- 2 %
-    empty, and the two brackets independently of each other (both said: 36 %).
+def put(folder, files: dict[str, str | bytes | None]):
+    """Files of a folder: text, bytes, or None for a small picture."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if data is None:
+            Image.new("RGB", (16, 16), "red").save(path)
+        else:
+            path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def read(folder) -> list[tuple[str, str, int]]:
+    return [(p.file.relative_to(folder).as_posix(), p.caption, p.repeats) for p in read_pictures(folder)]
+
+
+def test_captions_in_txt_or_caption(tmp_path):
+    """Sorted; .txt before .caption; several lines are one caption; a BOM, capital suffixes, stray and hidden files."""
+    put(tmp_path, {"b.JPG": None, "b.txt": "\ufeffa cat,\r\n  asleep\n", "a.webp": None, "a.caption": "a dog"})
+    put(tmp_path, {"c.png": None, "c.txt": "", "c.caption": "no", "notes.md": "x", "._b.jpg": "x", "sub/d.png": None})
+    assert read(tmp_path) == [("a.webp", "a dog", 1), ("b.JPG", "a cat, asleep", 1), ("c.png", "", 1)]
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_imagefolder(tmp_path, kind, column):
+    """Hugging Face's metadata file, in the folder or in subfolders; its file names are relative to itself; a picture
+    listed twice has both captions, and one not listed still has its .txt.
     """
-    rng = random.Random(0)
-    said = [caption(PIZZA, "blue", rng)[1] for _ in range(6000)]
-    something = [x for x in said if x[0]]
-    assert abs(1 - len(something) / len(said) - 0.10) < 0.02
-    assert abs(sum(style is None for _, style, _ in something) / len(something) - 0.40) < 0.03
-    assert abs(sum(color is None for _, _, color in something) / len(something) - 0.40) < 0.03
-    assert abs(sum(None not in x for x in something) / len(something) - 0.36) < 0.03
+    rows = [("1.png", "one, two"), ("deep/2.png", 'say "two"'), ("1.png", "uno")]
+    if kind == "jsonl":
+        table = "".join(json.dumps({"file_name": f, column: c, "width": 16}) + "\n" for f, c in rows)
+    else:
+        table = f"file_name,width,{column}\n" + '1.png,16,"one, two"\ndeep/2.png,16,"say ""two"""\n1.png,16,uno\n'
+    expected = [("1.png", "one, two", 1), ("1.png", "uno", 1), ("3.png", "drei", 1), ("deep/2.png", 'say "two"', 1)]
+    files = {"1.png": None, "deep/2.png": None, "3.png": None, "3.txt": "drei", f"metadata.{kind}": table}
+    assert read(put(tmp_path / "a", files)) == expected
+    put(tmp_path / "b", {f"train/{name}": data for name, data in files.items()})
+    assert read(tmp_path / "b") == [(f"train/{name}", caption, n) for name, caption, n in expected]
 
 
-def test_captions_say_what_is_true():
-    """Over all styles and colours: the words of a caption, read by a pattern here, agree with the picture and with what
-    the second return value claims was said; a bracket that is left out is named nowhere.
-    """
-    rng = random.Random(1)
-    pattern = re.compile(r"(?P<name>[^,]+?)(, (?P<style>\w+) style)?(, on (a|an) (?P<color>\w+) background)?")
-    for style in STYLES:
-        for color in COLORS:
-            for _ in range(40):
-                text, said = caption(PIZZA._replace(style=style), color, rng)
-                if text == "":
-                    assert said == (None, None, None)
-                    continue
-                words = pattern.fullmatch(text)
-                assert "pizza" in words["name"]
-                assert (words["style"], words["color"]) == said[1:] and said[0] == "pizza"
-                assert said[1] in (None, style) and said[2] in (None, color)
-
-
-def test_articles_agree():
-    """'an orange background', 'a blue background', 'an octopus'."""
-    rng = random.Random(2)
-    texts = {caption(Art("octopus", ("octopus",), "noto", drawing(0)), c, rng)[0] for c in COLORS for _ in range(100)}
-    assert any("an orange background" in text for text in texts) and any(
-        text.startswith("an octopus") for text in texts
-    )
-    assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in texts)
-
-
-def test_naming_uses_name_label_article_and_keywords():
-    """The bare name is the most frequent; label, article and keyword forms all occur, and each holds name or label."""
-    rng = random.Random(3)
-    art = Art("red apple", ("Apple", "fruit"), "noto", drawing(0))
-    names = Counter(text.split(",")[0] for text, _ in (caption(art, "white", rng) for _ in range(3000)) if text)
-    assert names.most_common(1)[0][0] == "red apple"
-    assert {"apple", "a red apple", "an apple", "fruit red apple", "red apple fruit", "a fruit of red apple"} <= set(
-        names
-    )
-    assert all("apple" in name for name in names)
-
-
-def test_captions_of_a_folder_are_left_alone():
-    """A picture with a text of its own (style None) has that text as caption, or none in a tenth of the draws."""
-    rng = random.Random(4)
-    texts = Counter(caption(Art("my cat Tom, asleep", (), None, drawing(0)), "white", rng)[0] for _ in range(2000))
-    assert set(texts) == {"my cat Tom, asleep", ""} and abs(texts[""] / 2000 - 0.1) < 0.02
-
-
-# ---- pictures
-
-
-def level(color: str) -> torch.Tensor:
-    return torch.tensor(COLORS[color]).float() / 127.5 - 1
-
-
-def test_compose_stands_on_the_colour_it_tells():
-    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour exactly; all occur."""
-    rng, seen = random.Random(0), set()
-    for _ in range(100):
-        pixels, color = compose(PIZZA, 64, rng)
-        seen.add(color)
-        assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
-        assert pixels.min() >= -1 and pixels.max() <= 1
-        for corner in (pixels[:, 0, 0], pixels[:, 0, -1], pixels[:, -1, 0], pixels[:, -1, -1]):
-            assert torch.equal(corner, level(color))
-    assert seen == set(COLORS)
-
-
-def test_compose_scales_and_moves_within_the_frame():
-    """A full square of art covers 75 to 95 % of the side and moves half of its way to each edge, so all is in sight."""
-    rng = random.Random(0)
-    square = PIZZA._replace(image=Image.new("RGBA", (128, 128), (0, 0, 255, 255)))
-    sides, lefts = [], []
-    for _ in range(300):
-        pixels, color = compose(square, 64, rng)
-        covered = (pixels != level(color)[:, None, None]).any(dim=0)
-        rows, columns = covered.any(dim=1).nonzero(), covered.any(dim=0).nonzero()
-        assert len(rows) == len(columns) and covered.sum() == len(rows) * len(columns)
-        sides.append(len(rows))
-        lefts.append(columns[0].item() / (64 - len(columns)))
-    assert 48 <= min(sides) <= 49 and 60 <= max(sides) <= 61
-    assert min(lefts) == pytest.approx(0.25, abs=0.1) and max(lefts) == pytest.approx(0.75, abs=0.1)
-
-
-def test_place_blends_transparency():
-    """Half-transparent black on white is grey: alpha is composited, not dropped."""
-    pixels = place(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "white", 8, 1.0, (0.0, 0.0))
-    torch.testing.assert_close(pixels, torch.full((3, 8, 8), 2 * (1 - 128 / 255) - 1), rtol=0, atol=0.01)
-
-
-def test_a_folders_picture_is_cropped_not_framed():
-    """Style None: the centre square fills the canvas, transparent parts are white."""
-    image = Image.new("RGBA", (60, 20), (255, 0, 0, 255))
-    image.paste((0, 0, 255, 255), (20, 0, 40, 20))
-    pixels, _ = compose(Art("x", (), None, image), 16, random.Random(0))
-    assert torch.equal(pixels, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 16, 16))
-    pixels, _ = compose(Art("x", (), None, Image.new("RGBA", (20, 20))), 16, random.Random(0))
-    assert torch.equal(pixels, torch.ones(3, 16, 16))
-
-
-# ---- reading
-
-
-def test_read_tar_and_folder_of_tars(tmp_path):
-    """A shard's drawings with name, words and style; a folder of shards is their sum."""
-    write_art(tmp_path / "a.tar", "noto"), write_art(tmp_path / "b.tar", "fluent")
-    one, both = read_art(tmp_path / "a.tar"), read_art(tmp_path)
-    assert [a.name for a in one] == list(CONFIG.names) and {a.style for a in one} == {"noto"}
-    assert one[0].words == ("pizza", "thing") and one[0].image.mode == "RGBA"
-    assert np.array_equal(np.array(one[1].image), np.array(drawing(1)))
-    assert Counter(a.style for a in both) == {"noto": 3, "fluent": 3}
-
-
-def test_read_folder(tmp_path):
-    """cat.png beside cat.txt, in any mode and several formats; stray files are no pictures."""
-    for name, mode in (("a.png", "P"), ("b.jpg", "L"), ("c.webp", "RGB"), ("d.JPEG", "CMYK")):
-        Image.new(mode, (10, 10)).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(f"a picture, {mode}\n", encoding="utf-8")
-    (tmp_path / "notes.md").write_text("no picture")
-    art = read_art(tmp_path)
-    assert [(a.name, a.style, a.image.mode) for a in art] == [
-        (f"a picture, {m}", None, "RGBA") for m in ("P", "L", "RGB", "CMYK")
+def test_kohya(tmp_path):
+    """10_NAME: ten times an epoch, NAME where no .txt is; an unnumbered folder is not read."""
+    put(tmp_path, {"3_sks dog/1.png": None, "3_sks dog/2.png": None, "3_sks dog/2.txt": "a sks dog", "x.png": None})
+    put(tmp_path, {"x.txt": "x", "10_a_b/y.jpg": None, "other/z.png": None, "2024-01-05_trip/z.png": None})
+    assert sorted(read(tmp_path)) == [
+        ("10_a_b/y.jpg", "a_b", 10),
+        ("3_sks dog/1.png", "sks dog", 3),
+        ("3_sks dog/2.png", "a sks dog", 3),
+        ("x.png", "x", 1),
     ]
 
 
-def read_error(path) -> str:
+TABLE = '{"file_name": "1.png", "text": "one"}\n'
+
+
+@pytest.mark.parametrize(
+    "files, at, message",
+    [
+        ({}, "", "no pictures"),
+        ({"sub/1.png": None}, "", "no pictures"),
+        ({"1.png": None}, "1.png", "no caption; put its text into 1.txt"),
+        ({"1.png": None, "1.txt": b"\xff\xfe\xff"}, "1.txt", "save it as UTF-8"),
+        ({"1.png": None, "2.png": None, "metadata.jsonl": TABLE}, "2.png", "no caption"),
+        ({"metadata.jsonl": TABLE}, "metadata.jsonl", "picture 1 is '1.png', which is not there"),
+        ({"a/metadata.csv": "file_name,text\n1.png,x\n"}, "a/metadata.csv", "'1.png', which is not there"),
+        ({"1.png": None, "metadata.jsonl": TABLE + '{"text": "x"}'}, "metadata.jsonl", 'picture 2 has no "file_name"'),
+        ({"1.png": None, "metadata.jsonl": "[1]\n"}, "metadata.jsonl", 'picture 1 has no "file_name"'),
+        ({"1.png": None, "metadata.jsonl": "{"}, "metadata.jsonl", "not UTF-8 with one picture a line"),
+        ({"1.png": None, "metadata.csv": b"\xff"}, "metadata.csv", "not UTF-8 with one picture a line"),
+        ({"1.png": None, "metadata.csv": "name,text\n1.png,x\n"}, "metadata.csv", 'picture 1 has no "file_name"'),
+        ({"1.png": None, "metadata.csv": "file_name,label\n1.png,x\n"}, "metadata.csv", "'1.png' has no caption"),
+        ({"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": null}'}, "metadata.jsonl", "has no caption"),
+        ({"0_cat/1.png": None}, "0_cat", "0 repeats; call it N_NAME with N from 1 to 1000"),
+        ({"-2_cat/1.png": None}, "-2_cat", "-2 repeats"),
+        ({"1.5_cat/1.png": None}, "1.5_cat", "1.5 repeats"),
+        ({"20240105_trip/1.png": None}, "20240105_trip", "20240105 repeats"),
+        ({"10_/1.png": None}, "10_", "10 repeats; call it N_NAME"),
+    ],
+)
+def test_bad_folders_give_one_line(tmp_path, files, at, message):
+    """Each ends in one line with the path of what is wrong, and what to do."""
     with pytest.raises(ValueError) as caught:
-        read_art(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    return str(caught.value)
+        read_pictures(put(tmp_path, files))
+    assert str(tmp_path / at) + ":" in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_read_art_errors(tmp_path):
-    """One line that names the file: nothing there, an empty folder, a file that is no tar, a caption or half a pair
-    missing, a shard cut off, a picture that is none.
+def test_no_such_folder(tmp_path):
+    put(tmp_path, {"1.png": None})
+    for path in (tmp_path / "none", tmp_path / "1.png"):
+        with pytest.raises(ValueError, match=f"{path}: no such folder; give"):
+            read_pictures(path)
+
+
+# ---- pixels
+
+
+def test_exif_rotation_is_respected():
+    """A picture stored lying with "rotate to stand" (orientation 6: 90 degrees clockwise) has its top at the top."""
+    upright = Image.new("RGB", (20, 40), "blue")
+    upright.paste("red", (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(file := io.BytesIO(), "PNG", exif=exif)
+    image = decode(file.getvalue())
+    assert image.size == (20, 40) and image.getpixel((10, 2)) == (255, 0, 0) and image.getpixel((10, 38)) == (0, 0, 255)
+
+
+def test_alpha_is_laid_on_white():
+    """Half-transparent black is grey, transparent is white, in RGBA as in a palette with transparency."""
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert [decode(png(image)).getpixel((x, 0)) for x in (0, 1)] == [(127, 127, 127), (255, 255, 255)]
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    assert decode(png(palette)).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "1", "LA", "RGB"):
+        assert decode(png(Image.new(mode, (1, 1)))).mode == "RGB"
+
+
+def test_bad_pictures_are_refused(monkeypatch):
+    """No picture, one cut off, one above Pillow's limit for decompression bombs: always a ValueError."""
+    whole = png(Image.effect_noise((64, 64), 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for data in (b"", b"no picture", whole[:1000], whole):
+        with pytest.raises(ValueError, match="not a picture that can be read"):
+            decode(data)
+
+
+# (h, w) of SDXL's training, 2307.01952 appendix I, from 1:2 to 2:1
+SDXL = """704 1408, 704 1344, 768 1344, 768 1280, 832 1216, 832 1152, 896 1152, 896 1088, 960 1088, 960 1024, 1024 1024,
+1024 960, 1088 960, 1088 896, 1152 896, 1152 832, 1216 832, 1280 768, 1344 768, 1408 704"""
+
+
+def test_buckets_are_sdxls():
+    """All of the paper's sizes, and its 704 x 1344 the other way round, which the paper leaves out."""
+    paper = {tuple(map(int, pair.split())) for pair in SDXL.split(",")}
+    assert set(buckets(1024)) == paper | {(1344, 704)}
+
+
+@pytest.mark.parametrize("size, multiple", [(512, 64), (768, 64), (1024, 64), (64, 8), (512, 8)])
+def test_buckets_cover(size, multiple):
+    """Multiples, close to size^2 from below, the square among them, each lying and standing; and no picture between 1:2
+    and 2:1 loses more than a quarter of its area to the cut (a square cut would lose half).
     """
-    assert "no such folder or .tar file" in read_error(tmp_path / "none")
-    assert "no such folder or .tar file" in read_error(tmp_path / "none.tar")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "no pictures" in read_error(empty)
-    (empty / "cat.png").write_bytes(png(drawing(0)))
-    assert "no caption; put its text into cat.txt" in read_error(empty)
-    assert ".tar shards or a folder" in read_error(empty / "cat.png")
-
-    (empty / "cat.txt").write_text("cat")
-    (empty / "cat.png").write_bytes(png(drawing(0))[:100])
-    assert "cat.png" in read_error(empty)
-
-    assert "needs both a .png and a .json" in read_error(write_tar(tmp_path / "half.tar", {"1.png": png(drawing(0))}))
-    assert "no pictures" in read_error(write_tar(tmp_path / "nothing.tar", {}))
-    whole = write_art(tmp_path / "whole.tar").read_bytes()
-    for n in (0, 100, 700, 1500, len(whole) // 2):
-        (tmp_path / "cut.tar").write_bytes(whole[:n])
-        assert "cut.tar" in read_error(tmp_path / "cut.tar")
-    good = json.dumps({"name": "x", "label": "x", "keywords": []}).encode()
-    for files in ({"1.png": b"no", "1.json": good}, {"1.png": png(drawing(0)), "1.json": b"{"}):
-        assert "bad.tar" in read_error(write_tar(tmp_path / "bad.tar", files))
-    assert "bad.tar" in read_error(write_tar(tmp_path / "bad.tar", {"1.png": png(drawing(0)), "1.json": b"{}"}))
+    targets = buckets(size, multiple)
+    assert len(set(targets)) == len(targets) and (size, size) in targets
+    assert {(w, h) for h, w in targets} == set(targets)
+    for h, w in targets:
+        assert h % multiple == w % multiple == 0 and 0.9 < h * w / size**2 <= 1 and 0.5 <= w / h <= 2
+    for i in range(-20, 21):
+        aspect = 2 ** (i / 20)
+        h, w = nearest(Image.new("1", (round(1000 * aspect), 1000)), targets)
+        assert min(aspect / (w / h), (w / h) / aspect) > 0.75
 
 
-def test_folders_and_names_without_a_dot_in_a_tar_are_skipped(tmp_path):
-    """`tar cf art.tar art/` also stores the folder and whatever lies in it."""
-    path = tmp_path / "art.tar"
-    with tarfile.open(path, "w") as tar:
-        folder = tarfile.TarInfo("./art")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        meta = json.dumps({"name": "x", "label": "x", "keywords": []}).encode()
-        for name, data in {"./art/1.png": png(drawing(0)), "./art/1.json": meta, "./art/README": b"hello"}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    assert [(a.name, a.style) for a in read_art(path)] == [("x", None)]
+def test_nearest_is_nearest():
+    """By ratio: 3:2 of (1:1, 2:1) is nearer to 2:1 (4/3 off, not 3/2), though 1.5 is in the middle; a picture of a
+    bucket's own aspect gets that bucket, and a picture on its side the bucket on its side.
+    """
+    assert nearest(Image.new("1", (300, 200)), [(64, 64), (64, 128)]) == (64, 128)
+    assert nearest(Image.new("1", (200, 300)), [(64, 64), (128, 64)]) == (128, 64)
+    targets = buckets(1024)
+    for h, w in targets:
+        assert nearest(Image.new("1", (w // 4, h // 4)), targets) == (h, w)
+    rng = random.Random(0)
+    for _ in range(200):
+        h, w = rng.randint(100, 999), rng.randint(100, 999)
+        found = nearest(Image.new("1", (w, h)), targets)
+        assert nearest(Image.new("1", (h, w)), targets) == found[::-1]
+        off = [max(w / h / (b / a), b / a / (w / h)) for a, b in targets]
+        assert max(w / h / (found[1] / found[0]), found[1] / found[0] / (w / h)) == min(off)
 
 
-# ---- the committed art
+def test_buckets_need_a_multiple():
+    for size in (100, 0, -64):
+        with pytest.raises(ValueError, match=f"size is {size}; give a multiple of 64"):
+            buckets(size)
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red tells how far right, green how far down: the level at the centre of a pixel, 0 to 255 over the picture."""
+    image = Image.new("RGB", (width, height))
+    image.putdata(
+        [
+            (round(255 * (x + 0.5) / width), round(255 * (y + 0.5) / height), 0)
+            for y in range(height)
+            for x in range(width)
+        ]
+    )
+    return image
+
+
+@pytest.mark.parametrize(
+    "size, target", [((200, 100), (64, 64)), ((60, 150), (64, 64)), ((30, 20), (64, 96)), ((101, 77), (48, 64))]
+)
+def test_size_ids_tell_the_cut(size, target):
+    """Original (h, w), crop (top, left) in the scaled picture, target (h, w). The pixels are where the ids say: the
+    ramp at (y, x) of the cut has the level of (top + y, left + x) in the scaled picture. All places occur.
+    """
+    image, (h, w), rng, places = ramp(*size), target, random.Random(0), set()
+    zoom = max(w / size[0], h / size[1])
+    wide, tall = round(zoom * size[0]), round(zoom * size[1])
+    for _ in range(300):
+        pixels, ids = crop(image, target, rng)
+        height, width, top, left, *rest = ids
+        assert (width, height) == size and tuple(rest) == target and pixels.shape == (3, h, w)
+        assert 0 <= top <= tall - h and 0 <= left <= wide - w
+        places.add((top, left))
+    assert len(places) > 0.8 * (tall - h + 1) * (wide - w + 1)
+    x = 2 * (left + torch.arange(w) + 0.5) / wide - 1
+    y = 2 * (top + torch.arange(h) + 0.5) / tall - 1
+    inner = slice(3, -3)  # bicubic needs neighbours
+    torch.testing.assert_close(pixels[0][inner, inner], x.expand(h, w)[inner, inner], rtol=0, atol=0.03)
+    torch.testing.assert_close(pixels[1][inner, inner], y[:, None].expand(h, w)[inner, inner], rtol=0, atol=0.03)
+
+
+def test_size_ids_of_a_hand_made_picture():
+    """200 x 100 onto 64 x 64: scaled to 128 x 64, so top is 0 and left at most 64. Onto its own aspect: no cut."""
+    image = ramp(200, 100)
+    ids = [crop(image, (64, 64), random.Random(i))[1] for i in range(500)]
+    assert all(x[:3] == [100, 200, 0] and x[4:] == [64, 64] for x in ids)
+    assert {x[3] for x in ids} == set(range(65))
+    assert crop(image, (32, 64), random.Random(0))[1] == [100, 200, 0, 0, 32, 64]
+
+
+def test_a_thread_of_a_picture_is_cut_without_scaling_it_whole():
+    """1 x 5000 to cover 512 x 512 would be 2.6 million pixels long."""
+    pixels, ids = crop(Image.new("RGB", (5000, 1), "white"), (512, 512), random.Random(0))
+    assert torch.equal(pixels, torch.ones(3, 512, 512)) and ids[:3] == [1, 5000, 0] and 0 <= ids[3] <= 511 * 5000
+
+
+# ---- encoded once
+
+
+class CountingVAE:
+    """Mean: 8 x 8 averages of the pixels and their mean; std: 0.5. Counts the pictures it encodes."""
+
+    encoded = 0
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        self.encoded += len(pixels)
+        small = F.avg_pool2d(pixels, 8)
+        mean = torch.cat([small, small.mean(dim=1, keepdim=True)], dim=1)  # (b, 4, h, w)
+        return mean, torch.full_like(mean, 0.5)
+
+
+def folder_of(path, sizes: list[tuple[int, int]]) -> list[Picture]:
+    return read_pictures(
+        put(
+            path,
+            {f"{i}.png": png(ramp(*s)) for i, s in enumerate(sizes)}
+            | {f"{i}.txt": f"picture {i}" for i in range(len(sizes))},
+        )
+    )
+
+
+TARGETS = [(32, 32), (32, 64), (64, 32)]
+
+
+def test_cache_latents(tmp_path):
+    """Each look is q(z|x) of the cut its size ids tell, in the shape of the nearest bucket; looks differ; a picture
+    with repeats is there as often, encoded once.
+    """
+    pictures = folder_of(tmp_path / "in", [(64, 64), (130, 60), (60, 130)])
+    pictures[1] = pictures[1]._replace(repeats=3)
+    vae = CountingVAE()
+    examples = cache_latents(vae, "vae", pictures, tmp_path / "cache", TARGETS, looks=2)
+    assert vae.encoded == 6 and len(list((tmp_path / "cache").iterdir())) == 6
+    assert Counter(x.caption for x in examples) == {"picture 0": 2, "picture 1": 6, "picture 2": 2}
+    assert {x.caption: x.shape for x in examples} == {"picture 0": (4, 4), "picture 1": (4, 8), "picture 2": (8, 4)}
+    for x in examples:
+        height, width, top, left, h, w = x.size_ids
+        assert (h, w) == (8 * x.shape[0], 8 * x.shape[1])
+        tensors, _ = read_tensors(x.file)
+        assert tensors["mean"].shape == tensors["std"].shape == (4, *x.shape) and (tensors["std"] == 0.5).all()
+        zoom = max(h / height, w / width)
+        red = 2 * (left + 8 * torch.arange(w // 8) + 4) / round(zoom * width) - 1
+        torch.testing.assert_close(tensors["mean"][0], red.expand(x.shape), rtol=0, atol=0.03)
+    looks = [x.size_ids[2:4] for x in cache_latents(vae, "vae", pictures, tmp_path / "more", [(32, 32)], looks=8)]
+    assert len({tuple(x) for x in looks[8:32]}) > 4
+
+
+def test_only_what_changed_is_encoded_again(tmp_path):
+    """A second call encodes nothing; a changed picture, another VAE, other targets or one look more only themselves. A
+    changed caption or a copy of a picture costs nothing.
+    """
+    pictures, vae, cache = folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)]), CountingVAE(), tmp_path / "cache"
+
+    def encoded(vae_id="vae", targets=TARGETS, looks=1) -> int:
+        before = vae.encoded
+        cache_latents(vae, vae_id, pictures, cache, targets, looks)
+        return vae.encoded - before
+
+    first = cache_latents(vae, "vae", pictures, cache, TARGETS)
+    assert encoded() == 0 and first == cache_latents(vae, "vae", pictures, cache, TARGETS)
+    pictures[0].file.write_bytes(png(ramp(40, 42)))
+    assert encoded() == 1 and encoded() == 0
+    now = cache_latents(vae, "vae", pictures, cache, TARGETS)
+    assert now[0].file != first[0].file and now[1:] == first[1:] and now[0].size_ids[:2] == [42, 40]
+    assert encoded(vae_id="another") == 3 and encoded(vae_id="another") == 0
+    assert encoded(targets=[(32, 32)]) == 3 and encoded(looks=2) == 3 and encoded(looks=2) == 0
+    pictures[1] = pictures[1]._replace(caption="another")
+    put(tmp_path / "in", {"3.png": pictures[2].file.read_bytes(), "3.txt": "copy"})
+    pictures.append(Picture(tmp_path / "in/3.png", "copy"))
+    assert encoded() == 0
+    assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == ["another", "copy"]
+    assert encoded() == 0
+
+
+def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):
+    """One line for each that is no picture or gone, one with the number; the others are encoded."""
+    pictures = folder_of(tmp_path / "in", [(40, 40)] * 4)
+    pictures[1].file.write_bytes(b"no picture"), pictures[2].file.unlink()
+    for _ in range(2):
+        examples = cache_latents(CountingVAE(), "vae", pictures, tmp_path / "cache", TARGETS)
+        assert [x.caption for x in examples] == ["picture 0", "picture 3"]
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and lines[2] == "2 of 4 pictures skipped"
+        assert all(line.startswith(f"{p.file}: skipped, ") for line, p in zip(lines, pictures[1:3]))
+    with pytest.raises(ValueError, match=f"2 pictures, and none can be read; first: {pictures[1].file}"):
+        cache_latents(CountingVAE(), "vae", pictures[1:3], tmp_path / "cache", TARGETS)
+
+
+def test_latents_that_are_not_finite_are_not_kept(tmp_path):
+    """A VAE that overflows is an error that names the picture, and nothing of it is in the cache."""
+    vae = CountingVAE()
+    vae.moments = lambda pixels: (torch.full((1, 4, 4, 4), math.inf), torch.ones(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="0.png: latent is not finite"):
+        cache_latents(vae, "vae", folder_of(tmp_path / "in", [(40, 40)]), tmp_path / "cache", TARGETS)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def sdxl_in_miniature() -> TextEncoder:
+    torch.manual_seed(0)
+    return TextEncoder(TextConfig(32, 2, 2, big=(48, 2, 2))).requires_grad_(False).eval()
+
+
+def counting(text: TextEncoder) -> list[str]:
+    """The prompts that this encoder encodes from now on."""
+    seen, encode = [], text.encode
+    text.encode = lambda prompts, *size: seen.extend(prompts) or encode(prompts, *size)
+    return seen
+
+
+@pytest.mark.parametrize("make", [tiny_text, sdxl_in_miniature])
+def test_cache_text(tmp_path, make):
+    """What is read is what the encoder says of each caption with its own picture's sizes; each caption is encoded once,
+    "" with them, and again only for another encoder.
+    """
+    text, captions = make(), ["a cat", "a dog", "a cat"]
+    seen = counting(text)
+    files = cache_text(text, "text", captions, tmp_path)
+    assert sorted(seen) == sorted(["", "a cat", "a dog"]) and set(files) == set(seen)
+    assert cache_text(text, "text", captions, tmp_path) == files and len(seen) == 3
+    cache_text(text, "text", [*captions, "a bird"], tmp_path)
+    assert seen[3:] == ["a bird"]
+    cache_text(text, "another", captions, tmp_path)
+    assert len(seen) == 7
+    sizes = [(832, 1216), (1024, 1024), (640, 512)]  # (W, H)
+    size_ids = torch.tensor([[h, w, 0, 0, h, w] for w, h in sizes])
+    cond = read_cond(files, ["a dog", "", "a cat"], size_ids)
+    for i, caption in enumerate(["a dog", "", "a cat"]):
+        expected = make().encode([caption], sizes[i])
+        torch.testing.assert_close(cond.context[i], expected.context[0], rtol=0, atol=1e-6)
+        if expected.vector is None:
+            assert cond.vector is None
+        else:
+            torch.testing.assert_close(cond.vector[i], expected.vector[0], rtol=0, atol=1e-6)
+
+
+# ---- drawn in batches
 
 
 @pytest.fixture(scope="module")
-def committed():
-    art = read_art(ART)
-    return art, *split_art(art, ART / "held_out.txt")
-
-
-def test_held_out_pairs(committed):
-    """weights/emoji/art: no held-out (name, style) is in the seen part, every name is seen in at least two styles, a
-    tenth is held out, each listed pair exists, and nothing is lost.
-    """
-    art, seen, held_out = committed
-    pairs = {tuple(line.split("\t")) for line in (ART / "held_out.txt").read_text().splitlines()}
-    assert {(a.name, a.style) for a in held_out} == pairs
-    assert not pairs & {(a.name, a.style) for a in seen}
-    assert len(seen) + len(held_out) == len(art)
-    assert abs(len(held_out) / len(art) - 0.10) < 0.01
-    assert set(Counter(a.style for a in seen)) == set(STYLES) == set(Counter(a.style for a in held_out))
-    styles = Counter(a.name for a in seen)
-    assert set(styles) == {a.name for a in art} and min(styles.values()) >= 2
-
-
-def test_committed_art_is_whole(committed):
-    """No (name, style) twice, every drawing 128 pixels at its longest and not empty, every name of names.txt drawn."""
-    art, _, _ = committed
-    assert len({(a.name, a.style) for a in art}) == len(art)
-    assert {max(a.image.size) for a in art} == {128}
-    assert all(a.image.getextrema()[3][1] > 0 for a in art)
-    assert {a.name for a in art} >= set((ROOT / "weights/emoji/names.txt").read_text().splitlines())
-
-
-def test_split_can_be_restricted_to_names(committed):
-    """`names` keeps the drawings of these names on both sides, and no other."""
-    art, seen, held_out = committed
-    names = ["pizza", "red apple", "penguin"]
-    seen_of, held_out_of = split_art(art, ART / "held_out.txt", names)
-    assert [(a.name, a.style) for a in seen_of] == [(a.name, a.style) for a in seen if a.name in names]
-    assert [(a.name, a.style) for a in held_out_of] == [(a.name, a.style) for a in held_out if a.name in names]
-    assert {a.name for a in seen_of} == set(names)
-
-
-# ---- latents and batches
-
-
-def numbered_cache(m: int = 7, std: float = 0.1) -> Cache:
-    """Latent i is the number i everywhere, plus noise."""
-    mean = torch.arange(m).float()[:, None, None, None].expand(m, 4, 2, 2)
-    art = [Art(f"name{i}", (f"name{i}",), "noto", drawing(0)) for i in range(m)]
-    return Cache(mean, torch.full_like(mean, std), art, ["blue"] * m)
+def cache(tmp_path_factory) -> list[Example]:
+    """23 examples in three buckets of 13, 9 and 1; latent i is the number i everywhere, std 0.25."""
+    folder, examples = tmp_path_factory.mktemp("cache"), []
+    for i in range(23):
+        shape = (2, 2) if i % 2 == 0 or i == 21 else (2, 3)
+        shape = (3, 2) if i == 5 else shape
+        mean = torch.full((4, *shape), float(i))
+        file = folder / f"{hashlib.sha256(str(i).encode()).hexdigest()}.safetensors"
+        write_tensors(file, {"mean": mean, "std": torch.full_like(mean, 0.25)}, {})
+        examples.append(Example(file, f"picture {i}", [i, 0, 0, 0, 8 * shape[0], 8 * shape[1]], shape))
+    return examples
 
 
 def same(a, b) -> bool:
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[2].get_state(), b[2].get_state())
+    return (
+        torch.equal(a[0], b[0])
+        and a[1] == b[1]
+        and torch.equal(a[2], b[2])
+        and torch.equal(a[3].get_state(), b[3].get_state())
+    )
 
 
-def test_cache_latents():
-    """`looks` compositions of each drawing by the seed, each encoded to q(z|x) of its own picture."""
-    art = [PIZZA, Art("rocket", ("rocket",), "fluent", drawing(2))]
-    cache = cache_latents(tiny_vae(), art, 32, 3, seed=5)
-    assert [a.name for a in cache.art] == ["pizza"] * 3 + ["rocket"] * 3 and len(cache.color) == 6
-    rng = random.Random(5)
-    for i, a in enumerate(cache.art):
-        pixels, color = compose(a, 32, rng)
-        mean, std = tiny_vae().moments(pixels[None])
-        assert color == cache.color[i]
-        torch.testing.assert_close(cache.mean[i], mean[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(cache.std[i], std[0], rtol=0, atol=1e-5)
-    assert len({x.sum().item() for x in cache.mean}) == 6
-    again, other = (cache_latents(tiny_vae(), art, 32, 3, seed=seed) for seed in (5, 6))
-    assert torch.equal(cache.mean, again.mean) and not torch.equal(cache.mean, other.mean)
+def test_batches_are_of_one_bucket_and_belong_together(cache):
+    """z0 of one shape; number of the latent, caption and size ids are of the same example."""
+    for z0, captions, size_ids, _ in islice(batches(cache, 4, 0), 40):
+        h, w = z0.shape[2:]
+        assert z0.shape[:2] == (4, 4) and size_ids.shape == (4, 6) and size_ids.dtype == torch.int64
+        assert size_ids[:, 4:].tolist() == [[8 * h, 8 * w]] * 4
+        assert captions == [f"picture {i}" for i in size_ids[:, 0].tolist()]
+        assert (z0.mean(dim=(1, 2, 3)) - size_ids[:, 0]).abs().max() < 0.5
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    """Two iterators agree on latents, captions and the generator they hand over; another seed gives other batches."""
-    one, two, other = (list(islice(batches(numbered_cache(), 3, seed), 6)) for seed in (0, 0, 1))
-    assert all(same(a, b) for a, b in zip(one, two))
-    assert not any(same(a, b) for a, b in zip(one, other))
-    assert not any(same(a, b) for a, b in zip(one, one[1:]))
-
-
-@pytest.mark.parametrize("batch", [1, 3, 7, 20])
-def test_start_is_skipping(batch):
-    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch above the data's
-    size.
+@pytest.mark.parametrize("batch", [1, 3, 4, 30])
+def test_each_epoch_is_a_permutation_of_each_bucket(cache, batch):
+    """A bucket's examples in the order drawn: its first m are all its m, the next m too, in another order; after the
+    batches that begin in the first n epochs each bucket has shown n of its epochs, and less than a batch more.
     """
-    whole = list(islice(batches(numbered_cache(), batch, 4), 8))
-    for k in (1, 2, 5):
-        assert all(same(a, b) for a, b in zip(islice(batches(numbered_cache(), batch, 4, start=k), 3), whole[k:]))
+    shapes = [x.shape for x in cache]
+    sizes = Counter(shapes)
+    assert sorted(sizes.values()) == [1, 9, 13]
+    epochs = 6
+    steps = sum(-(-epochs * m // batch) for m in sizes.values())
+    drawn = {shape: [] for shape in sizes}
+    for index, _, _ in islice(plan(shapes, batch, 0, 0), steps):
+        assert len(index) == batch and len({shapes[i] for i in index}) == 1
+        drawn[shapes[index[0]]] += index
+    for shape, m in sizes.items():
+        assert epochs * m <= len(drawn[shape]) < epochs * m + batch
+        parts = [tuple(drawn[shape][i * m : (i + 1) * m]) for i in range(epochs)]
+        assert all(sorted(part) == [i for i, s in enumerate(shapes) if s == shape] for part in parts)
+        assert m == 1 or len(set(parts)) == epochs
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 20])
-def test_each_epoch_is_a_permutation(batch):
-    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders; captions belong to
-    them.
+def test_buckets_take_turns_at_random(cache):
+    """Not one bucket after the other: in an epoch of single pictures the order of buckets is mixed, and another one in
+    the next epoch and with another seed.
     """
-    shown = []
-    for z0, captions, _ in islice(batches(numbered_cache(), batch, 0), -(-28 // batch)):
-        assert z0.shape == (batch, 4, 2, 2) and len(captions) == batch
-        index = [round(x) for x in z0.mean(dim=(1, 2, 3)).tolist()]
-        assert all(f"name{i}" in text or text == "" for i, text in zip(index, captions))
-        shown += index
-    epochs = [tuple(shown[i : i + 7]) for i in range(0, 28, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) == 4
+    shapes = [x.shape for x in cache]
+    turns = [[shapes[index[0]] for index, _, _ in islice(plan(shapes, 1, seed, 0), 46)] for seed in (0, 1)]
+    assert len({tuple(x) for t in turns for x in (t[:23], t[23:])}) == 4
+    assert sum(a != b for a, b in zip(turns[0], turns[0][1:])) > 12
 
 
-def test_latents_are_drawn_afresh():
-    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean and std in the long
-    run.
+@pytest.mark.parametrize("batch", [1, 3, 4, 30])
+def test_start_is_skipping(cache, batch):
+    """start = n gives what is left after n batches, wherever an epoch or a bucket stands; another seed gives others."""
+    whole = list(islice(batches(cache, batch, 4), 30))
+    for n in range(0, 28, 1 if batch == 4 else 9):
+        assert all(same(a, b) for a, b in zip(islice(batches(cache, batch, 4, start=n), 2), whole[n:]))
+    assert not any(same(a, b) for a, b in zip(whole, islice(batches(cache, batch, 5), 30)))
+    assert not any(same(a, b) for a, b in zip(whole, whole[1:]))
+
+
+@pytest.mark.parametrize("batch, world", [(1, 4), (2, 2), (3, 3)])
+def test_ranks_share_the_batch_of_one(cache, batch, world):
+    """The ranks' rows, one after the other, are the batch of one process, noise and dropped captions too; after it the
+    generators agree, so what is drawn next for the whole batch is the same on all.
     """
-    cache = numbered_cache(m=2, std=0.25)
-    drawn = torch.cat([z0 for z0, _, _ in islice(batches(cache, 2, 0), 400)])
-    zero = drawn[drawn.mean(dim=(1, 2, 3)) < 0.5]
-    assert len(zero) == 400 and len(torch.unique(zero[:, 0, 0, 0])) == 400
-    assert abs(zero.mean()) < 0.02 and abs(zero.std() - 0.25) < 0.01
+    one = batches(cache, batch * world, 7, start=3, drop=0.3)
+    ranks = [batches(cache, batch, 7, 3, rank, world, 0.3) for rank in range(world)]
+    for whole, *parts in islice(zip(one, *ranks), 12):
+        assert all(len(part[0]) == batch for part in parts)
+        assert torch.equal(whole[0], torch.cat([part[0] for part in parts]))
+        assert whole[1] == [text for part in parts for text in part[1]]
+        assert torch.equal(whole[2], torch.cat([part[2] for part in parts]))
+        assert all(torch.equal(whole[3].get_state(), part[3].get_state()) for part in parts)
+
+
+def test_latents_are_drawn_afresh(cache):
+    """z0 = mean + std noise: a picture's latent is another one each epoch, with the cache's mean and std in the long
+    run, and no two rows of a batch share their noise.
+    """
+    noise = torch.cat([z0 - ids[:, :1, None, None] for z0, _, ids, _ in islice(batches(cache[:1], 8, 0), 200)])
+    assert len(torch.unique(noise[:, 0, 0, 0])) == 1600
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.25) < 0.005
+
+
+def test_captions_are_dropped_as_often_as_asked(cache):
+    """drop = 0.25: a quarter of the captions is empty; by default none; what else is drawn does not change."""
+    some, none = (list(islice(batches(cache, 8, 0, drop=drop), 200)) for drop in (0.25, 0.0))
+    said = [text for _, captions, _, _ in some for text in captions]
+    assert abs(said.count("") / len(said) - 0.25) < 0.03
+    assert not any("" in captions for _, captions, _, _ in none)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) for a, b in zip(some, none))

@@ -15,6 +15,7 @@ from minilcm.text import (
     lora_weights,
     open_clip_to_clip_l,
     sdxl_text,
+    with_sizes,
 )
 
 SMALL = TextConfig(width=32, layers=3, heads=4)
@@ -216,3 +217,13 @@ def test_text_on_cuda_in_float16(fake_cuda):
             torch.float16,
             (2, 77, 32),
         )
+
+
+def test_with_sizes_replaces_the_size_ids(both, text):
+    """Row i of the vector is that of its own picture: as `encode` says for that size; SD1.x has nothing to replace."""
+    sizes, prompts = [(832, 1216), (640, 512)], ["a cat", "a dog"]
+    cond = with_sizes(both.encode(prompts), torch.tensor([[h, w, 0, 0, h, w] for w, h in sizes]))
+    for i, size in enumerate(sizes):
+        torch.testing.assert_close(cond.vector[i], both.encode(prompts, size).vector[i], rtol=0, atol=1e-6)
+    cond = text.encode(prompts)
+    assert with_sizes(cond, torch.zeros(2, 6)) is cond

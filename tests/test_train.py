@@ -267,7 +267,7 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
         seen.extend((a.name, a.style) for a in art)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "cache_latents", spy)
+    monkeypatch.setattr(train, "cache_art", spy)
     with pytest.raises(KeyboardInterrupt):
         run(files, tmp_path, "lcm", 2)
     assert sorted(seen) == sorted(
@@ -280,7 +280,7 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C while `step` fetches its batch."""
-    original = train.batches
+    original = train.art_batches
 
     def interrupted(cache, batch, seed, start=0):
         for i, data in enumerate(original(cache, batch, seed, start), start):
@@ -288,7 +288,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
                 signal.raise_signal(signal.SIGINT)
             yield data
 
-    monkeypatch.setattr(train, "batches", interrupted)
+    monkeypatch.setattr(train, "art_batches", interrupted)
 
 
 def contents(folder) -> dict:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
+from minilcm.art import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
 from minilcm.checkpoint import load_model  # noqa: E402
-from minilcm.data import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
 from minilcm.lora_io import read_tau  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.data import Art, caption, compose, read_art, split_art  # noqa: E402
+from minilcm.art import Art, caption, compose, read_art, split_art  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.safefile import read_tensors, write_tensors  # noqa: E402
 from minilcm.text import TextConfig, TextEncoder, open_clip_to_clip_l  # noqa: E402

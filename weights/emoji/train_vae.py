@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.data import compose, read_art, split_art  # noqa: E402
+from minilcm.art import compose, read_art, split_art  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.safefile import write_tensors  # noqa: E402
 from minilcm.vae import VAE, VAEConfig  # noqa: E402

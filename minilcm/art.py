@@ -1,0 +1,186 @@
+"""The project's own emoji art: drawings in tar shards, composed on coloured grounds, with captions made to fit.
+
+    art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption, another one each time
+
+Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really unspecified: the picture
+keeps the style and the colour it was drawn with, the caption does not tell.
+"""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import plan
+
+STYLES = ("noto", "twemoji", "fluent", "emojione")
+COLORS = {  # light enough that no drawing drowns in its background
+    "white": (255, 255, 255),
+    "black": (32, 32, 38),
+    "pink": (255, 175, 190),
+    "orange": (255, 195, 120),
+    "yellow": (255, 240, 145),
+    "green": (165, 230, 165),
+    "blue": (155, 200, 255),
+    "purple": (205, 175, 245),
+}
+
+
+class Art(NamedTuple):
+    """One drawing: what it shows and how."""
+
+    name: str  # the icon's own name, with spaces
+    words: tuple[str, ...]  # label and keywords that can stand for it or beside it
+    style: str | None
+    image: Image.Image  # RGBA
+
+
+def read_tar(path: Path) -> list[Art]:
+    """All drawings of one webdataset shard: NAME.png beside NAME.json {name, label, keywords, style}."""
+    files: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stem, _, suffix = member.name.rpartition(".")
+                if member.isfile() and suffix in ("png", "json"):
+                    files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+    except (OSError, tarfile.TarError):
+        raise ValueError(f"{path}: not a .tar file, or cut off; copy or make it again") from None
+    art = []
+    for stem, parts in files.items():
+        if "png" not in parts or "json" not in parts:
+            raise ValueError(f"{path}: {stem} needs both a .png and a .json; was the shard cut off?")
+        try:
+            meta = json.loads(parts["json"])
+            image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
+            art.append(Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
+    return art
+
+
+def read_art(path: str | Path) -> list[Art]:
+    """The art of a .tar or of a folder of .tar files. Raises ValueError when there is nothing to read."""
+    path = Path(path)
+    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
+        raise ValueError(f"{path}: no such folder or .tar file; give the emoji art's .tar shards or a folder of them")
+    art = [a for shard in shards for a in read_tar(shard)]
+    if not art:
+        raise ValueError(f"{path}: no drawings; give the emoji art's .tar shards or a folder of them")
+    return art
+
+
+def split_art(art: list[Art], held_out: Path, names: list[str] | None = None) -> tuple[list[Art], list[Art]]:
+    """(seen, held out) by the committed list of "name<TAB>style" lines, both restricted to `names` if given."""
+    pairs = {tuple(line.split("\t")) for line in held_out.read_text().splitlines()}
+    art = art if names is None else [a for a in art if a.name in set(names)]
+    return [a for a in art if (a.name, a.style) not in pairs], [a for a in art if (a.name, a.style) in pairs]
+
+
+def article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def naming(art: Art, rng: random.Random) -> str:
+    """NAME, or its label, an article or a keyword with it: what a person might type for this drawing."""
+    label, *keywords = art.words or (art.name,)
+    name = label.lower() if label and rng.random() < 0.15 else art.name
+    kind = rng.random()
+    if kind < 0.55:
+        return name
+    if kind < 0.75 or not keywords:
+        return article(name)
+    keyword = rng.choice(keywords)
+    return rng.choice([f"{article(keyword)} of {name}", f"{keyword} {name}", f"{name} {keyword}"])
+
+
+def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | None, str | None, str | None]]:
+    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; 10 % of captions are empty.
+
+    -> (caption, what it says of (name, style, color), None for what it leaves open).
+    """
+    says_style, says_color, says_nothing = rng.random() >= 0.4, rng.random() >= 0.4, rng.random() < 0.1
+    if says_nothing:
+        return "", (None, None, None)
+    if art.style is None:  # a picture with a text of its own: the caption is the caption
+        return art.name, (art.name, None, None)
+    parts = [naming(art, rng)]
+    parts += [f"{art.style} style"] if says_style else []
+    parts += [f"on {article(color)} background"] if says_color else []
+    return ", ".join(parts), (art.name, art.style if says_style else None, color if says_color else None)
+
+
+def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
+    """The drawing at `scale` of the canvas, moved by `shift` (fractions), on plain colour; (3, S, S) in [-1, 1]."""
+    side = round(scale * size)
+    art = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC)  # two drawings are not square
+    canvas = Image.new("RGBA", (size, size), COLORS[color])
+    canvas.alpha_composite(art, tuple(round((size - side) / 2 + d * size) for d in shift))
+    pixels = torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1)  # (3, S, S)
+    return pixels.float() / 127.5 - 1
+
+
+def compose(art: Art, size: int, rng: random.Random) -> tuple[Tensor, str]:
+    """One training picture (3, S, S) in [-1, 1] and the colour it stands on."""
+    if art.style is None:  # a photograph or painting fills its frame: centre crop of the short side
+        side = min(art.image.size)
+        left, top = (art.image.width - side) // 2, (art.image.height - side) // 2
+        crop = art.image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
+        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1, "white"
+    color = rng.choice(list(COLORS))
+    scale = rng.uniform(0.75, 0.95)
+    room = (1 - scale) / 4  # half of the way to the edge
+    shift = (rng.uniform(-room, room), rng.uniform(-room, room))
+    return place(art.image, color, size, scale, shift), color
+
+
+class Cache(NamedTuple):
+    """Latents of several compositions a drawing: q(z|x) by mean and std, so a fresh latent is drawn each time."""
+
+    mean: Tensor  # (m, 4, h, w)
+    std: Tensor  # (m, 4, h, w)
+    art: list[Art]  # of length m: what composition i shows
+    color: list[str]  # of length m: what it stands on
+    size: int  # height and width in pixels
+
+
+@torch.no_grad()
+def cache_art(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Cache:
+    """Compose each drawing `looks` times and encode it: m = looks * len(art)."""
+    rng = random.Random(seed)
+    means, stds, shown, colors = [], [], [], []
+    todo = [a for a in art for _ in range(looks)]
+    for i in tqdm(range(0, len(todo), 32), desc="latents", disable=None):
+        pairs = [compose(a, size, rng) for a in todo[i : i + 32]]
+        mean, std = vae.moments(torch.stack([p for p, _ in pairs]).to(device))
+        means.append(mean.cpu()), stds.append(std.cpu())
+        shown += todo[i : i + 32]
+        colors += [c for _, c in pairs]
+    return Cache(torch.cat(means), torch.cat(stds), shown, colors, size)
+
+
+def art_batches(
+    cache: Cache, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; see `data.batches`.
+
+    Captions are made anew each time.
+    """
+    rows = slice(rank * batch, (rank + 1) * batch)
+    size_ids = torch.tensor([[cache.size, cache.size, 0, 0, cache.size, cache.size]]).expand(batch, -1)
+    for index, rng, generator in plan([(0, 0)] * len(cache.art), batch * world, seed, start):
+        noise = torch.randn(len(index), *cache.mean.shape[1:], generator=generator)
+        z0 = cache.mean[index[rows]] + cache.std[index[rows]] * noise[rows]  # (b, 4, h, w)
+        captions = [caption(cache.art[i], cache.color[i], rng)[0] for i in index]
+        yield z0, captions[rows], size_ids, generator

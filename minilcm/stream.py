@@ -1,0 +1,133 @@
+"""Pictures with captions out of webdataset tar shards, read from front to back as they lie: nothing is unpacked."""
+
+import json
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .data import PICTURES, crop, decode, nearest
+
+
+class Sample(NamedTuple):
+    """A picture of a shard; a stream with skip = position goes on after it."""
+
+    pixels: Tensor  # (3, h, w) in [-1, 1]
+    caption: str
+    size_ids: Tensor  # (6,)
+    position: int
+
+
+def members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(name, suffix, bytes) of each file in a tar, read from front to back up to where it is damaged."""
+    try:
+        with tarfile.open(shard, "r|") as tar:
+            for member in tar:
+                match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name)
+                if member.isfile() and match:
+                    yield match[1], match[2].lower(), tar.extractfile(member).read()
+        with open(shard, "rb") as f:  # tarfile ends without a word at a header that is damaged or cut off
+            f.seek(tar.offset)
+            if f.read(512).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    except (OSError, tarfile.TarError) as error:
+        print(f"{shard}: damaged, the rest is skipped ({' '.join(str(error).split())})")
+
+
+def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
+    """(name, picture's bytes, caption) of each sample of a webdataset shard: files of one name lie together.
+
+    A sample without a picture or a caption is named and left out.
+    """
+    for name, group in groupby(members(shard), key=lambda member: member[0]):
+        parts = {suffix: data for _, suffix, data in group}
+        try:
+            picture = next(parts[x[1:]] for x in PICTURES if x[1:] in parts)
+            meta = {} if "txt" in parts else json.loads(parts["json"])
+            caption = parts["txt"].decode() if "txt" in parts else meta.get("caption") or meta["text"]
+            yield name, picture, " ".join(caption.split())
+        except (StopIteration, ValueError, KeyError, AttributeError):
+            print(f"{shard}: {name} skipped, it needs a picture and a caption in .txt or .json")
+
+
+def shuffled(samples: Iterator, buffer: int, rng: random.Random) -> Iterator:
+    """Each sample once, at random out of the `buffer` that are held at a time."""
+    held = []
+    for sample in samples:
+        held.append(sample)
+        if len(held) > buffer:
+            i = rng.randrange(len(held))
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def stream(
+    shards: list[Path],
+    targets: list[tuple[int, int]],
+    rank: int = 0,
+    world: int = 1,
+    worker: int = 0,
+    workers: int = 1,
+    seed: int = 0,
+    skip: int = 0,
+    buffer: int = 1000,
+) -> Iterator[Sample]:
+    """Samples of webdataset .tar shards, without end: NAME.jpg beside NAME.txt, or NAME.json with caption.
+
+    Each of world * workers readers has shards of its own and sees each sample once an epoch. A sample's position counts
+    what was taken before it, so `skip` reads over them without decoding, and over whole epochs without reading. What
+    is damaged is named and left out. Raises ValueError: a shard is missing, there are too few, or none has a picture.
+    """
+    if len(shards) < world * workers:
+        raise ValueError(f"{len(shards)} shards for {world * workers} readers; give each reader one, or fewer workers")
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise ValueError(f"{missing[0]}: no such file")
+    mine = sorted(shards)[rank * workers + worker :: world * workers]
+    position = epoch = 0
+    while True:
+        begin, good = position, position < skip
+        rng = random.Random(f"{seed} {rank} {worker} {epoch}")
+        samples = ((shard, *sample) for shard in rng.sample(mine, len(mine)) for sample in read_shard(shard))
+        for shard, name, data, caption in shuffled(samples, buffer, rng):
+            position += 1
+            if position <= skip:
+                continue
+            try:
+                image = decode(data)
+            except ValueError as error:
+                print(f"{shard}: {name} skipped, {error}")
+                continue
+            good = True
+            pixels, size_ids = crop(image, nearest(image, targets), random.Random(f"{seed} {rank} {worker} {position}"))
+            yield Sample(pixels, caption, torch.tensor(size_ids), position)
+        if not good or position == begin:
+            raise ValueError(f"{mine[0]} and {len(mine) - 1} more: not one sample can be read")
+        epoch += 1
+        if position < skip:
+            whole = (skip - position) // (position - begin)
+            position, epoch = position + whole * (position - begin), epoch + whole
+
+
+class Shards(IterableDataset):
+    """`stream` for torch.utils.data.DataLoader: its worker i reads from skip[i] on, the last position it gave."""
+
+    def __init__(
+        self, shards: list[Path], targets, rank: int = 0, world: int = 1, seed: int = 0, skip: tuple = (), buffer=1000
+    ):
+        self.shards, self.targets, self.rank, self.world = shards, targets, rank, world
+        self.seed, self.skip, self.buffer = seed, skip, buffer
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        skip = self.skip[worker] if self.skip else 0
+        return stream(self.shards, self.targets, self.rank, self.world, worker, workers, self.seed, skip, self.buffer)
