@@ -80,7 +80,7 @@ def test_two_steps(files, tmp_path, objective, capsys):
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
     result = "model.safetensors" if "full" in objective else "lora.safetensors"
-    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state_000002.safetensors", "step_000002.png"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state_000002.safetensors", "step_000002.png", "metrics.jsonl"])
     assert Image.open(out / "step_000002.png").text["parameters"] == "step 2"
     metadata = read_run(latest_state(out))
     assert metadata["step"] == 2 and metadata["flags"]["objective"] in OBJECTIVES[objective]
@@ -282,8 +282,8 @@ def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C while `step` fetches its batch."""
     original = train.art_batches
 
-    def interrupted(cache, batch, seed, start=0):
-        for i, data in enumerate(original(cache, batch, seed, start), start):
+    def interrupted(cache, batch, seed, start, *ranks):
+        for i, data in enumerate(original(cache, batch, seed, start, *ranks), start):
             if i == step and seed >= 0:
                 signal.raise_signal(signal.SIGINT)
             yield data
