@@ -322,9 +322,9 @@ def test_cache_latents(tmp_path):
     assert len({tuple(x) for x in looks[8:32]}) > 4
 
 
-def test_only_what_changed_is_encoded_again(tmp_path):
-    """A second call encodes nothing; a changed picture, another VAE, other targets or one look more only themselves. A
-    changed caption or a copy of a picture costs nothing.
+def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
+    """A second call decodes and encodes nothing; a changed picture, another VAE, other targets or one look more only
+    themselves. A changed caption or a copy of a picture costs nothing.
     """
     pictures, vae, cache = folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)]), CountingVAE(), tmp_path / "cache"
 
@@ -345,8 +345,8 @@ def test_only_what_changed_is_encoded_again(tmp_path):
     put(tmp_path / "in", {"3.png": pictures[2].file.read_bytes(), "3.txt": "copy"})
     pictures.append(Picture(tmp_path / "in/3.png", "copy"))
     assert encoded() == 0
+    monkeypatch.setattr("minilcm.data.decode", None)
     assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == ["another", "copy"]
-    assert encoded() == 0
 
 
 def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):

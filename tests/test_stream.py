@@ -59,12 +59,13 @@ def test_an_epoch_is_a_permutation(tmp_path, buffer):
     assert all(sorted(epoch) == list(range(35)) for epoch in epochs) and len(set(epochs)) == 3
 
 
-def test_captions_of_all_kinds(tmp_path):
+def test_captions_of_all_kinds(tmp_path, capsys):
     """.txt, .json with caption or text, and .txt before .json; names up to the first dot; strays ignored."""
     files = {"a.jpg": picture(0), "a.txt": b"one\n two", "b.json": b'{"text": "b"}', "b.png": picture(1)}
     files |= {"x/c.txt": b"c", "x/c.PNG": picture(2), "x/c.json": b'{"caption": "no"}', "x/c.seg.png": b"?"}
     shard = write_tar(tmp_path / "a.tar", files)
     assert sorted(x.caption for x in islice(stream([shard], TARGETS), 3)) == ["b", "c", "one two"]
+    assert not capsys.readouterr().out
 
 
 def test_two_ranks_with_two_workers_see_each_sample_once(tmp_path):
@@ -123,7 +124,7 @@ def test_shuffle_buffer():
     """Each once; with a buffer of n the k-th to come out is one of the first k + n."""
     out = list(shuffled(iter(range(1000)), 20, random.Random(0)))
     assert sorted(out) == list(range(1000)) and all(x <= k + 20 for k, x in enumerate(out))
-    assert sum(abs(x - k) for k, x in enumerate(out)) / 1000 > 8
+    assert len({x - k for k, x in enumerate(out)}) > 50  # any of those held, not always the same
     assert list(shuffled(iter(range(5)), 0, random.Random(0))) == list(range(5))
 
 
