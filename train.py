@@ -385,6 +385,15 @@ def main(args: argparse.Namespace) -> None:
         text.null_cond(8, (size, size)),
     )
 
+    # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
+    z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
+    w = sum(args.w_range) / 2
+    if args.objective == "lcm":
+        trajectory = guided_trajectory(nets.teacher, z_T, cond8, null8, schedule, w)
+    else:
+        base = nets.teacher if args.rank is not None else nets.student
+        before = guided_trajectory(base, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1].clone()
+
     # ---- resume
     run = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
     saved_tensors = named | {f"average.{k}": v for k, v in average.items()}
@@ -432,15 +441,6 @@ def main(args: argparse.Namespace) -> None:
         save_state(args.out / f"state_{step:06d}.safetensors", tensors, {"step": step, "flags": run})
         for old in sorted(args.out.glob("state_*.safetensors"))[:-2]:
             old.unlink()
-
-    # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
-    z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
-    w = sum(args.w_range) / 2
-    if args.objective == "lcm":
-        trajectory = guided_trajectory(nets.teacher, z_T, cond8, null8, schedule, w)
-    else:
-        base = nets.teacher if args.rank is not None else nets.student
-        before = guided_trajectory(base, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1].clone()
 
     @torch.no_grad()
     def watch(step: int, loss: float) -> None:

@@ -80,7 +80,9 @@ def test_two_steps(files, tmp_path, objective, capsys):
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
     result = "model.safetensors" if "full" in objective else "lora.safetensors"
-    assert sorted(p.name for p in out.iterdir()) == sorted([result, "state_000002.safetensors", "step_000002.png", "metrics.jsonl"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [result, "state_000002.safetensors", "step_000002.png", "metrics.jsonl"]
+    )
     assert Image.open(out / "step_000002.png").text["parameters"] == "step 2"
     metadata = read_run(latest_state(out))
     assert metadata["step"] == 2 and metadata["flags"]["objective"] in OBJECTIVES[objective]
