@@ -1,0 +1,103 @@
+"""Two gloo processes with batch b are one with batch 2b: DDP for a LoRA, FSDP2 for all weights; and a rank lost.
+
+Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of two otherwise than two of one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, write_art, write_model
+
+from minilcm.checkpoint import latest_state, read_run
+from minilcm.safefile import read_tensors
+
+OBJECTIVES = {
+    "DDP, lcm": ["--objective", "lcm", "--rank", "4", "--accumulate", "2"],
+    "FSDP2, diffusion": ["--objective", "diffusion", "--full", "--accumulate", "2"],
+    "FSDP2, lcm": ["--objective", "lcm", "--full", "--checkpointing"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "model.safetensors")
+    (folder / "art").mkdir()
+    write_art(folder / "art/noto.tar", "noto")
+    return folder
+
+
+def start(files: Path, out: Path, world: int, batch: int, steps: int, *flags: str) -> subprocess.Popen:
+    argv = [*flags, "--batch", batch, "--steps", steps, "--looks", 1, "--device", "cpu", "--lr", "0.001", "--out", out]
+    argv += ["--model", files / "model.safetensors", "--data", files / "art"]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])], env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
+    """Weights, averages and target after three steps agree to 1e-6 of the largest; so does the loss that is printed.
+
+    Two ranks that saw the same rows, or drew the same noise, or summed gradients, would be off by a step's size, 1e-5.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    printed = [finish(start(files, one, 1, 4, 3, *OBJECTIVES[objective]))]
+    printed += [finish(start(files, two, 2, 2, 3, *OBJECTIVES[objective]))]
+    a, b = (read_tensors(latest_state(out))[0] for out in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        far, size = (a[key] - b[key]).abs().max().item(), a[key].abs().max().item()
+        if not key.startswith("optimizer"):
+            assert far <= 1e-6 * max(1.0, size), (key, far)
+        elif key.endswith("exp_avg"):  # the mean gradient
+            assert far <= 1e-4 * size + 1e-8, (key, far, size)
+    losses = [next(line for line in out.splitlines() if line.startswith("step 3")) for out in printed]
+    assert losses[0].split()[3] == losses[1].split()[3]
+
+
+def test_a_run_of_two_goes_on_as_one(files, tmp_path):
+    """The state knows no ranks: two processes stop after step 2, one with twice the batch is refused by its --batch."""
+    flags = ["--objective", "diffusion", "--full"]
+    finish(start(files, tmp_path / "run", 2, 2, 2, *flags, "--save-every", "1"))
+    process = start(files, tmp_path / "run", 1, 4, 2, *flags, "--resume")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "--batch was 2, is now 4" in out
+
+
+def test_a_lost_rank_stops_the_run_which_then_resumes(files, tmp_path):
+    """SIGKILL to one of two: the other does not hang, torchrun says which rank it was, and --resume ends the run."""
+    flags = ["--objective", "lcm", "--rank", "4", "--save-every", "1"]
+    process = start(files, tmp_path / "run", 2, 1, 2000, *flags)
+    while process.poll() is None and not list((tmp_path / "run").glob("state_*")):
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in out
+    step = read_run(latest_state(tmp_path / "run"))["step"]
+    assert 1 <= step < 2000
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import train
+
+    train.default_dtype = lambda device: torch.float32
+    try:
+        train.main(train.parse(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
