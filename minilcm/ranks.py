@@ -32,7 +32,7 @@ def shard(unet: nn.Module) -> None:
     for block in unet.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
             fully_shard(block)
-    fully_shard(unet)
+    fully_shard(unet, reshard_after_forward=True)  # also what belongs to no block: a target has no backward pass
 
 
 def whole(x: Tensor) -> Tensor:

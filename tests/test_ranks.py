@@ -18,9 +18,9 @@ from minilcm.checkpoint import latest_state, read_run
 from minilcm.safefile import read_tensors
 
 OBJECTIVES = {
-    "DDP, lcm": ["--objective", "lcm", "--rank", "4", "--accumulate", "2"],
-    "FSDP2, diffusion": ["--objective", "diffusion", "--full", "--accumulate", "2"],
-    "FSDP2, lcm": ["--objective", "lcm", "--full", "--checkpointing"],
+    "DDP": ["--objective", "diffusion", "--rank", "4", "--accumulate", "2"],
+    "FSDP2": ["--objective", "diffusion", "--full", "--checkpointing"],
+    "FSDP2, lcm": ["--objective", "lcm", "--full"],
 }
 
 
@@ -50,22 +50,24 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
-    """Weights, averages and target after three steps agree to 1e-6 of the largest; so does the loss that is printed.
+    """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss that is printed. For the
+    consistency loss to 1e-3: it is nearly a sum of absolute values, whose gradient jumps within c = 1e-3 of zero.
 
-    Two ranks that saw the same rows, or drew the same noise, or summed gradients, would be off by a step's size, 1e-5.
+    It is read off Adam's first moment, a tenth of it. Two ranks that saw the same rows, drew the same noise or summed
+    gradients would be off by as much as the gradient. The weights say less: Adam makes a step of lr out of any sign.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    printed = [finish(start(files, one, 1, 4, 3, *OBJECTIVES[objective]))]
-    printed += [finish(start(files, two, 2, 2, 3, *OBJECTIVES[objective]))]
+    printed = [finish(start(files, one, 1, 4, 1, *OBJECTIVES[objective]))]
+    printed += [finish(start(files, two, 2, 2, 1, *OBJECTIVES[objective]))]
     a, b = (read_tensors(latest_state(out))[0] for out in (one, two))
     assert a.keys() == b.keys()
-    for key in a:
-        far, size = (a[key] - b[key]).abs().max().item(), a[key].abs().max().item()
-        if not key.startswith("optimizer"):
-            assert far <= 1e-6 * max(1.0, size), (key, far)
-        elif key.endswith("exp_avg"):  # the mean gradient
-            assert far <= 1e-4 * size + 1e-8, (key, far, size)
-    losses = [next(line for line in out.splitlines() if line.startswith("step 3")) for out in printed]
+    moments = [key for key in a if key.endswith("exp_avg")]
+    largest = max(a[key].abs().max().item() for key in moments)
+    far = max((a[key] - b[key]).abs().max().item() for key in moments)
+    assert moments and far <= (1e-3 if "lcm" in objective else 1e-6) * largest, far / largest
+    names = [key for key in a if not key.startswith("optimizer")]
+    assert all((a[key] - b[key]).abs().max() <= 3e-5 for key in names)  # lr is 1e-5
+    losses = [next(line for line in out.splitlines() if line.startswith("step 1 ")) for out in printed]
     assert losses[0].split()[3] == losses[1].split()[3]
 
 
