@@ -50,8 +50,8 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
-    """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss that is printed. For the
-    consistency loss to 1e-3: it is nearly a sum of absolute values, whose gradient jumps within c = 1e-3 of zero.
+    """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss that is printed. For
+    the consistency loss to 1e-3: it is nearly a sum of absolute values, whose gradient jumps within c = 1e-3 of zero.
 
     It is read off Adam's first moment, a tenth of it. Two ranks that saw the same rows, drew the same noise or summed
     gradients would be off by as much as the gradient. The weights say less: Adam makes a step of lr out of any sign.
