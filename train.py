@@ -329,6 +329,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from"
         )
+    if args.full and config.text.big:
+        raise ValueError("--full: a checkpoint with two text encoders cannot be written yet; give --rank N")
     unet = unet.to(device, half if args.rank is not None else torch.float32)  # a frozen base needs no more bits
     vae, text = vae.to(device), text.to(device)
     args.checkpointing = is_large(config) if args.checkpointing is None else args.checkpointing
