@@ -58,6 +58,9 @@ class Gaussian(NamedTuple):
         return (z - alpha * self.f(z, t)) / sigma
 
 
+torch.set_num_threads(1)  # two processes share the cores
+
+
 @pytest.fixture(scope="session")
 def schedule() -> Schedule:
     return make_schedule()
