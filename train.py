@@ -349,7 +349,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- what it is trained on: z0 and captions of every step, and Cond of them
     model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
-    if args.data.suffix == ".tar" or any(args.data.glob("*.tar")):  # the emoji art: captions are made anew each time
+    is_art = args.data.suffix == ".tar" or any(args.data.glob("*.tar"))
+    if is_art:  # the emoji art: captions are made anew each time
         art = read_art(args.data)
         if (args.data / "held_out.txt").exists():
             art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
@@ -365,7 +366,7 @@ def main(args: argparse.Namespace) -> None:
 
         def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
             return with_sizes(text.encode(captions), size_ids)
-    else:  # a folder: pictures and captions are encoded once and for all runs; then VAE and text leave the device
+    else:  # a folder: pictures and captions are encoded once and for all runs
         pictures = read_pictures(args.data)
         folder, captions = args.out.parent / "cache", [p.caption for p in pictures]
         targets = buckets(size) if config.unet.adm else [(size, size)]
@@ -386,6 +387,10 @@ def main(args: argparse.Namespace) -> None:
         text.encode(prompts, (size, size)),
         text.null_cond(8, (size, size)),
     )
+
+    vae.cpu()  # until a sheet is drawn
+    if not is_art:
+        text.cpu()
 
     # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
     z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
