@@ -15,36 +15,36 @@ model.safetensors), a sheet of pictures and a line of metrics.jsonl at every sav
 """
 
 import argparse
-import copy
 import math
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minilcm.art import art_batches, cache_art, read_art, split_art
+from minilcm.art import art_batches, cache_art, is_art, read_art, split_art
 from minilcm.checkpoint import latest_state, load_model, load_state, read_run, save_model, save_state, state_tensors
 from minilcm.data import batches, buckets, cache_latents, cache_text, read_cond, read_pictures
 from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
-from minilcm.lcm import T_SCALE, K, Network, guidance_embedding, lcd_loss, update_ema
-from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_off
+from minilcm.lcm import T_SCALE, K, update_ema
+from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
 from minilcm.lora_io import write_tau
-from minilcm.memory import LiveBytes, add_checkpointing, default_dtype, resident, size_of
+from minilcm.memory import default_dtype, peak_bytes
+from minilcm.objective import Objective, loss_of, make_networks
 from minilcm.pictures import draw_sheet, save_png
-from minilcm.ranks import mean_over_ranks, shard, start_ranks, whole
+from minilcm.plan import plan
+from minilcm.ranks import from_all_ranks, mean_over_ranks, start_ranks, sync_gradients, whole
 from minilcm.safefile import sha256
-from minilcm.schedule import T, diffusion_loss, make_schedule
+from minilcm.schedule import T, make_schedule
+from minilcm.stream import stream_batches
 from minilcm.text import TextEncoder, with_sizes
-from minilcm.unet import Cond, UNet
+from minilcm.unet import Cond
 from minilcm.vae import VAE
 from minilcm.watch import (
     append_metrics,
@@ -53,16 +53,15 @@ from minilcm.watch import (
     distance_to_teacher,
     fixed_noise,
     guided_trajectory,
+    in_parts,
     lcm_columns,
     loss_by_band,
     loss_by_index,
 )
 
-CUDA_CONTEXT = 0.5  # GB that CUDA takes for itself, about
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 FAMILIES = {"sd15": sd15_config, "ssd1b": ssd1b_config, "sdxl": sdxl_config}
 NOT_OF_THE_RUN = ("resume", "out", "device", "save_every", "plan", "w_range")  # flags that do not change its numbers
-W_DIM = 256  # sinusoids of a full LCM's guidance embedding
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,6 +98,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--average", type=float, metavar="MU", help="write an average of the weights, of rate MU (default: 0.9995 with "
         "--objective diffusion --full, else none)")  # fmt: skip
     add("--looks", type=int, default=8, help="compositions made and encoded of each drawing (default 8)")
+    readers = "shards: processes that read and decode, on each GPU; each needs a shard of its own (default 1)"
+    add("--workers", type=int, default=1, metavar="N", help=readers)
     add("--seed", type=int, default=0, help="all randomness comes from it (default 0)")
     add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
     add("--resume", action="store_true", help="go on from the last state in --out")
@@ -110,7 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.plan is None and (args.data is None or args.out is None):
         parser.error("--data and --out are needed, but with --plan")
-    for flag in ("steps", "batch", "accumulate", "k", "looks", "save_every"):
+    for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
     if args.average is None and args.objective == "diffusion" and args.full:
@@ -133,156 +134,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- the three networks of Algorithm 1
-
-
-class Networks(NamedTuple):
-    """(z_t, t, cond, w) -> eps_hat, three times. LCM-LoRA: one UNet with LoRA on, off, and on without gradient, which
-    takes no w. Full LCM: a student that does, a frozen teacher, and an average of the student as target.
-    """
-
-    student: Network
-    teacher: Network
-    target: Network
-    target_unet: UNet | None = None
-    ddp: DistributedDataParallel | None = None
-
-
-def make_networks(args: argparse.Namespace, unet: UNet, half: torch.dtype, world: int = 1) -> Networks:
-    """Prepare the UNet for training, in place: LoRA, or an input for w; over `world` ranks DDP or FSDP2."""
-    target_unet = ddp = None
-    if args.rank is not None:
-        targets = ATTENTION if args.attention_only else TARGETS
-        add_lora(unet, args.rank, args.alpha, targets, torch.Generator().manual_seed(args.seed))
-    elif args.objective == "lcm":
-        teacher_unet = copy.deepcopy(unet)
-        teacher_unet.load_state_dict({key: x.to(half) for key, x in unet.state_dict().items()}, assign=True)
-        width = unet.cfg.channels[0]
-        with torch.device(unet.out[2].weight.device):
-            unet.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(W_DIM, width, bias=False)})
-        nn.init.zeros_(unet.time_embedding["cond_proj"].weight)  # the student begins as the teacher, whatever w
-        unet.cfg = replace(unet.cfg, w_dim=W_DIM)
-        target_unet = copy.deepcopy(unet)
-    if args.rank is None:
-        unet.requires_grad_(True)
-    if args.checkpointing:
-        add_checkpointing(unet)
-    net = unet
-    if world > 1 and args.rank is not None:
-        net = ddp = DistributedDataParallel(unet)
-    elif world > 1:
-        for whole_unet in [unet] if target_unet is None else [unet, teacher_unet, target_unet]:
-            shard(whole_unet)
-
-    def run(network: nn.Module, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor) -> Tensor:
-        with torch.autocast(z_t.device.type, dtype=half, enabled=half != torch.float32):
-            return network(z_t, t, cond, *w_emb)
-
-    def lora_teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        with lora_off(unet):
-            return run(unet, z_t, t, cond)
-
-    if target_unet is None:
-        return Networks(
-            student=lambda z_t, t, cond, w=None: run(net, z_t, t, cond),
-            teacher=lora_teacher,
-            target=lambda z_t, t, cond, w=None: run(unet, z_t, t, cond),
-            ddp=ddp,
-        )
-    return Networks(
-        student=lambda z_t, t, cond, w: run(net, z_t, t, cond, guidance_embedding(w, W_DIM)),
-        teacher=lambda z_t, t, cond, w=None: run(teacher_unet, z_t, t, cond),
-        target=lambda z_t, t, cond, w: run(target_unet, z_t, t, cond, guidance_embedding(w, W_DIM)),
-        target_unet=target_unet,
-    )
-
-
-def loss_of(
-    args: argparse.Namespace,
-    nets: Networks,
-    z0: Tensor,
-    cond: Cond,
-    null_cond: Cond,
-    generator: torch.Generator,
-    rank: int = 0,
-    world: int = 1,
-) -> Tensor:
-    """The objective on clean latents z0 (b, 4, h, w) -> scalar; noise from the CPU generator, drawn for all ranks."""
-    schedule, b = make_schedule(), len(z0)
-    if args.objective == "lcm":
-        together = not args.checkpointing  # teacher at cond and null in one batch of 2b, where there is memory for it
-        return lcd_loss(*nets[:3], z0, cond, null_cond, schedule, generator, args.w_range, None, args.k, together,
-            rank, world)  # fmt: skip
-    rows = slice(rank * b, (rank + 1) * b)
-    t = torch.randint(0, T, (world * b,), generator=generator)[rows].to(z0.device)
-    eps = torch.randn(world * b, *z0.shape[1:], generator=generator)[rows].to(z0.device)
-    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond, None), z0, t, eps, schedule)
-
-
 def forward_dtype(device: str) -> torch.dtype:
     """Of the forward pass: bfloat16 where it is fast. What is trained is float32, as the loss and the schedule are."""
     return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
-
-
-# ---- will it fit?
-
-
-def plan(args: argparse.Namespace) -> None:
-    """Print the bytes of a step by part, from the shapes alone: the real code on fake tensors, which have no memory.
-
-    They are said to lie on the CPU: autograd's backward asks for a real card. The shapes are the same.
-    """
-    config = FAMILIES[str(args.model)]() if str(args.model) in FAMILIES else identify(args.model)
-    half, size, chosen = forward_dtype(args.device), args.size or config.size, args.checkpointing
-    columns = {}
-    for args.checkpointing in (False, True):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            vae = VAE(config.vae)
-            torch.set_default_dtype(half if args.rank is not None else torch.float32)
-            unet, text = UNet(config.unet), TextEncoder(config.text)
-            torch.set_default_dtype(torch.float32)
-            base = size_of(unet.parameters())
-            nets = make_networks(args, unet, half)
-            trained = [x for x in unet.parameters() if x.requires_grad]
-            side = size // vae.factor
-            z0 = torch.randn(args.batch, 4, side, side)
-            cond = text.null_cond(args.batch, (size, size))
-            with LiveBytes() as live:
-                loss_of(args, nets, z0, cond, cond, torch.Generator()).backward()
-            with LiveBytes() as encoding, torch.no_grad():
-                vae.moments(torch.randn(1, 3, size, size))
-            gradients = size_of(x.grad for x in trained)
-        copies = size_of(nets.target_unet.parameters()) + base * half.itemsize // 4 if nets.target_unet else 0
-        columns[args.checkpointing] = {
-            "UNet": base,
-            "teacher and target": copies,
-            "LoRA" if args.rank is not None else "input for w": size_of(unet.parameters()) - base,
-            "gradients": gradients,
-            "Adam's moments": 2 * size_of(trained),
-            "average": size_of(trained) if args.average else 0,
-            "activations": live.peak - gradients,
-        }
-        stages = {
-            "encoding pictures": size_of(vae.parameters()) + encoding.peak,
-            "text encoders": size_of(text.parameters()),
-        }
-    args.checkpointing = is_large(config) if chosen is None else chosen
-    parts, other = columns[args.checkpointing], columns[not args.checkpointing]
-    size_text = f"{args.batch} x {size}x{size}, {str(half)[6:]}, checkpointing {'on' if args.checkpointing else 'off'}"
-    print(f"{args.objective}, {sum(x.numel() for x in trained):,} parameters to train, batch {size_text}")
-    for part, size_in_bytes in parts.items():
-        if size_in_bytes:
-            print(f"  {part:20} {size_in_bytes / 1e9:7.2f} GB")
-    flag = f"--{'no-' * args.checkpointing}checkpointing"
-    print(f"  activations with {flag} would be {other['activations'] / 1e9:.2f} GB")
-    for stage, size_in_bytes in stages.items():
-        print(f"before training, then off the card: {stage} {size_in_bytes / 1e9:.2f} GB")
-    total = max(sum(parts.values()), *stages.values()) / 1e9
-    if args.plan:
-        room = args.plan - total - CUDA_CONTEXT
-        fits = f"fits, {room:.2f} GB are left" if room >= 0 else f"does not fit, {-room:.2f} GB are missing"
-        print(f"on a card of {args.plan:g} GB, {CUDA_CONTEXT} of them for CUDA itself: {fits}")
-    print(f"total {total:.2f} GB")
 
 
 def is_large(config: Config) -> bool:
@@ -290,16 +144,12 @@ def is_large(config: Config) -> bool:
     return config.unet.channels[0] >= 320
 
 
-# ---- the loop
-
-
-@contextmanager
-def sync_gradients(nets: Networks, unet: UNet, last: bool) -> Iterator[None]:
-    """Over several ranks, gradients are averaged in the last of the batches that are accumulated only."""
-    if hasattr(unet, "set_requires_gradient_sync"):  # FSDP2
-        unet.set_requires_gradient_sync(last)
-    with nets.ddp.no_sync() if nets.ddp is not None and not last else nullcontext():
-        yield
+def objective_of(args: argparse.Namespace, config: Config) -> Objective:
+    targets = ATTENTION if args.attention_only else TARGETS
+    large = is_large(config)
+    checkpointing = large if args.checkpointing is None else args.checkpointing
+    narrow = large and forward_dtype(args.device) == torch.float32
+    return Objective(args.objective, args.rank, args.alpha, targets, args.w_range, args.k, checkpointing, narrow)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -319,38 +169,39 @@ def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
             raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
 
 
-def main(args: argparse.Namespace) -> None:
-    if args.plan is not None:
-        return plan(args)
-    rank, world = start_ranks(args.device)
-    device, schedule, half = args.device, make_schedule(), forward_dtype(args.device)
-    unet, vae, text, config = load_model(args.model)
-    if config.unet.w_dim is not None:
-        raise ValueError(
-            f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from"
-        )
-    if args.full and config.text.big:
-        raise ValueError("--full: a checkpoint with two text encoders cannot be written yet; give --rank N")
-    unet = unet.to(device, half if args.rank is not None else torch.float32)  # a frozen base needs no more bits
-    vae, text = vae.to(device), text.to(device)
-    args.checkpointing = is_large(config) if args.checkpointing is None else args.checkpointing
-    size = args.size or config.size
-    if rank == 0:
-        start_folder(args)
+class Data(NamedTuple):
+    """What is trained on."""
 
-    # ---- what is trained
-    nets = make_networks(args, unet, half, world)
-    named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
-    parameters = list(named.values())
-    average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
-    say = print if rank == 0 else lambda *_, **__: None
-    say(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
+    prompts: list[str]  # eight captions, for the sheet
+    batches: Callable[..., Iterator]  # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
+    cond_of: Callable[[list[str], Tensor], Cond]  # (captions, size ids)
+    positions: list[int]  # in the shards of a stream, of each reading process
+    idle: list[nn.Module]  # networks that are not needed any more, but for sheets
 
-    # ---- what it is trained on: z0 and captions of every step, and Cond of them
-    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
-    is_art = args.data.suffix == ".tar" or any(args.data.glob("*.tar"))
-    if is_art:  # the emoji art: captions are made anew each time
+
+def open_data(
+    args: argparse.Namespace, vae: VAE, text: TextEncoder, config: Config, model_sha256: str, rank: int, world: int
+) -> Data:
+    """Find out what --data is. Folders of pictures, and the emoji art's drawings, are encoded here; shards later."""
+    size, place = args.size or config.size, dict(rank=rank, world=world)
+
+    def encode(captions: list[str], size_ids: Tensor) -> Cond:
+        return with_sizes(text.encode(captions), size_ids)
+
+    def eight(captions: list[str]) -> list[str]:
+        return (captions[:: max(1, len(captions) // 8)] * 8)[:8]
+
+    shards = [args.data] if args.data.suffix == ".tar" else sorted(args.data.glob("*.tar"))
+    if shards and not is_art(shards[0]):  # shards of captioned pictures, read as they are needed
+        positions = [0] * args.workers
+
+        def streamed(seed: int, start: int = 0) -> Iterator:
+            at = positions if seed == args.seed else [0] * args.workers
+            return stream_batches(vae, shards, size, args.batch, seed, start, **place, positions=at)
+
+        return Data(eight(next(streamed(-1))[1]), streamed, encode, positions, [])
+
+    if shards:  # the emoji art, with captions made anew each time
         art = read_art(args.data)
         if (args.data / "held_out.txt").exists():
             art, _ = split_art(art, args.data / "held_out.txt", list(config.names) or None)
@@ -358,75 +209,129 @@ def main(args: argparse.Namespace) -> None:
             art = [a for a in art if a.name in config.names]
         if not art:
             raise ValueError(f"{args.data}: none of its drawings has a name that {args.model} knows")
-        cache = cache_art(vae, art, size, args.looks, args.seed, device)
+        cache = cache_art(vae, art, size, args.looks, args.seed, args.device)
         captions = [f"{a.name}, {a.style} style" if a.style else a.name for a in art]
+        drawn = lambda seed, start=0: art_batches(cache, args.batch, seed, start, **place)  # noqa: E731
+        return Data(eight(captions), drawn, encode, [], [vae])
 
-        def steps(seed: int, start: int = 0, rank: int = 0, world: int = 1):
-            return art_batches(cache, args.batch, seed, start, rank, world)
-
-        def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
-            return with_sizes(text.encode(captions), size_ids)
-    else:  # a folder: pictures and captions are encoded once and for all runs
-        pictures = read_pictures(args.data)
-        folder, captions = args.out.parent / "cache", [p.caption for p in pictures]
-        targets = buckets(size) if config.unet.adm else [(size, size)]
-        cache = cache_latents(vae, model_sha256, pictures, folder, targets, args.looks, device)
-        texts = cache_text(text, model_sha256, captions, folder)
-        drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know "" too
-
-        def steps(seed: int, start: int = 0, rank: int = 0, world: int = 1):
-            return batches(cache, args.batch, seed, start, rank, world, drop)
-
-        def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
-            return read_cond(texts, captions, size_ids).to(device)
-
-    # eight of the captions, spread over the data, for the sheet
-    prompts = (captions[:: max(1, len(captions) // 8)] * 8)[:8]
-    null_cond, cond8, null8 = (
-        text.null_cond(args.batch),
-        text.encode(prompts, (size, size)),
-        text.null_cond(8, (size, size)),
+    pictures = read_pictures(args.data)
+    folder, captions = args.out.parent / "cache", [p.caption for p in pictures]
+    targets = buckets(size) if config.unet.adm else [(size, size)]
+    latents = cache_latents(vae, model_sha256, pictures, folder, targets, args.looks, args.device)
+    texts = cache_text(text, model_sha256, captions, folder)
+    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know "" too
+    return Data(
+        eight(captions),
+        lambda seed, start=0: batches(latents, args.batch, seed, start, **place, drop=drop),
+        lambda captions, size_ids: read_cond(texts, captions, size_ids).to(args.device),
+        [],
+        [vae, text],
     )
 
-    vae.cpu()  # until a sheet is drawn
-    if not is_art:
-        text.cpu()
+
+def main(args: argparse.Namespace) -> None:
+    device, half, schedule = args.device, forward_dtype(args.device), make_schedule()
+    planned = FAMILIES.get(str(args.model)) if args.plan is not None else None
+    config = planned() if planned else identify(args.model)
+    objective, size = objective_of(args, config), args.size or config.size
+    args.checkpointing = objective.checkpointing
+    if args.plan is not None:
+        return plan(objective, config, args.batch, size, device, half, bool(args.average), args.plan)
+    if config.unet.w_dim is not None:
+        raise ValueError(
+            f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from"
+        )
+    rank, world = start_ranks(device)
+    say = print if rank == 0 else lambda *_, **__: None
+    if rank == 0:
+        start_folder(args)
+    # a frozen base of an official checkpoint is read as most of them are stored
+    unet, vae, text, config = load_model(args.model, torch.float16 if args.rank and is_large(config) else torch.float32)
+    if args.rank is not None:
+        check_rank(unet, args.rank, objective.targets)  # before an hour of encoding
+    model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+
+    # ---- what it is trained on; the UNet comes after what encodes it
+    vae, text = vae.to(device), text.to(device, torch.float32)
+    data = open_data(args, vae, text, config, model_sha256, rank, world)
+    null_cond = text.null_cond(args.batch)
+    cond8, null8 = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
+    fixed = list(islice(data.batches(-1), 8))  # for the loss that is compared from save to save
+    for module in data.idle:
+        module.cpu()
+
+    # ---- what is trained
+    nets = make_networks(objective, unet.to(device), half, args.seed, world)
+    named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
+    parameters = list(named.values())
+    average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
+    say(f"training {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors")
+
+    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
+        cond, null = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+        return loss_of(objective, nets, z0.to(device), cond, null, generator, rank, world)
 
     # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
     z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
     w = sum(args.w_range) / 2
+    student, teacher, target = (in_parts(network, args.batch) for network in nets[:3])
     if args.objective == "lcm":
-        trajectory = guided_trajectory(nets.teacher, z_T, cond8, null8, schedule, w)
+        trajectory = guided_trajectory(teacher, z_T, cond8, null8, schedule, w)
     else:
-        base = nets.teacher if args.rank is not None else nets.student
-        before = guided_trajectory(base, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1].clone()
+        before = guided_trajectory(teacher, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1].clone()
 
-    # ---- resume
+    def swap_average() -> None:
+        for x, y in zip(named.values(), average.values()):
+            kept = x.clone()
+            x.copy_(y), y.copy_(kept)
+
+    @torch.no_grad()
+    def watch(step: int, loss: float) -> None:
+        """A line of metrics.jsonl and a sheet, by the weights that the file has: the average, if there is one."""
+        if average:
+            swap_average()
+        states = [generator.get_state() for *_, generator in fixed]  # the same numbers' worth of luck every time
+        fixed_loss = sum(batch_loss(*batch).item() for batch in fixed) / len(fixed)
+        [generator.set_state(state) for (*_, generator), state in zip(fixed, states)]
+        record = {"step": step, "loss": loss, "fixed_loss": mean_over_ranks(fixed_loss)[0]}
+        z0, captions, size_ids, _ = fixed[0]
+        z0, cond, null = z0.to(device), data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+        if args.objective == "lcm":
+            record["loss_by_index"] = loss_by_index(student, teacher, target, z0, cond, null, schedule, w, args.k)
+            along = consistency_along_trajectory(student, trajectory, cond8, schedule, w)
+            record["self_consistency"], record["to_end"] = along
+            record["to_teacher"] = distance_to_teacher(student, trajectory, cond8, schedule, w)
+            columns = lcm_columns(student, teacher, trajectory, cond8, schedule, w)
+        else:
+            record["loss_by_band"] = loss_by_band(student, z0, cond, schedule)
+            now = guided_trajectory(student, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1]
+            columns = {"before, 20 DDIM": before, "now, 20 DDIM": now}
+        if args.rank is not None:
+            record["delta_norms"] = delta_norms(get_tau(unet))
+        if average:
+            swap_average()
+        say(f"step {step} loss {loss:.4f} fixed {record['fixed_loss']:.4f}", flush=True)
+        if rank == 0:
+            append_metrics(args.out / "metrics.jsonl", record)
+            vae.to(device)
+            sheet = draw_sheet(columns, data.prompts, lambda z0: vae.decode_tiled(z0, tile=64))
+            vae.to("cpu" if vae in data.idle else device)
+            save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
+
+    # ---- states: all that a run needs to go on
     run = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    saved_tensors = named | {f"average.{k}": v for k, v in average.items()}
+    run["model"] = f"{args.model.name}, sha256 {model_sha256[:10]}"
+    saved = named | {f"average.{k}": v for k, v in average.items()}
     if nets.target_unet is not None:
-        saved_tensors |= {f"target.{k}": v for k, v in nets.target_unet.named_parameters()}
+        saved |= {f"target.{k}": v for k, v in nets.target_unet.named_parameters()}
     start = 0
     if args.resume:
         state = latest_state(args.out)
-        check_flags(run, read_run(state)["flags"])
-        start = load_state(state, saved_tensors, optimizer)["step"]
-
-    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
-        cond, null = cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-        return loss_of(args, nets, z0.to(device), cond, null, generator, rank, world)
-
-    fixed = [next(steps(-1 - i, 0, rank, world)) for i in range(8)]
-
-    @torch.no_grad()
-    def validate() -> float:
-        """The loss at a fixed set of (z0, t, noise): the same numbers' worth of luck every time."""
-        total = 0.0
-        for z0, captions, size_ids, generator in fixed:
-            before = generator.get_state()
-            total += batch_loss(z0, captions, size_ids, generator).item() / len(fixed)
-            generator.set_state(before)
-        return mean_over_ranks(total)[0]
+        then = read_run(state)
+        check_flags(run, then["flags"])
+        start = load_state(state, saved, optimizer)["step"]
+        data.positions[:] = then["positions"][rank]
 
     def save(step: int) -> None:
         """The result and the state; every rank has a part in it, rank 0 writes."""
@@ -436,7 +341,8 @@ def main(args: argparse.Namespace) -> None:
             w = ":".join(f"{w:g}" for w in dict.fromkeys(args.w_range))
             recipe |= {"w": w, "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
         weights = {name: whole(x) for name, x in (average or named).items()}
-        tensors = state_tensors(saved_tensors, optimizer)
+        tensors = state_tensors(saved, optimizer, keep=rank == 0)
+        about = {"step": step, "flags": run, "positions": from_all_ranks(data.positions)}
         if rank != 0:
             return
         if args.rank is not None:
@@ -445,40 +351,14 @@ def main(args: argparse.Namespace) -> None:
             write_tau(args.out / "lora.safetensors", tau, recipe)
         else:
             save_model(args.out / "model.safetensors", weights, vae, text, replace(config, unet=unet.cfg))
-        save_state(args.out / f"state_{step:06d}.safetensors", tensors, {"step": step, "flags": run})
+        save_state(args.out / f"state_{step:06d}.safetensors", tensors, about)
         for old in sorted(args.out.glob("state_*.safetensors"))[:-2]:
             old.unlink()
 
-    @torch.no_grad()
-    def watch(step: int, loss: float) -> None:
-        """A line of metrics.jsonl and a sheet, by the weights that the file has: the average, if there is one."""
-        live = {k: x.detach().clone() for k, x in named.items()} if average else {}
-        [named[k].copy_(average[k]) for k in live]
-        record = {"step": step, "loss": loss, "fixed_loss": validate()}
-        z0, captions, size_ids, _ = fixed[0]
-        z0, cond, null = z0.to(device), cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-        if args.objective == "lcm":
-            record["loss_by_index"] = loss_by_index(*nets[:3], z0, cond, null, schedule, w, args.k)
-            along = consistency_along_trajectory(nets.student, trajectory, cond8, schedule, w)
-            record["self_consistency"], record["to_end"] = along
-            record["to_teacher"] = distance_to_teacher(nets.student, trajectory, cond8, schedule, w)
-            columns = lcm_columns(nets.student, nets.teacher, trajectory, cond8, schedule, w)
-        else:
-            record["loss_by_band"] = loss_by_band(nets.student, z0, cond, schedule)
-            now = guided_trajectory(nets.student, z_T, cond8, null8, schedule, config.guidance - 1, steps=20)[-1]
-            columns = {"before, 20 DDIM": before, "now, 20 DDIM": now}
-        if args.rank is not None:
-            record["delta_norms"] = delta_norms(get_tau(unet))
-        [named[k].copy_(x) for k, x in live.items()]
-        say(f"step {step} loss {loss:.4f} fixed {record['fixed_loss']:.4f}", flush=True)
-        if rank == 0:
-            append_metrics(args.out / "metrics.jsonl", record)
-            with resident(vae, device):
-                sheet = draw_sheet(columns, prompts, vae.decode)
-            save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
-
-    data = steps(args.seed, start * args.accumulate, rank, world)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None if rank == 0 else True)
+    # ---- the loop
+    source = data.batches(args.seed, start * args.accumulate)
+    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * world, "initial": start}
+    progress = tqdm(range(start, args.steps), total=args.steps, disable=None if rank == 0 else True, **bar)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step in hand, then save
     for step in progress:
@@ -489,8 +369,8 @@ def main(args: argparse.Namespace) -> None:
 
         loss = 0.0
         for i in range(args.accumulate):
-            z0, captions, size_ids, generator = next(data)
-            with sync_gradients(nets, unet, i == args.accumulate - 1):
+            z0, captions, size_ids, generator = next(source)
+            with sync_gradients(nets.net, i == args.accumulate - 1):
                 part = batch_loss(z0, captions, size_ids, generator) / args.accumulate
                 part.backward()
             loss += part.item()
@@ -508,7 +388,8 @@ def main(args: argparse.Namespace) -> None:
             mu = min(args.average, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [x.detach() for x in named.values()], 1 - mu)
 
-        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", refresh=False)
+        memory = f"{peak_bytes(device) / 1e9:.1f} GB"
+        progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)
             watch(step + 1, loss)

@@ -68,6 +68,18 @@ def read_tar(path: Path) -> list[Art]:
     return art
 
 
+def is_art(shard: Path) -> bool:
+    """Whether a tar is the emoji art, which has keywords and no captions, and not a shard of captioned pictures."""
+    try:
+        with tarfile.open(shard, "r|") as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(".json"):
+                    return "keywords" in json.load(tar.extractfile(member))
+    except (OSError, ValueError, tarfile.TarError):
+        raise ValueError(f"{shard}: not a .tar file, or damaged; copy or make it again") from None
+    return False
+
+
 def read_art(path: str | Path) -> list[Art]:
     """The art of a .tar or of a folder of .tar files. Raises ValueError when there is nothing to read."""
     path = Path(path)

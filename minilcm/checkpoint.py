@@ -141,7 +141,10 @@ def load_model(
 
 def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config) -> None:
     """Write a single-file checkpoint in float16, atomically; `unet` is a state dict: it may be an average."""
-    parts = {UNET[0]: unet, VAE_[0]: vae.state_dict(), CLIP_L[0]: open_clip_to_clip_l(text.tower.state_dict())}
+    parts = {UNET[0]: unet, VAE_[0]: vae.state_dict()}
+    parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
+    if config.text.big:  # SDXL keeps its second tower by open_clip's own names
+        parts[BIG_G[1]] = text.big.state_dict()
     tensors = {prefix + key: value.half() for prefix, state in parts.items() for key, value in state.items()}
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
 

@@ -61,6 +61,17 @@ def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
     return ((a - b).square() + huber_c**2).sqrt().sub(huber_c).mean()
 
 
+def draw(
+    shape: tuple[int, ...], generator: torch.Generator, w_range: tuple[float, float] = (7.5, 7.5)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What Algorithm 1 leaves to chance for latents of `shape` (b, c, h, w): grid indices n ~ U{0, ..., 49} (b,),
+    w ~ U[w_range] (b,) and eps ~ N(0, 1), on the CPU.
+    """
+    n = torch.randint(0, K, shape[:1], generator=generator)
+    w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
+    return n, w, torch.randn(shape, generator=generator)
+
+
 def lcd_loss(
     student: Network,
     teacher: Network,
@@ -69,28 +80,21 @@ def lcd_loss(
     cond,
     null_cond,
     schedule: Schedule,
-    generator: torch.Generator,
-    w_range: tuple[float, float] = (7.5, 7.5),
-    n: Tensor | None = None,
+    n: Tensor,
+    w: Tensor,
+    eps: Tensor,
     k: int = T // K,
     together: bool = False,
-    rank: int = 0,
-    world: int = 1,
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
 
     One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three
-    networks are one UNet with LoRA on, off, and on without gradient. `generator` is a CPU generator; `n` (b,) fixes
-    the grid indices. `k` is the skipping interval: a longer one reaches t = 0 in fewer skips, each less exact.
-    `together`: the teacher sees cond and null_cond in one batch of 2b, which takes more memory and is faster on a GPU.
-    Rank `rank` of `world` takes its own rows of what is drawn for the batches of all.
+    networks are one UNet with LoRA on, off, and on without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
+    `k` is the skipping interval: a longer one reaches t = 0 in fewer skips, each less exact. `together`: the teacher
+    sees cond and null_cond in one batch of 2b, which takes more memory and is faster on a GPU.
     """
-    b, device = len(z0), z0.device
-    rows = slice(rank * b, (rank + 1) * b)
-    n = torch.randint(0, K, (world * b,), generator=generator)[rows] if n is None else n
-    w = torch.empty(world * b).uniform_(*w_range, generator=generator)[rows].to(device)
-    eps = torch.randn(world * b, *z0.shape[1:], generator=generator)[rows].to(device)
-    t_start = train_grid()[n].to(device)
+    n, w, eps = (x.to(z0.device) for x in (n, w, eps))
+    t_start = train_grid().to(z0.device)[n]
     t_end = (t_start - k).clamp(min=0)  # f is the identity at t = 0
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
@@ -117,7 +121,9 @@ def lcd_loss(
 @torch.no_grad()
 def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) -> None:
     """theta^- <- mu theta^- + (1 - mu) theta. Only a full LCM has a separate target."""
-    torch._foreach_lerp_(list(target.parameters()), list(student.parameters()), 1 - ema_rate)
+    theta = dict(student.named_parameters())
+    names, averages = zip(*target.named_parameters())
+    torch._foreach_lerp_(list(averages), [theta[name] for name in names], 1 - ema_rate)
 
 
 # ---- sampling

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Tau = dict[str, tuple[Tensor, Tensor, float]]
@@ -33,6 +34,38 @@ TARGETS = (
 )
 
 
+class WidenedLinear(torch.autograd.Function):
+    """W x + b of a frozen W in float16 and an x in float32: W is widened where it is used, in both directions.
+
+    Without it autograd would keep the wide W from the forward pass until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
+class WidenedConv2d(torch.autograd.Function):
+    """The same for a convolution."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.of = x.shape, stride, padding
+        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,), (shape, stride, padding) = ctx.saved_tensors, ctx.of
+        return nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding), None, None, None, None
+
+
 class LoRALinear(nn.Linear):
     """An nn.Linear with a low-rank term; `scale` multiplies it (0: off), on top of lora_alpha / rank."""
 
@@ -42,7 +75,8 @@ class LoRALinear(nn.Linear):
         self.lora_up = nn.Linear(rank, self.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        wide = x.dtype == torch.float32 and self.weight.dtype == torch.float16
+        y = WidenedLinear.apply(x, self.weight, self.bias) if wide else super().forward(x)
         if self.scale == 0:
             return y  # bitwise the base layer
         # W x + scale (lora_alpha / r) B A x
@@ -59,7 +93,9 @@ class LoRAConv2d(nn.Conv2d):
         self.lora_up = nn.Conv2d(rank, self.out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        wide = x.dtype == torch.float32 and self.weight.dtype == torch.float16
+        more = (self.stride, self.padding) if wide else ()
+        y = WidenedConv2d.apply(x, self.weight, self.bias, *more) if wide else super().forward(x)
         if self.scale == 0:
             return y
         return y + self.scale * self.lora_alpha / self.rank * self.lora_up(self.lora_down(x))
@@ -79,6 +115,18 @@ def target_paths(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> list[s
     ]
 
 
+def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) -> None:
+    """Raises ValueError for a rank below 1, or above the largest that the smallest target's weight can have."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; give 1 or more")
+    widths = {path: min(model.get_submodule(path).weight.flatten(1).shape) for path in target_paths(model, targets)}
+    path = min(widths, key=widths.get)
+    if rank > widths[path]:
+        raise ValueError(
+            f"rank is {rank}, but the weight of {path} has {widths[path]} at most; give 1 to {widths[path]}"
+        )
+
+
 def add_lora(
     model: nn.Module,
     rank: int,
@@ -89,10 +137,9 @@ def add_lora(
     """Freeze the model, adapt its target layers in place (same weights, same keys) and return its new parameters.
 
     A is drawn by `generator`, B is zero: the model's output does not change. Both are float32. lora_alpha None: rank.
-    Raises ValueError for a rank below 1.
+    Raises ValueError for a rank that `check_rank` does not let pass.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; give 1 or more")
+    check_rank(model, rank, targets)
     model.requires_grad_(False)
     parameters = []
     for path in target_paths(model, targets):

@@ -1,6 +1,8 @@
 """Where a network sits, in which number format, and how many bytes a training step will take."""
 
 import functools
+import resource
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +74,13 @@ class LiveBytes(TorchDispatchMode):
 
     def free(self, storage: int) -> None:
         self.now -= self.alive.pop(storage)
+
+
+def peak_bytes(device: str) -> int:
+    """The most that this process has held so far, on the card or in main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def size_of(tensors) -> int:

@@ -1,5 +1,6 @@
 """Pixels to pictures and files: one PNG an image with its recipe inside, and labelled contact sheets."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     letters = width // 6
-    # an empty line stays one
-    lines = [[x[j : j + letters] for x in s.split("\n") for j in range(0, len(x) or 1, letters)] for s in labels]
+    lines = [
+        [y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels
+    ]  # an empty line stays one
     tall = 13 * max(map(len, lines)) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")
@@ -69,7 +71,7 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 
 @torch.no_grad()
 def draw_sheet(columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]) -> Image.Image:
-    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; decode gives pixels (b, 3, H, W)."""
-    pictures = [to_images(decode(z0)) for z0 in columns.values()]
+    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) -> (1, 3, H, W)."""
+    pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
     return contact_sheet([picture for row in zip(*pictures) for picture in row], labels, len(columns))

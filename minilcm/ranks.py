@@ -7,10 +7,13 @@ gradients of the LoRA; FSDP2 gives each rank a share of every weight, its gradie
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .layers import ResBlock, SpatialTransformer
 
@@ -57,3 +60,21 @@ def mean_over_ranks(*numbers: float) -> list[float]:
     x = x.float().cuda() if dist.get_backend() == "nccl" else x
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
+
+
+def from_all_ranks(x) -> list:
+    """[x of rank 0, x of rank 1, ...] of something small."""
+    if not dist.is_initialized():
+        return [x]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, x)
+    return out
+
+
+@contextmanager
+def sync_gradients(net: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are averaged over the ranks in the last of the batches that are accumulated only."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(last)
+    with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext():
+        yield

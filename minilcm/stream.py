@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .data import PICTURES, crop, decode, nearest
 
@@ -118,16 +119,43 @@ def stream(
 
 
 class Shards(IterableDataset):
-    """`stream` for torch.utils.data.DataLoader: its worker i reads from skip[i] on, the last position it gave."""
+    """`stream` for torch.utils.data.DataLoader, whose worker i takes the part of worker (first + i) % workers."""
 
-    def __init__(
-        self, shards: list[Path], targets, rank: int = 0, world: int = 1, seed: int = 0, skip: tuple = (), buffer=1000
-    ):
+    def __init__(self, shards: list[Path], targets, rank: int, world: int, seed: int, skip: list[int], first: int):
         self.shards, self.targets, self.rank, self.world = shards, targets, rank, world
-        self.seed, self.skip, self.buffer = seed, skip, buffer
+        self.seed, self.skip, self.first = seed, skip, first
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        skip = self.skip[worker] if self.skip else 0
-        return stream(self.shards, self.targets, self.rank, self.world, worker, workers, self.seed, skip, self.buffer)
+        worker = (self.first + info.id) % info.num_workers
+        at, readers = self.skip[worker], info.num_workers
+        return stream(self.shards, self.targets, self.rank, self.world, worker, readers, self.seed, at)
+
+
+def columns(samples: list[Sample]) -> Sample:
+    """b samples as one, with a list of b in each place."""
+    return Sample(*(list(column) for column in zip(*samples)))
+
+
+def leave_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its step, saves, and ends the workers
+
+
+@torch.no_grad()
+def stream_batches(
+    vae, shards: list[Path], size: int, batch: int, seed: int, start: int, rank: int, world: int, positions: list[int]
+) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) as `data.batches` gives, out of shards, encoded as read.
+
+    `positions`: of each reading process, 0 at first, moved on when a batch of it is taken; with those of then, a later
+    call goes on at `start`. The processes take turns, batch by batch. Pictures are squares of `size`, cut anywhere.
+    """
+    workers, device = len(positions), next(vae.parameters()).device
+    data = Shards(shards, [(size, size)], rank, world, seed, list(positions), start % workers)
+    loader = DataLoader(data, batch, num_workers=workers, collate_fn=columns, worker_init_fn=leave_ctrl_c)
+    for step, samples in enumerate(loader, start):
+        generator = torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(62))
+        mean, std = vae.moments(torch.stack(samples.pixels).to(device))
+        noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rank * batch : (rank + 1) * batch]
+        positions[step % workers] = samples.position[-1]
+        yield mean + std * noise.to(device), samples.caption, torch.stack(samples.size_ids), generator

@@ -35,6 +35,10 @@ class Cond(NamedTuple):
         """Both, one under the other along b."""
         return Cond(*(None if x is None else torch.cat([x, y]) for x, y in zip(self, other)))
 
+    def rows(self, rows: slice) -> "Cond":
+        """Some images of the b."""
+        return Cond(*(None if x is None else x[rows] for x in self))
+
     def to(self, device=None, dtype=None) -> "Cond":
         return Cond(*(None if x is None else x.to(device=device, dtype=dtype) for x in self))
 

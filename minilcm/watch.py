@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .lcm import K, Network, f_theta, lcd_loss, sample_lcm, train_grid
+from .lcm import K, Network, draw, f_theta, lcd_loss, sample_lcm, train_grid
 from .lora import Tau
 from .schedule import Schedule, T, diffusion_loss
 from .solver import EpsFn, guided_eps, sample_ddim
@@ -40,6 +40,16 @@ def bind(network: Network, cond: Cond, w: float) -> EpsFn:
     return eps_fn
 
 
+def in_parts(network: Network, most: int) -> Network:
+    """The network on at most `most` images at a time: looking takes no more memory than a step of training."""
+
+    def call(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
+        parts = [slice(i, i + most) for i in range(0, len(z_t), most)]
+        return torch.cat([network(z_t[p], t[p], cond.rows(p), w[p]) for p in parts])
+
+    return call
+
+
 def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
@@ -61,9 +71,11 @@ def loss_by_index(
 ) -> dict[int, float]:
     """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), the same noise at each."""
 
+    _, ws, eps = draw(z0.shape, torch.Generator().manual_seed(0), (w, w))
+
     def loss_at(n: int) -> float:
-        generator, at_n = torch.Generator().manual_seed(0), torch.full((len(z0),), n)
-        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, generator, (w, w), at_n, k).item()
+        at_n = torch.full((len(z0),), n)
+        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, at_n, ws, eps, k).item()
 
     return {n: loss_at(n) for n in INDICES}
 

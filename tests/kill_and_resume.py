@@ -23,7 +23,7 @@ from tiny import ROOT, write_art, write_model
 from minilcm.checkpoint import latest_state, read_run
 from minilcm.safefile import read_tensors
 
-STEPS = 60
+STEPS = 80
 
 
 def start(folder: Path, out: Path, objective: str, *more: str, limit: int | None = None) -> subprocess.Popen:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import CONFIG, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
+from tiny import CONFIG, TWO_TOWERS, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
 from torch import nn
 
 from minilcm import safefile
@@ -247,6 +247,28 @@ def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
     save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
     (tensors, metadata), (again, metadata_again) = read_tensors(model), read_tensors(tmp_path / "again.safetensors")
     assert tensors.keys() == again.keys() and metadata == metadata_again
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+def test_two_text_towers_round_trip(tmp_path):
+    """SDXL's layout: both towers come back, under its official prefixes; saved again the file is the same."""
+    path = write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
+    unet, vae, text, config = load_model(path)
+    assert config == TWO_TOWERS
+    state, expected = text.state_dict(), tiny_text(0, TWO_TOWERS.text).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key].half().float()) for key in expected)
+    tensors, metadata = read_tensors(path)
+    assert {
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+        "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight",
+        "conditioner.embedders.1.model.text_projection",
+        "model.diffusion_model.label_emb.0.0.weight",
+    } < tensors.keys()
+    assert not any(key.startswith("cond_stage_model") for key in tensors)
+    save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
+    again, metadata_again = read_tensors(tmp_path / "again.safetensors")
+    assert metadata == metadata_again and tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
 
 

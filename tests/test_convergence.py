@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minilcm.lcm import f_theta, lcd_loss, train_grid
+from minilcm.lcm import draw, f_theta, lcd_loss, train_grid
 from minilcm.lora import add_lora, get_tau, lora_off
 from minilcm.schedule import eps_from_x0, make_schedule
 
@@ -58,7 +58,7 @@ def train(networks, parameters, steps, lr, k=20, w=W, guard=contextlib.nullconte
         generator = torch.Generator().manual_seed(step)
         z0 = M + S * torch.randn((500, 1, 1, 1), generator=generator)
         with guard():
-            loss = lcd_loss(*networks, z0, M, M_NULL, SCHEDULE, generator, (w, w), k=k)
+            loss = lcd_loss(*networks, z0, M, M_NULL, SCHEDULE, *draw((500, 1, 1, 1), generator, (w, w)), k=k)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

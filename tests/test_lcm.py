@@ -212,11 +212,18 @@ def fixed_point(gaussian, m):
     return torch.tensor(ps, dtype=torch.float64), torch.tensor(qs, dtype=torch.float64)
 
 
+def drawn_loss(student, teacher, target, z0, cond, null_cond, schedule, seed, w_range=(W, W), n=None, **flags):
+    """lcd_loss with n, w and eps as `draw` draws them by this seed; or with these n."""
+    drawn, w, eps = lcm.draw(tuple(z0.shape), torch.Generator().manual_seed(seed), w_range)
+    n = drawn if n is None else n
+    return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, eps, **flags)
+
+
 def gaussian_loss(gaussian, schedule, student, n, w=W, seed=0, target=None, shape=(4, 8, 8)):
     """lcd_loss with the guided Gaussian teacher at the grid indices n, on data N(M, s^2)."""
     z0 = M + gaussian.s * noise(seed, (len(n), *shape))
-    g = torch.Generator().manual_seed(seed + 1)
-    return lcd_loss(student, teacher_of(gaussian), target or student, z0, M, M_NULL, schedule, g, (w, w), n)
+    networks = student, teacher_of(gaussian), target or student
+    return drawn_loss(*networks, z0, M, M_NULL, schedule, seed + 1, (w, w), n)
 
 
 def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
@@ -294,14 +301,14 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
     student, teacher, target = record("student", toy_eps), record("teacher", gaussian.eps), record("target", toy_eps)
     z0, n = noise(), torch.zeros(2, dtype=torch.int64)
     args = z0, None, None, schedule
-    loss = lcd_loss(student, teacher, target, *args, torch.Generator().manual_seed(0), n=n)
+    loss = drawn_loss(student, teacher, target, *args, 0, n=n)
     (z_start, t_start), (z_end, t_end) = seen["student"], seen["target"]
     assert t_start.tolist() == [19, 19] and t_end.tolist() == [0, 0]
     x0, eps = gaussian.x0(z_start.double(), 19), gaussian.eps(z_start.double(), 19)
     torch.testing.assert_close(z_end, ddim_step(z_start, x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5)
     assert torch.equal(loss, huber(f_theta(z_start, toy_eps(z_start, 19), 19, schedule), z_end))
     wild = lambda z_t, t, cond, w: 1e3 + z_t  # noqa: E731
-    assert torch.equal(loss, lcd_loss(student, teacher, wild, *args, torch.Generator().manual_seed(0), n=n))
+    assert torch.equal(loss, drawn_loss(student, teacher, wild, *args, 0, n=n))
 
 
 def test_lcd_loss_calls(schedule):
@@ -318,9 +325,8 @@ def test_lcd_loss_calls(schedule):
 
         return call
 
-    g = torch.Generator().manual_seed(0)
     z0 = noise(0, (400, 1, 2, 2))
-    lcd_loss(network("student"), network("teacher"), network("target"), z0, "c", "null", schedule, g, (3.0, 12.0))
+    drawn_loss(network("student"), network("teacher"), network("target"), z0, "c", "null", schedule, 0, (3.0, 12.0))
     assert [call[:2] for call in calls] == [("student", "c"), ("teacher", "c"), ("teacher", "null"), ("target", "c")]
     assert [call[5] for call in calls] == [True, False, False, False]
     t_start, t_end, w = calls[0][3], calls[3][3], calls[0][4]
@@ -347,7 +353,7 @@ def test_a_longer_skip(schedule):
         starts.append((z_t, t))
         return toy_eps(z_t, t)
 
-    lcd_loss(student, teacher, target, z0, None, None, schedule, torch.Generator().manual_seed(0), n=n, k=60)
+    drawn_loss(student, teacher, target, z0, None, None, schedule, 0, n=n, k=60)
     (z_start, t_start), (z_end, t_end) = starts[0], seen[0]
     assert t_start.tolist() == [499, 39] and t_end.tolist() == [439, 0]
     eps = toy_eps(z_start, t_start)
@@ -369,7 +375,7 @@ def test_gradient_flows_through_the_student_only(schedule):
 
     teacher = lambda z_t, t, cond, w: teacher_scale * toy_eps(z_t, t)  # noqa: E731
     n = torch.tensor([5, 30])
-    lcd_loss(student, teacher, student, noise(), None, None, schedule, torch.Generator().manual_seed(0), n=n).backward()
+    drawn_loss(student, teacher, student, noise(), None, None, schedule, 0, n=n).backward()
     (z_start, t_start), (z_end, t_end) = seen
     free = torch.tensor(0.9, requires_grad=True)
     f_end = f_theta(z_end, 0.9 * toy_eps(z_end, t_end), t_end, schedule)
@@ -464,8 +470,7 @@ def test_lcd_loss_equals_algorithm_1_by_hand(schedule):
     base, unet, tau = small_unets()
     student, teacher = lora_networks(unet)
     z0, (cond, null_cond) = noise(2, (6, 4, 8, 8)), conds(6)
-    g = torch.Generator().manual_seed(3)
-    loss = lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, g, (3.0, 12.0))
+    loss = drawn_loss(student, teacher, student, z0, cond, null_cond, schedule, 3, (3.0, 12.0))
     loss.backward()
 
     g = torch.Generator().manual_seed(3)
@@ -489,11 +494,9 @@ def test_lcd_loss_equals_algorithm_1_at_the_ends_of_the_grid(schedule, n):
     base, unet, tau = small_unets()
     student, teacher = lora_networks(unet)
     z0, (cond, null_cond) = noise(2, (2, 4, 8, 8)), conds(2)
-    index, g = torch.tensor([n, n]), torch.Generator().manual_seed(3)
-    loss = lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, g, n=index)
-    g = torch.Generator().manual_seed(3)
-    w = torch.empty(2).uniform_(7.5, 7.5, generator=g)
-    expected, _ = by_hand(base, tau, z0, cond, null_cond, index, w, torch.randn(2, 4, 8, 8, generator=g))
+    index, w, eps = torch.tensor([n, n]), torch.tensor([7.5, 7.5]), noise(3, (2, 4, 8, 8))
+    loss = lcd_loss(student, teacher, student, z0, cond, null_cond, schedule, index, w, eps)
+    expected, _ = by_hand(base, tau, z0, cond, null_cond, index, w, eps)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
 
 
@@ -506,8 +509,8 @@ def test_student_begins_as_its_teacher(schedule):
     z0, (cond, null_cond) = noise(2), conds(2)
     assert torch.equal(student(z0, 499, cond, None), teacher(z0, 499, cond, None))
     args = z0, cond, null_cond, schedule
-    loss = lcd_loss(student, teacher, student, *args, torch.Generator().manual_seed(3))
-    assert torch.equal(loss, lcd_loss(teacher, teacher, teacher, *args, torch.Generator().manual_seed(3)))
+    loss = drawn_loss(student, teacher, student, *args, 3)
+    assert torch.equal(loss, drawn_loss(teacher, teacher, teacher, *args, 3))
     loss.backward()
     assert all(up.grad.norm() > 0 and down.grad.norm() == 0 for up, down, _ in get_tau(unet).values())
 
@@ -644,7 +647,7 @@ def test_distillation_on_cuda(fake_cuda):
     add_lora(unet, 4, 2.0)
     student, teacher = lora_networks(unet)
     z0, cond = torch.randn(2, 4, 16, 16, device="cuda"), Cond(torch.randn(2, 77, 128, device="cuda"))
-    loss = lcd_loss(student, teacher, student, z0, cond, cond, schedule, torch.Generator(), (3.0, 12.0))
+    loss = drawn_loss(student, teacher, student, z0, cond, cond, schedule, 0, (3.0, 12.0))
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
     assert loss.requires_grad  # the backward pass itself needs a real device
 
@@ -666,8 +669,7 @@ def test_teacher_in_one_batch_or_two(gaussian, schedule):
 
     losses = []
     for together in (False, True):
-        g = torch.Generator().manual_seed(0)
-        args = z0, Rows(mean), Rows(null), schedule, g, (3.0, 12.0)
-        losses.append(lcd_loss(network, network, network, *args, together=together))
+        args = z0, Rows(mean), Rows(null), schedule, 0, (3.0, 12.0)
+        losses.append(drawn_loss(network, network, network, *args, together=together))
     assert torch.equal(*losses) and losses[0] > 0
     assert calls == [6, 6, 6, 6, 6, 12, 6]

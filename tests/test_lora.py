@@ -10,6 +10,7 @@ from tiny import random_tau, tiny_unet
 from torch import nn
 
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, load_tau, lora_layers, lora_off, target_paths
+from minilcm.memory import LiveBytes
 from minilcm.unet import Cond, UNet, emoji, sd15, sdxl, ssd1b
 
 RANK, LORA_ALPHA = 3, 7.5
@@ -119,7 +120,7 @@ def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
     """
     draws = []
     for seed, global_seed in ((5, 0), (5, 1), (6, 0)):
-        net = nn.ModuleDict({"to_q": nn.Linear(64, 8), "op": nn.Conv2d(16, 8, 3)})
+        net = nn.ModuleDict({"to_q": nn.Linear(64, 32), "op": nn.Conv2d(16, 32, 3)})
         torch.manual_seed(global_seed)
         add_lora(net, 32, generator=torch.Generator().manual_seed(seed))
         draws.append([down for _, down, _ in get_tau(net).values()])
@@ -256,3 +257,40 @@ def test_official_parameter_counts():
             sum(64 * (out + fan_in.numel()) for out, *rest in shapes.values() for fan_in in [torch.Size(rest)])
             == expected
         )
+
+
+@pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
+def test_a_narrow_base_computes_what_a_wide_one_does(path):
+    """A frozen weight in float16 under a float32 input: output and gradients are those of the same weight widened
+    beforehand.
+    """
+    base = small_net().half()
+    net = copy.deepcopy(base).float()
+    layers = []
+    for each in (base, net):
+        add_lora(each, RANK, LORA_ALPHA)
+        load_tau(each, random_tau(small_net(), 3, RANK, LORA_ALPHA))
+        layers.append(each[path])
+    narrow, wide = layers
+    assert narrow.weight.dtype == torch.float16 and narrow.lora_up.weight.dtype == torch.float32
+    x, y = (inputs(wide).requires_grad_() for _ in range(2))
+    out, expected = narrow(x), wide(y)
+    assert torch.equal(out, expected) and out.dtype == torch.float32
+    out.square().sum().backward(), expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for a, b in zip((narrow.lora_up, narrow.lora_down), (wide.lora_up, wide.lora_down)):
+        torch.testing.assert_close(a.weight.grad, b.weight.grad)
+    assert narrow.weight.grad is None
+    narrow.scale = 0.0
+    assert torch.equal(narrow(x), nn.Linear.forward(wide, y) if wide.weight.ndim == 2 else nn.Conv2d.forward(wide, y))
+
+
+def test_a_narrow_base_keeps_no_wide_weight():
+    """A weight far larger than input and output: after the forward pass, less is alive than W widened."""
+    net = nn.ModuleDict({"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)}).half()
+    add_lora(net, 2)
+    for layer, shape in ((net["to_q"], (1, 4, 512)), (net["conv"], (1, 128, 4, 4))):
+        with LiveBytes() as live:
+            out = layer(torch.randn(shape, requires_grad=True))
+        assert live.now < 0.1 * 4 * layer.weight.numel() < live.peak
+        out.sum().backward()

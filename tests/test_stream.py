@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny import png, write_tar
-from torch.utils.data import DataLoader
 
 import minilcm.stream
-from minilcm.stream import Shards, shuffled, stream
+from minilcm.stream import shuffled, stream, stream_batches
 
 TARGETS = [(8, 8)]
 
@@ -81,25 +80,45 @@ def test_two_ranks_with_two_workers_see_each_sample_once(tmp_path):
     assert [sorted(set(x // 7 for x in part)) for part in seen] == [[0, 4], [1], [2], [3]]
 
 
-def test_in_a_data_loader(tmp_path):
-    """Two ranks with two worker processes each: batches of tensors and captions, each sample once in the epoch that all
-    readers share; each worker is the `stream` of its number, and goes on from the position it gave.
+class Means(torch.nn.Module):
+    """In place of a VAE: the latent of a picture is its mean colour, four times, with a std of 1 / 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def moments(self, pixels):
+        mean = pixels.mean(dim=(1, 2, 3), keepdim=True).expand(-1, 4, 1, 1)
+        return mean, torch.full_like(mean, 1 / 8)
+
+
+def test_batches_of_ranks_and_workers(tmp_path):
+    """Two ranks with two reading processes each: each sample once in the epoch that all share, the workers in turns;
+    a run goes on from any step with the positions of then, noise and all; the ranks draw one batch of noise together.
     """
-    shards, seen = write_shards(tmp_path, 4, 6), []
+    shards, seen, noise = write_shards(tmp_path, 4, 6), [], []
     for rank in range(2):
-        loader = iter(DataLoader(Shards(shards, TARGETS, rank, 2, seed=3), batch_size=3, num_workers=2))
-        got = [next(loader) for _ in range(6)]
-        assert got[0].pixels.shape == (3, 3, 8, 8) and got[0].size_ids.shape == (3, 6) and len(got[0].caption) == 3
+
+        def take(n, start, positions):
+            made = stream_batches(Means(), shards, 8, 3, 5, start, rank, 2, positions)
+            return [(*next(made), list(positions)) for _ in range(n)]
+
+        got = take(6, 0, [0, 0])
+        z0, captions, size_ids, _, _ = got[0]
+        assert z0.shape == (3, 4, 1, 1) and len(captions) == 3 and size_ids.shape == (3, 6)
         for worker in range(2):
-            alone = list(islice(stream(shards, TARGETS, rank, 2, worker, 2, seed=3), 9))
-            assert [c for batch in got[worker::2] for c in batch.caption] == [x.caption for x in alone]
-        seen += [c for batch in got[:4] for c in batch.caption]
-        skip = tuple(got[2 + worker].position[-1].item() for worker in range(2))
-        resumed = iter(DataLoader(Shards(shards, TARGETS, rank, 2, 3, skip), batch_size=3, num_workers=2))
-        for batch in got[4:]:
-            again = next(resumed)
-            assert again.caption == batch.caption and torch.equal(again.position, batch.position)
+            alone = list(islice(stream(shards, [(8, 8)], rank, 2, worker, 2, seed=5), 9))
+            assert [c for batch in got[worker::2] for c in batch[1]] == [x.caption for x in alone]
+        means = torch.stack([x.pixels.mean() for x in islice(stream(shards, [(8, 8)], rank, 2, 0, 2, seed=5), 3)])
+        noise.append((z0 - means[:, None, None, None]) * 8)
+        seen += [c for batch in got[:4] for c in batch[1]]
+        for start in (1, 2, 5):
+            again = take(6 - start, start, list(got[start - 1][4]))
+            for (z0, captions, size_ids, generator, at), (z, c, ids, g, now) in zip(got[start:], again, strict=True):
+                assert captions == c and torch.equal(z0, z) and torch.equal(size_ids, ids) and at == now
+                assert torch.equal(generator.get_state(), g.get_state())
     assert Counter(seen) == Counter(f"number {i}" for i in range(24))
+    assert noise[0].std() > 0.5 and not torch.allclose(noise[0], noise[1])
 
 
 @pytest.mark.parametrize("buffer", [0, 4, 1000])

@@ -9,7 +9,7 @@ from test_lcm import M_NULL, M_W, M, W, affine_student, fixed_point
 from tiny import random_tau, tiny_unet
 
 from minilcm.__main__ import main, parse
-from minilcm.lcm import f_theta, lcd_loss
+from minilcm.lcm import draw, f_theta, lcd_loss
 from minilcm.lora import add_lora, get_tau
 from minilcm.merge import delta
 from minilcm.metrics import self_consistency
@@ -96,8 +96,8 @@ def test_loss_by_index_is_lcd_loss_at_the_index(gaussian, schedule, teacher, per
     losses = loss_by_index(student, teacher, perfect, *args, W)
     assert tuple(losses) == INDICES == (0, 5, 11, 16, 22, 27, 33, 38, 44, 49)
     for n, loss in losses.items():
-        g = torch.Generator().manual_seed(0)
-        expected = lcd_loss(student, teacher, perfect, *args, g, (W, W), torch.tensor([n] * 3))
+        _, w, eps = draw(SHAPE, torch.Generator().manual_seed(0), (W, W))
+        expected = lcd_loss(student, teacher, perfect, *args, torch.tensor([n] * 3), w, eps)
         assert loss == expected.item() > 3e-3
     assert losses == loss_by_index(student, teacher, perfect, *args, W)
     assert max(loss_by_index(perfect, teacher, perfect, *args, W).values()) < 1e-6

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,15 @@ CONFIG = Config(
 )
 
 
+TWO_TOWERS = replace(  # SDXL in small: the second tower's pooled vector and six sizes go into the UNet
+    CONFIG,
+    unet=replace(CONFIG.unet, context_dim=32 + 48, adm=48 + 6 * 256),
+    text=TextConfig(32, 1, 2, big=(48, 1, 2)),
+    size=64,
+    names=(),
+)
+
+
 def tiny_unet(seed: int = 0, cfg: UNetConfig = CONFIG.unet) -> UNet:
     """Random weights; what writes into a residual is enlarged, so that prompt and LoRA move the output visibly."""
     torch.manual_seed(seed)
@@ -43,13 +53,13 @@ def tiny_vae(seed: int = 0) -> VAE:
     return vae
 
 
-def tiny_text(seed: int = 0) -> TextEncoder:
+def tiny_text(seed: int = 0, cfg: TextConfig = CONFIG.text) -> TextEncoder:
     torch.manual_seed(seed)
-    return TextEncoder(CONFIG.text).requires_grad_(False).eval()
+    return TextEncoder(cfg).requires_grad_(False).eval()
 
 
 def write_model(path: Path, seed: int = 0, config: Config = CONFIG) -> Path:
-    save_model(path, tiny_unet(seed, config.unet).state_dict(), tiny_vae(seed), tiny_text(seed), config)
+    save_model(path, tiny_unet(seed, config.unet).state_dict(), tiny_vae(seed), tiny_text(seed, config.text), config)
     return path
 
 

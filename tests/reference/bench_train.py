@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import minilcm.memory
 from minilcm.checkpoint import load_strict, read_part
 from minilcm.family import UNET
-from minilcm.lcm import lcd_loss
+from minilcm.lcm import draw, lcd_loss
 from minilcm.lora import add_lora, load_tau, lora_off
 from minilcm.lora_io import read_tau
 from minilcm.safefile import read_header
@@ -83,7 +83,8 @@ def by_minilcm(folder: Path, dtype: torch.dtype, checkpointing: bool) -> tuple[L
             return student(z_t, t, cond)
 
     def loss_of(z0, cond, null_cond, generator):
-        return lcd_loss(student, teacher, student, z0, Cond(cond), Cond(null_cond), schedule, generator, (W, W))
+        drawn = draw(z0.shape, generator, (W, W))
+        return lcd_loss(student, teacher, student, z0, Cond(cond), Cond(null_cond), schedule, *drawn)
 
     return loss_of, parameters
 

@@ -1,6 +1,7 @@
 """Two styles the base has never seen, made from the art by image processing, for two style LoRAs.
 
     python weights/emoji/make_styles.py runs/styles --names 64
+    python weights/emoji/make_styles.py my_pictures --pictures 20    a folder of pictures with captions, as people have
 
 blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a white paper rim and a
 shadow. Both keep the drawing's transparency, so they stand on any background.
@@ -57,13 +58,25 @@ def papercut(image: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/ with a .tar each")
+    parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/")
     parser.add_argument("--names", type=int, default=64, help="how many names of names.txt (default 64)")
+    parser.add_argument("--pictures", type=int, metavar="N", help="N .png with .txt captions, instead of a .tar of all")
     args = parser.parse_args()
     names = (HERE / "names.txt").read_text().splitlines()[: args.names]
     seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
     for style, draw in (("blueprint", blueprint), ("papercut", papercut)):
         (args.out / style).mkdir(parents=True, exist_ok=True)
+        if args.pictures:
+            of_one_style = [a for a in seen if a.style == "noto"]
+            chosen = of_one_style[:: max(1, len(of_one_style) // args.pictures)][: args.pictures]
+            for a in chosen:
+                image = draw(a.image)
+                Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").save(
+                    args.out / style / f"{a.name}.png"
+                )
+                (args.out / style / f"{a.name}.txt").write_text(f"{a.name}, {style} style")
+            print(f"{args.out / style}: {len(chosen)} pictures")
+            continue
         with tarfile.open(args.out / style / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for a in seen:
                 stem = f"{a.name} {a.style}".replace(" ", "-")

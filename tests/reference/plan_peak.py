@@ -1,0 +1,94 @@
+"""The plan against the memory that training really takes, on this processor; not in CI.
+
+    python tests/reference/plan_peak.py emoji     one minute
+    python tests/reference/plan_peak.py sd15      some minutes; a random SD1.5 (2 GB) is written under TMPDIR first
+
+Each run is a process of its own: two steps of train.py on eight pictures. Measured is its highest resident set less what
+it had after Python's imports. For SD1.5 what is drawn for the sheets, an hour here and no more memory than a step, is
+left out. Goal: the plan's total within 10 %.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+RUNS = {
+    "emoji": [
+        ["--objective", "lcm", "--rank", "32", "--batch", "64"],
+        ["--objective", "lcm", "--rank", "32", "--batch", "64", "--checkpointing"],
+        ["--objective", "diffusion", "--full", "--batch", "128"],
+        ["--objective", "lcm", "--full", "--batch", "64"],
+    ],
+    "sd15": [
+        ["--objective", "lcm", "--rank", "64", "--batch", "1", "--size", "512"],
+        ["--objective", "lcm", "--rank", "64", "--batch", "2", "--size", "256", "--no-checkpointing"],
+    ],
+}
+
+
+def resident(which: str) -> float:
+    return 1024 * int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e9
+
+
+def job(looking: bool, argv: list[str]) -> None:
+    """Train; print the GB above those after the imports."""
+    import train
+
+    if not looking:
+        train.guided_trajectory = lambda network, z_T, *_, steps=50: torch.zeros(steps + 1, *z_T.shape)
+        train.consistency_along_trajectory = lambda *_: ({}, {})
+        train.distance_to_teacher = train.loss_by_index = lambda *_: {}
+        train.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
+    before = resident("VmRSS")
+    train.main(train.parse(argv))
+    print(resident("VmHWM") - before)
+
+
+def planned(argv: list[str]) -> float:
+    import train
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main(train.parse([*argv, "--device", "cpu", "--plan"]))
+    return float(out.getvalue().splitlines()[-1].split()[1])
+
+
+def main(name: str, folder: Path) -> None:
+    from PIL import Image
+
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        pixels = torch.randint(0, 256, (600, 600, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"picture {i}")
+    model = ROOT / "weights/emoji/model.safetensors"
+    if name == "sd15":
+        from full_size import make_files
+
+        model, _ = make_files("sd15", folder)
+    print(f"{'flags':72} plan   measured   off by")
+    for i, flags in enumerate(RUNS[name]):
+        argv = [*flags, "--model", str(model)]
+        run = ["--data", str(pictures), "--out", str(folder / f"run{i}"), "--steps", "2", "--looks", "1"]
+        command = [sys.executable, __file__, "--job", "looking" if name == "emoji" else "not", *argv, *run]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        plan, measured = planned(argv), float(lines[-1])
+        print(f"{' '.join(flags):72} {plan:.2f} GB  {measured:.2f} GB  {plan / measured - 1:+.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    if sys.argv[1:2] == ["--job"]:
+        job(sys.argv[2] == "looking", [*sys.argv[3:], "--device", "cpu"])
+    elif sys.argv[1:] in (["emoji"], ["sd15"]):
+        with tempfile.TemporaryDirectory() as name:
+            main(sys.argv[1], Path(name))
+    else:
+        sys.exit(__doc__)

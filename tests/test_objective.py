@@ -1,0 +1,94 @@
+"""The networks of each objective: what student, teacher and target are; and a dry run of each on a pretended card."""
+
+import pytest
+import torch
+from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet
+
+from minilcm.lcm import update_ema
+from minilcm.lora import get_tau
+from minilcm.objective import Objective, loss_of, make_networks
+from minilcm.unet import Cond, UNet
+
+F32 = torch.float32
+Z_T, T_, W = (
+    torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([999, 19]),
+    torch.tensor([2.0, 9.0]),
+)
+
+
+def cond() -> Cond:
+    return tiny_text().encode(["cat face", "rocket"])
+
+
+def test_a_lora_is_one_unet_on_off_and_on():
+    unet = tiny_unet()
+    expected = unet(Z_T, T_, cond())
+    nets = make_networks(Objective("lcm", 4), unet, F32)
+    assert nets.net is unet and nets.target_unet is None
+    for network in nets[:3]:
+        assert torch.equal(network(Z_T, T_, cond(), W), expected)  # B = 0
+    for up, _, _ in get_tau(unet).values():
+        torch.nn.init.normal_(up, generator=torch.Generator().manual_seed(1))
+    student, teacher, target = (network(Z_T, T_, cond(), W) for network in nets[:3])
+    assert torch.equal(teacher, expected) and torch.equal(student, target) and not torch.equal(student, teacher)
+    assert torch.equal(nets.student(Z_T, T_, cond(), W + 1), student)  # takes no notice of w
+
+
+def test_a_full_lcm_is_three_unets():
+    """They begin as one, whatever w; the student learns to look at w; only the target follows it, by its average."""
+    unet = tiny_unet()
+    expected = unet(Z_T, T_, cond())
+    nets = make_networks(Objective("lcm", None), unet, F32)
+    for network in nets[:3]:
+        assert torch.equal(network(Z_T, T_, cond(), W), expected)
+    with torch.no_grad():
+        for x in unet.parameters():
+            x.add_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
+    student, teacher, target = (network(Z_T, T_, cond(), W) for network in nets[:3])
+    assert torch.equal(teacher, expected) and torch.equal(target, expected) and not torch.equal(student, expected)
+    assert not torch.equal(nets.student(Z_T, T_, cond(), W + 1), student)
+    update_ema(nets.target_unet, unet)
+    assert not torch.equal(nets.target(Z_T, T_, cond(), W), expected)
+    assert torch.equal(nets.teacher(Z_T, T_, cond(), W), expected)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "lcm"])
+@pytest.mark.parametrize("rank", [4, None])
+def test_ranks_share_what_is_drawn(kind, rank):
+    """Rank 0 and rank 1 of two, with a picture each, have the losses of the two rows of one process: their mean is the
+    loss of the whole batch. Noise drawn twice, or the other's row, gives another number.
+    """
+    torch.manual_seed(0)
+    objective, unet = Objective(kind, rank, w_range=(2.0, 9.0)), tiny_unet()
+    nets, z0 = make_networks(objective, unet, F32), torch.randn(2, 4, 8, 8)
+    both, null = cond(), tiny_text().null_cond(1)
+
+    def loss(rows: slice, r: int, world: int) -> float:
+        part = Cond(both.context[rows])
+        generator = torch.Generator().manual_seed(5)
+        nulls = Cond(null.context.expand(len(part.context), -1, -1))
+        return loss_of(objective, nets, z0[rows], part, nulls, generator, r, world).item()
+
+    whole, first, second = loss(slice(0, 2), 0, 1), loss(slice(0, 1), 0, 2), loss(slice(1, 2), 1, 2)
+    assert (first + second) / 2 == pytest.approx(whole, rel=1e-5) and first != pytest.approx(second, rel=1e-3)
+    assert loss(slice(1, 2), 0, 2) != pytest.approx(second, rel=1e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWO_TOWERS], ids=["one tower", "two towers"])
+@pytest.mark.parametrize("kind", ["diffusion", "lcm"])
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
+    """A dry run of the loss in bfloat16 on cuda: noise and grid come from the CPU, no device or dtype is mixed up."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    unet = fake_cuda(lambda: UNet(config.unet), F32)
+    nets = make_networks(Objective(kind, rank, checkpointing=checkpointing), unet, torch.bfloat16)
+    trained = [x for x in unet.parameters() if x.requires_grad]
+    assert {(x.device.type, x.dtype) for x in trained} == {("cuda", F32)}
+    vector = torch.randn(2, config.unet.adm, device="cuda") if config.unet.adm else None
+    both = Cond(torch.randn(2, 77, config.unet.context_dim, device="cuda"), vector)
+    z0 = torch.randn(2, 4, 8, 8, device="cuda")
+    loss = loss_of(Objective(kind, rank, checkpointing=checkpointing), nets, z0, both, both, torch.Generator())
+    assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", F32, (), True)
