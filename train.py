@@ -275,7 +275,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- what is looked at: the teacher's trajectories once, then at every save how far the student is from them
     z_T, _ = fixed_noise((8, 4, size // vae.factor, size // vae.factor), device)
     w = sum(args.w_range) / 2
-    student, teacher, target = (in_parts(network, args.batch) for network in nets[:3])
+    at_once = args.batch if args.checkpointing else 16  # where memory is short, no more than in a step
+    student, teacher, target = (in_parts(network, at_once) for network in nets[:3])
     if args.objective == "lcm":
         trajectory = guided_trajectory(teacher, z_T, cond8, null8, schedule, w)
     else:
