@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .pictures import decode
 from .safefile import all_finite, read_header, read_tensors, write_tensors
 from .text import TextEncoder, add_size
 from .unet import Cond
@@ -114,15 +115,6 @@ def read_caption(file: Path, name: str | None) -> str:
 
 
 # ---- pixels
-
-
-def decode(data: bytes) -> Image.Image:
-    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is no picture."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
-    except Exception as error:  # each of Pillow's decoders has its own
-        raise ValueError(f"not a picture that can be read ({type(error).__name__})") from None
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Pixels to pictures and files: one PNG an image with its recipe inside, and labelled contact sheets."""
 
+import io
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +22,26 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(x) for x in rearrange(levels, "b c h w -> b h w c").cpu().numpy()]
 
 
+def decode(data: bytes) -> Image.Image:
+    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is no picture."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
+    except Exception as error:  # each of Pillow's decoders has its own
+        raise ValueError(f"not a picture that can be read ({type(error).__name__})") from None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and centre-cropped to (W, H).
 
     Raises ValueError if there is no such file or it is no picture.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, ValueError):
-        raise ValueError(f"{path}: not a picture that can be read") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = decode(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     x = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
     zoom = max(size[0] / image.width, size[1] / image.height)
     h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .data import PICTURES, crop, decode, nearest
+from .data import PICTURES, crop, nearest
+from .pictures import decode
 
 
 class Sample(NamedTuple):

@@ -25,12 +25,12 @@ from minilcm.data import (
     cache_latents,
     cache_text,
     crop,
-    decode,
     nearest,
     plan,
     read_cond,
     read_pictures,
 )
+from minilcm.pictures import decode
 from minilcm.safefile import read_tensors, write_tensors
 from minilcm.text import TextConfig, TextEncoder
 

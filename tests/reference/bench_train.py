@@ -4,7 +4,7 @@
 
 SD1.5 at 256x256, batch 1, a LoRA of rank 64, random weights, on the CPU. A step is forward, backward, clipping, AdamW.
 
-    minilcm             lcd_loss and its three networks as train.py makes them: one UNet
+    minilcm             what train.py does: one UNet, in float32 with the frozen weights in float16 until they are used
     diffusers one UNet  what the official SDXL script does: adapters disabled for the teacher, enabled for the target
     diffusers two UNets what the official webdataset scripts do: the teacher is a UNet of its own
 
@@ -39,11 +39,10 @@ from torch import Tensor, nn
 import minilcm.memory
 from minilcm.checkpoint import load_strict, read_part
 from minilcm.family import UNET
-from minilcm.lcm import draw, lcd_loss
-from minilcm.lora import add_lora, load_tau, lora_off
+from minilcm.lora import load_tau
 from minilcm.lora_io import read_tau
+from minilcm.objective import Objective, loss_of, make_networks
 from minilcm.safefile import read_header
-from minilcm.schedule import make_schedule
 from minilcm.unet import Cond, UNet, sd15
 
 W, RANK, LORA_ALPHA, LR = 7.5, 64, 8.0, 1e-4
@@ -65,28 +64,18 @@ def autocast(dtype: torch.dtype):
 
 
 def by_minilcm(folder: Path, dtype: torch.dtype, checkpointing: bool) -> tuple[LossFn, list[nn.Parameter]]:
+    narrow = dtype == torch.float32
+    objective = Objective("lcm", RANK, LORA_ALPHA, w_range=(W, W), checkpointing=checkpointing, narrow=narrow)
     with torch.device("meta"):
         unet = UNet(sd15())
-    load_strict(unet, read_unet(folder, dtype), "UNet")
-    parameters = add_lora(unet, RANK, LORA_ALPHA)
+    load_strict(unet, read_unet(folder, torch.float16 if narrow else dtype), "UNet")
+    nets = make_networks(objective, unet, dtype)
     load_tau(unet, read_tau(folder / "lora.safetensors"))
-    if checkpointing:
-        minilcm.memory.add_checkpointing(unet)
-    schedule = make_schedule()
 
-    def student(z_t, t, cond, w=None):
-        with autocast(dtype):
-            return unet(z_t, t, cond)
+    def loss(z0, cond, null_cond, generator):
+        return loss_of(objective, nets, z0, Cond(cond), Cond(null_cond), generator)
 
-    def teacher(z_t, t, cond, w=None):
-        with lora_off(unet):
-            return student(z_t, t, cond)
-
-    def loss_of(z0, cond, null_cond, generator):
-        drawn = draw(z0.shape, generator, (W, W))
-        return lcd_loss(student, teacher, student, z0, Cond(cond), Cond(null_cond), schedule, *drawn)
-
-    return loss_of, parameters
+    return loss, [x for x in unet.parameters() if x.requires_grad]
 
 
 def by_diffusers(folder: Path, dtype: torch.dtype, checkpointing: bool, two: bool) -> tuple[LossFn, list[nn.Parameter]]:
@@ -173,7 +162,7 @@ def forget_peak() -> None:
 
 def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folder: Path) -> None:
     """Run in a process of its own; prints {"losses", "seconds", "processor", "peak", "loading"}."""
-    loss_of, parameters = PROGRAMS[program](folder, dtype, checkpointing)
+    loss_fn, parameters = PROGRAMS[program](folder, dtype, checkpointing)
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=program == "minilcm")
     count = sum(x.numel() for x in parameters)
     assert count == 67_252_224 and all(x.dtype == torch.float32 for x in parameters), count
@@ -184,7 +173,7 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
     losses, seconds, processor = [], [], []
     for step in range(steps + 1):
         start, start_processor = time.perf_counter(), time.process_time()
-        loss = loss_of(z0, cond, null_cond, torch.Generator().manual_seed(step))
+        loss = loss_fn(z0, cond, null_cond, torch.Generator().manual_seed(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

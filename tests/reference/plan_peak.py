@@ -3,9 +3,9 @@
     python tests/reference/plan_peak.py emoji     one minute
     python tests/reference/plan_peak.py sd15      some minutes; a random SD1.5 (2 GB) is written under TMPDIR first
 
-Each run is a process of its own: two steps of train.py on eight pictures. Measured is its highest resident set less what
-it had after Python's imports. For SD1.5 what is drawn for the sheets, an hour here and no more memory than a step, is
-left out. Goal: the plan's total within 10 %.
+Each run is a process of its own: two steps of train.py on eight pictures. Measured is its highest resident set less
+what it had after Python's imports. For SD1.5 what is drawn for the sheets, an hour here and no more memory than a step,
+is left out. Goal: the plan's total within 10 %.
 """
 
 import contextlib
