@@ -42,6 +42,12 @@ def files(tmp_path_factory):
     (folder / "art").mkdir()
     write_art(folder / "art/noto.tar", "noto"), write_art(folder / "art/fluent.tar", "fluent")
     (folder / "art/held_out.txt").write_text("rocket\tfluent\n")
+    for name in ("empty", "bare", "broken"):  # no picture; no caption; no picture that can be read
+        (folder / name).mkdir()
+    (folder / "bare/cat.png").write_bytes(png(drawing(0)))
+    (folder / "broken/cat.png").write_bytes(b"no picture")
+    (folder / "broken/cat.txt").write_text("a cat")
+    (folder / "broken.tar").write_bytes(b"no tar")
     return folder
 
 
@@ -524,6 +530,13 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         (["--objective", "lcm", "--rank", "two"], "invalid int value: 'two'"),
         (["--objective", "lcm", "--rank", "0"], "rank is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "-1"], "rank is -1; give 1 or more"),
+        (["--objective", "lcm", "--rank", "33"], "rank is 33, but the weight of"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"], "empty: no pictures; put them there"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"], "cat.png: no caption; put its text into"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"], "none can be read; first: "),
+        (["--objective", "lcm", "--rank", "2", "--data", "none.tar"], "none.tar: no such file"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"], "broken.tar: not a .tar file"),
+        (["--objective", "lcm", "--rank", "2", "--workers", "0"], "--workers is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--steps", "0"], "--steps is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--batch", "0"], "--batch is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--looks", "0"], "--looks is 0; give 1 or more"),
@@ -553,6 +566,18 @@ def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(files, tmp_path):
     assert "PyTorch sees no CUDA device" in refused([*flags(files, tmp_path, "lcm", 1), "--device", "cuda"])
+
+
+def test_resume_on_another_model(files, tmp_path):
+    """The same path, but another file: refused with both digests; the base of a LoRA cannot change on the way."""
+    write_model(tmp_path / "model.safetensors")
+    argv = [*flags(files, tmp_path / "out", "attention", 1), "--model", str(tmp_path / "model.safetensors")]
+    train.main(train.parse(argv))
+    write_model(tmp_path / "model.safetensors", seed=1)
+    message = refused([*argv, "--resume"])
+    assert re.match(
+        r"--resume: --model was model.safetensors, sha256 \w{10}, is now model.safetensors, sha256", message
+    )
 
 
 def test_art_of_other_names_only(files, tmp_path):
