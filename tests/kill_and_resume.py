@@ -8,6 +8,7 @@ it goes on with --resume. At the end result and state must equal the untouched r
 """
 
 import argparse
+import os
 import random
 import resource
 import signal
@@ -35,7 +36,8 @@ def start(folder: Path, out: Path, objective: str, *more: str, limit: int | None
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stdout=subprocess.DEVNULL,
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # small as it is, two threads are slower
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, preexec_fn=small_disk)  # fmt: skip
 
 

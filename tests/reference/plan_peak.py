@@ -21,10 +21,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 RUNS = {
     "emoji": [
-        ["--objective", "lcm", "--rank", "32", "--batch", "64"],
-        ["--objective", "lcm", "--rank", "32", "--batch", "64", "--checkpointing"],
-        ["--objective", "diffusion", "--full", "--batch", "128"],
-        ["--objective", "lcm", "--full", "--batch", "64"],
+        ["--objective", "lcm", "--rank", "32", "--batch", "32"],
+        ["--objective", "lcm", "--rank", "32", "--batch", "32", "--checkpointing"],
+        ["--objective", "diffusion", "--full", "--batch", "64"],
+        ["--objective", "lcm", "--full", "--batch", "32"],
     ],
     "sd15": [
         ["--objective", "lcm", "--rank", "64", "--batch", "1", "--size", "512"],
