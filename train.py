@@ -1,8 +1,8 @@
 """Train a UNet, or a LoRA for it: the base model, a style, or an LCM-LoRA.
 
     the paper        python train.py --objective lcm --rank 64 --model weights/sd15.safetensors --data my_pictures \\
-                         --out runs/lcm --steps 1000
-    a full LCM       python train.py --objective lcm --full --w 2:14 --model ... --data ... --out runs/full
+                         --out runs/lcm --steps 1000 --lr 1e-4
+    a full LCM       python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --data ... --out runs/full
     a style LoRA     python train.py --objective diffusion --rank 8 --data my_pictures --out runs/style --steps 500
     a base model     python train.py --objective diffusion --full --data weights/emoji/art --out runs/base
     will it fit?     python train.py --objective lcm --rank 64 --model sdxl --plan 12
@@ -10,8 +10,8 @@
 
 diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the
 teacher is the model itself with its LoRA off (a full LCM: a frozen copy), guided by w. --out gets lora.safetensors (or
-model.safetensors), a sheet of pictures and a line of metrics.jsonl at every save, and the last two states, with which
---resume goes on as if never stopped.
+model.safetensors), a sheet of pictures and measurements in metrics.jsonl at every save, and the last two states, with
+which --resume goes on as if never stopped. Under torchrun, give --shutdown-timeout seconds enough to save on Ctrl-C.
 """
 
 import argparse
@@ -114,6 +114,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
+    if args.seed < 0 or args.lr < 0:  # negative seeds are those of what is looked at
+        parser.error(f"--seed is {args.seed}, --lr is {args.lr}; give 0 or more")
     if args.average is None and args.objective == "diffusion" and args.full:
         args.average = 0.9995
     if args.average is not None and not 0 < args.average < 1:
@@ -184,9 +186,10 @@ def open_data(
 ) -> Data:
     """Find out what --data is. Folders of pictures, and the emoji art's drawings, are encoded here; shards later."""
     size, place = args.size or config.size, dict(rank=rank, world=world)
+    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know the null condition too
 
     def encode(captions: list[str], size_ids: Tensor) -> Cond:
-        return with_sizes(text.encode(captions), size_ids)
+        return with_sizes(text.encode_captions(captions), size_ids)
 
     def eight(captions: list[str]) -> list[str]:
         return (captions[:: max(1, len(captions) // 8)] * 8)[:8]
@@ -197,7 +200,7 @@ def open_data(
 
         def streamed(seed: int, start: int = 0) -> Iterator:
             at = positions if seed == args.seed else [0] * args.workers
-            return stream_batches(vae, shards, size, args.batch, seed, start, **place, positions=at)
+            return stream_batches(vae, shards, size, args.batch, seed, start, **place, positions=at, drop=drop)
 
         return Data(eight(next(streamed(-1))[1]), streamed, encode, positions, [])
 
@@ -219,7 +222,6 @@ def open_data(
     targets = buckets(size) if config.unet.adm else [(size, size)]
     latents = cache_latents(vae, model_sha256, pictures, folder, targets, args.looks, args.device)
     texts = cache_text(text, model_sha256, captions, folder)
-    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know "" too
     return Data(
         eight(captions),
         lambda seed, start=0: batches(latents, args.batch, seed, start, **place, drop=drop),
@@ -233,10 +235,13 @@ def main(args: argparse.Namespace) -> None:
     device, half, schedule = args.device, forward_dtype(args.device), make_schedule()
     planned = FAMILIES.get(str(args.model)) if args.plan is not None else None
     config = planned() if planned else identify(args.model)
-    objective, size = objective_of(args, config), args.size or config.size
+    objective, size = objective_of(args, config), config.size if args.size is None else args.size
     args.checkpointing = objective.checkpointing
+    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point of the lowest level
+    if size < 1 or size % coarsest:
+        raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
     if args.plan is not None:
-        return plan(objective, config, args.batch, size, device, half, bool(args.average), args.plan)
+        return plan(objective, config, args.batch, size, device, half, bool(args.average), args.accumulate, args.plan)
     if config.unet.w_dim is not None:
         raise ValueError(
             f"{args.model}: a full LCM, which is no base to train on; give the model that it was made from"
@@ -250,6 +255,11 @@ def main(args: argparse.Namespace) -> None:
     if args.rank is not None:
         check_rank(unet, args.rank, objective.targets)  # before an hour of encoding
     model_sha256 = sha256(args.model)  # kept in the LoRA: whoever has it can tell its base
+    flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
+    flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
+    state = latest_state(args.out) if args.resume else None
+    if state is not None:
+        check_flags(flags, read_run(state)["flags"])
 
     # ---- what it is trained on; the UNet comes after what encodes it
     vae, text = vae.to(device), text.to(device, torch.float32)
@@ -321,18 +331,13 @@ def main(args: argparse.Namespace) -> None:
             save_png(args.out / f"step_{step:06d}.png", sheet, f"step {step}")
 
     # ---- states: all that a run needs to go on
-    run = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    run["model"] = f"{args.model.name}, sha256 {model_sha256[:10]}"
     saved = named | {f"average.{k}": v for k, v in average.items()}
     if nets.target_unet is not None:
         saved |= {f"target.{k}": v for k, v in nets.target_unet.named_parameters()}
     start = 0
-    if args.resume:
-        state = latest_state(args.out)
-        then = read_run(state)
-        check_flags(run, then["flags"])
-        start = load_state(state, saved, optimizer)["step"]
-        data.positions[:] = then["positions"][rank]
+    if state is not None:
+        then = load_state(state, saved, optimizer)
+        start, data.positions[:] = then["step"], then["positions"][rank]
 
     def save(step: int) -> None:
         """The result and the state; every rank has a part in it, rank 0 writes."""
@@ -341,9 +346,12 @@ def main(args: argparse.Namespace) -> None:
         if args.objective == "lcm":
             w = ":".join(f"{w:g}" for w in dict.fromkeys(args.w_range))
             recipe |= {"w": w, "k": str(args.k), "K": str(K), "timestep_scaling": f"{T_SCALE:g}"}
-        weights = {name: whole(x) for name, x in (average or named).items()}
+        weights = {}
+        for name, x in (average or named).items():
+            x = whole(x)  # one at a time on the cards; all of them in rank 0's main memory only
+            weights |= {name: x.detach().cpu()} if rank == 0 else {}
         tensors = state_tensors(saved, optimizer, keep=rank == 0)
-        about = {"step": step, "flags": run, "positions": from_all_ranks(data.positions)}
+        about = {"step": step, "flags": flags, "positions": from_all_ranks(data.positions)}
         if rank != 0:
             return
         if args.rank is not None:
@@ -406,4 +414,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:  # before the first step
-        sys.exit("train.py: stopped; nothing was trained yet")
+        sys.exit("train.py: stopped before the first step")

@@ -76,7 +76,8 @@ def is_art(shard: Path) -> bool:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
                 if member.isfile() and member.name.endswith(".json"):
-                    return "keywords" in json.load(tar.extractfile(member))
+                    meta = json.load(tar.extractfile(member))
+                    return isinstance(meta, dict) and {"name", "label", "keywords"} <= meta.keys()
     except (OSError, ValueError, tarfile.TarError):
         raise ValueError(f"{shard}: not a .tar file, or damaged; copy or make it again") from None
     return False

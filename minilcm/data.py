@@ -174,8 +174,8 @@ def cache_latents(
 
     targets = buckets(1024), or [(512, 512)] for squares; `vae_id` names the VAE, as the sha256 of its file does. A look
     is a file in `folder` named by the hash of the picture's bytes, targets, look and `vae_id`, and not encoded again if
-    it is there, so ranks can share the work. What is no picture is named and left out. Raises ValueError when none is
-    left, or a latent is not finite.
+    it is there. What is no picture is named and left out. Raises ValueError when none is left, or a latent is not
+    finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     examples, skipped = [], 0
@@ -210,12 +210,12 @@ def cache_latents(
 
 @torch.no_grad()
 def cache_text(text: TextEncoder, text_id: str, captions: list[str], folder: Path) -> dict[str, Path]:
-    """Each caption, and "", encoded into a file under the hash of caption and `text_id`; -> {caption: file}."""
+    """Each caption, and "" as null condition, in a file named by the hash of it and `text_id`; -> {caption: file}."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {c: folder / f"{digest(c, text_id)}.safetensors" for c in dict.fromkeys(["", *captions])}
+    files = {c: folder / f"{digest(c or None, text_id)}.safetensors" for c in dict.fromkeys(["", *captions])}
     for caption, file in tqdm(files.items(), desc="captions", disable=None):
         if not file.exists():
-            context, vector = text.encode([caption])
+            context, vector = text.encode_captions([caption])
             pooled = {} if vector is None else {"pooled": vector[0, : -6 * 256]}  # sizes are the picture's
             write_tensors(file, {"context": context[0]} | pooled, {"caption": caption})
     return files

@@ -15,7 +15,7 @@ from .lcm import K, Network, draw, guidance_embedding, lcd_loss
 from .lora import TARGETS, add_lora, lora_off, target_paths
 from .memory import add_checkpointing
 from .ranks import shard
-from .schedule import T, diffusion_loss, make_schedule
+from .schedule import Schedule, T, diffusion_loss, make_schedule
 from .unet import Cond, UNet
 
 W_DIM = 256  # sinusoids of a full LCM's guidance embedding
@@ -63,7 +63,7 @@ def make_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int
     if objective.checkpointing:
         add_checkpointing(unet)
     if world > 1:
-        shard(unet)
+        shard(unet, unet.out[2].weight.device.type)
 
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         return run(unet, half, z_t, t, cond)
@@ -117,7 +117,7 @@ def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, world
         add_checkpointing(unet)
     if world > 1:
         for each in (unet, teacher_unet, target_unet):
-            shard(each)
+            shard(each, unet.out[2].weight.device.type)
 
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
         return run(unet, half, z_t, t, cond, guidance_embedding(w, W_DIM))
@@ -145,7 +145,7 @@ def loss_of(
 
     What is random is drawn for the batches of all ranks, by a generator that is the same on each; each takes its rows.
     """
-    schedule, b = make_schedule(), len(z0)
+    schedule, b = Schedule(*(table.to(z0.device) for table in make_schedule())), len(z0)
     rows, shape = slice(rank * b, (rank + 1) * b), (world * b, *z0.shape[1:])
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))

@@ -4,7 +4,13 @@ The real step runs on fake tensors, which have shapes and no memory. They are sa
 backward asks for a real card; the shapes are the same.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .family import Config
@@ -17,8 +23,19 @@ from .vae import VAE
 RUNTIME = {"cuda": 0.5, "cpu": 0.6}  # GB, about: CUDA's own; Python with its libraries
 
 
+@contextmanager
+def norms_as_on_cuda() -> Iterator[None]:
+    """Autocast runs normalisations in float32 on a card, but not on a CPU: the wide inputs are kept, and count."""
+
+    def widened(norm):
+        return lambda x, *args, **kwargs: norm(x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args))
+
+    with patch.object(F, "group_norm", widened(F.group_norm)), patch.object(F, "layer_norm", widened(F.layer_norm)):
+        yield
+
+
 def step_bytes(
-    objective: Objective, config: Config, batch: int, size: int, half: torch.dtype, average: bool
+    objective: Objective, config: Config, batch: int, size: int, half: torch.dtype, average: bool, accumulate: int = 1
 ) -> tuple[dict[str, int], int]:
     """({part: bytes}, how many parameters are trained) of a step on `batch` pictures of `size` x `size` pixels."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -29,8 +46,9 @@ def step_bytes(
         z0 = torch.randn(batch, 4, size // vae.factor, size // vae.factor)
         null_cond = TextEncoder(config.text).null_cond(batch, (size, size))
         cond = null_cond.cat(null_cond).rows(slice(batch))  # one row an image, where null_cond repeats one
-        with LiveBytes() as live:
-            loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()
+        with LiveBytes() as live, norms_as_on_cuda() if half == torch.bfloat16 else nullcontext():
+            for _ in range(min(2, accumulate)):  # in the second batch all gradients are there from the start
+                loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
     full = objective.rank is None
     copies = size_of(nets.target_unet.parameters()) + base * half.itemsize if nets.target_unet else 0
@@ -65,10 +83,11 @@ def plan(
     device: str,
     half: torch.dtype,
     average: bool = False,
+    accumulate: int = 1,
     card: float = 0.0,
 ) -> None:
     """Print the bytes of a step by part, with the other choice of checkpointing, and whether `card` GB hold them."""
-    step = config, batch, size, half, average
+    step = config, batch, size, half, average, accumulate
     parts, count = step_bytes(objective, *step)
     other, _ = step_bytes(objective._replace(checkpointing=not objective.checkpointing), *step)
     vae, text, encoding, decoding = vae_and_text_bytes(config, size)

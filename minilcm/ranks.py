@@ -28,14 +28,18 @@ def start_ranks(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def shard(unet: nn.Module) -> None:
+def shard(unet: nn.Module, device: str) -> None:
     """FSDP2: the weights of a block are whole only while it runs; each rank keeps 1 / world of them."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block in unet.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
-            fully_shard(block)
-    fully_shard(unet, reshard_after_forward=True)  # also what belongs to no block: a target has no backward pass
+            fully_shard(block, mesh=mesh)
+    fully_shard(
+        unet, mesh=mesh, reshard_after_forward=True
+    )  # also what belongs to no block: a target has no backward pass
 
 
 def whole(x: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     """A safetensors file, sorted by key, contiguous, atomic; others expect {"format": "pt"} in the metadata."""
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
-        save_file(tensors, part, {"format": "pt", **metadata})
+        try:
+            save_file(tensors, part, {"format": "pt", **metadata})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

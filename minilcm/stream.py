@@ -72,6 +72,13 @@ def shuffled(samples: Iterator, buffer: int, rng: random.Random) -> Iterator:
     yield from held
 
 
+def check_shards(shards: list[Path], readers: int) -> None:
+    if len(shards) < readers:
+        raise ValueError(f"{len(shards)} shards for {readers} readers; give each reader one, or fewer workers")
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise ValueError(f"{missing[0]}: no such file")
+
+
 def stream(
     shards: list[Path],
     targets: list[tuple[int, int]],
@@ -89,10 +96,7 @@ def stream(
     what was taken before it, so `skip` reads over them without decoding, and over whole epochs without reading. What
     is damaged is named and left out. Raises ValueError: a shard is missing, there are too few, or none has a picture.
     """
-    if len(shards) < world * workers:
-        raise ValueError(f"{len(shards)} shards for {world * workers} readers; give each reader one, or fewer workers")
-    if missing := [shard for shard in shards if not shard.is_file()]:
-        raise ValueError(f"{missing[0]}: no such file")
+    check_shards(shards, world * workers)
     mine = sorted(shards)[rank * workers + worker :: world * workers]
     position = epoch = 0
     while True:
@@ -138,25 +142,48 @@ def columns(samples: list[Sample]) -> Sample:
     return Sample(*(list(column) for column in zip(*samples)))
 
 
+def in_one_line(loader: DataLoader) -> Iterator[Sample]:
+    """The batches; a reader's error without the traceback that DataLoader puts before it."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
 def leave_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its step, saves, and ends the workers
 
 
 @torch.no_grad()
 def stream_batches(
-    vae, shards: list[Path], size: int, batch: int, seed: int, start: int, rank: int, world: int, positions: list[int]
+    vae,
+    shards: list[Path],
+    size: int,
+    batch: int,
+    seed: int,
+    start: int,
+    rank: int,
+    world: int,
+    positions: list[int],
+    drop: float = 0.0,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
     """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) as `data.batches` gives, out of shards, encoded as read.
 
     `positions`: of each reading process, 0 at first, moved on when a batch of it is taken; with those of then, a later
-    call goes on at `start`. The processes take turns, batch by batch. Pictures are squares of `size`, cut anywhere.
+    call goes on at `start`. The processes take turns, batch by batch. Pictures are squares of `size`, cut anywhere. A
+    share `drop` of the captions is "". Raises ValueError as `stream` does.
     """
+    check_shards(shards, world * len(positions))
     workers, device = len(positions), next(vae.parameters()).device
     data = Shards(shards, [(size, size)], rank, world, seed, list(positions), start % workers)
     loader = DataLoader(data, batch, num_workers=workers, collate_fn=columns, worker_init_fn=leave_ctrl_c)
-    for step, samples in enumerate(loader, start):
-        generator = torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(62))
-        mean, std = vae.moments(torch.stack(samples.pixels).to(device))
+    for step, samples in enumerate(in_one_line(loader), start):
+        rng = random.Random(f"{seed} {step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        dropped = [rng.random() < drop for _ in range(world * batch)][rank * batch : (rank + 1) * batch]
+        captions = ["" if gone else caption for gone, caption in zip(dropped, samples.caption)]
+        moments = [vae.moments(pixels[None].to(device)) for pixels in samples.pixels]  # one at a time: less memory
+        mean, std = (torch.cat(x) for x in zip(*moments))  # (b, 4, h, w) each
         noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rank * batch : (rank + 1) * batch]
         positions[step % workers] = samples.position[-1]
-        yield mean + std * noise.to(device), samples.caption, torch.stack(samples.size_ids), generator
+        yield mean + std * noise.to(device), captions, torch.stack(samples.size_ids), generator

@@ -95,6 +95,7 @@ class TextEncoder(nn.Module):
             width, layers, heads = cfg.big
             self.big = TextTransformer(N_TOKENS, VOCAB, width, heads, layers, output_dim=width)  # exact GELU
             self.big.attn_mask = None
+        self.cut: set[str] = set()  # prompts that were too long
 
     def tokenize(self, prompts: list[str], pad: int = EOS) -> Tensor:
         """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (EOS for CLIP-L, 0 for bigG).
@@ -104,7 +105,8 @@ class TextEncoder(nn.Module):
         ids = torch.full((len(prompts), N_TOKENS), pad)
         for row, prompt in zip(ids, prompts):
             tokens = self.tokenizer.encode(prompt)
-            if len(tokens) > N_TOKENS - 2 and pad == EOS:
+            if len(tokens) > N_TOKENS - 2 and pad == EOS and prompt not in self.cut:
+                self.cut.add(prompt)  # said once
                 print(f"prompt cut after 75 tokens; ignored: {self.tokenizer.decode(tokens[N_TOKENS - 2 :])!r}")
             tokens = [BOS, *tokens[: N_TOKENS - 2], EOS]
             row[: len(tokens)] = torch.tensor(tokens)
@@ -128,6 +130,16 @@ class TextEncoder(nn.Module):
         at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
         pooled = at_eos @ self.big.text_projection
         return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, whole(size)))
+
+    def encode_captions(self, captions: list[str]) -> Cond:
+        """As `encode`, but an empty caption, dropped for guidance, is the null condition that sampling will ask for."""
+        cond = self.encode(captions)
+        if cond.vector is None:
+            return cond  # for SD1.x "" is it
+        null = self.null_cond(len(captions))
+        empty = torch.tensor([caption == "" for caption in captions], device=cond.context.device)  # (b,)
+        context = torch.where(empty[:, None, None], null.context, cond.context)
+        return Cond(context, torch.where(empty[:, None], null.vector, cond.vector))
 
     @torch.no_grad()
     def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:

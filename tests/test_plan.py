@@ -57,6 +57,25 @@ def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
     assert parts["activations"] == pytest.approx(live.peak - gradients, rel=0.01)
 
 
+def test_accumulated_gradients_count():
+    """From the second batch on all gradients are there while activations peak: of all weights that is more, and a third
+    batch changes nothing.
+    """
+    one, two, three = (
+        step_bytes(Objective("diffusion", None), CONFIG, 4, 64, F32, False, accumulate=n)[0]["activations"]
+        for n in (1, 2, 3)
+    )
+    assert one < two == three <= one + 4 * count(tiny_unet())
+
+
+def test_norms_are_wide_on_a_card():
+    """In bfloat16 a card normalises in float32 and keeps the wide input: more than half of what float32 takes."""
+    narrow, wide = (
+        step_bytes(Objective("diffusion", 4), CONFIG, 4, 64, half, False)[0] for half in (torch.bfloat16, F32)
+    )
+    assert 0.6 * wide["activations"] < narrow["activations"] < wide["activations"]
+
+
 def test_checkpointing_and_batch_move_activations_only():
     """Twice the batch takes about twice the activations, checkpointing less of them; nothing else changes."""
     wide, small, double = (

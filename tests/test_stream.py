@@ -203,3 +203,24 @@ def test_errors(tmp_path):
         with pytest.raises(ValueError) as caught:
             next(stream(*arguments))
         assert message in str(caught.value) and "\n" not in str(caught.value)
+    for message, world, workers, files in (
+        ("2 shards for 4 readers", 2, 2, shards),
+        (f"{tmp_path / 'no.tar'}: no such file", 1, 1, [tmp_path / "no.tar"]),
+        (f"{nothing} and 0 more: not one sample can be read", 1, 1, [nothing]),
+    ):
+        with pytest.raises(ValueError) as caught:  # from a reading process, too
+            next(stream_batches(Means(), files, 8, 1, 0, 0, 0, world, [0] * workers))
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_captions_are_dropped(tmp_path):
+    """A share of them is "", drawn by seed and step: the same again, and none without it."""
+    shards = write_shards(tmp_path, 1, 6)
+
+    def captions(drop, rank=0, world=1):
+        made = stream_batches(Means(), shards * world, 8, 2, 5, 0, rank, world, [0], drop)
+        return [c for _, (_, batch, _, _) in zip(range(30), made) for c in batch]
+
+    kept, some = captions(0.0), captions(0.3)
+    assert "" not in kept and some == captions(0.3)
+    assert 8 <= some.count("") <= 30 and all(a == b for a, b in zip(some, kept) if a)

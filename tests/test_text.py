@@ -6,6 +6,7 @@ import torch
 from conftest import REFERENCE
 from make_reference import about, filled
 from safetensors.torch import load_file
+from tiny import TWO_TOWERS, tiny_text
 
 from minilcm.merge import merge_into
 from minilcm.text import (
@@ -227,3 +228,16 @@ def test_with_sizes_replaces_the_size_ids(both, text):
         torch.testing.assert_close(cond.vector[i], both.encode(prompts, size).vector[i], rtol=0, atol=1e-6)
     cond = text.encode(prompts)
     assert with_sizes(cond, torch.zeros(2, 6)) is cond
+
+
+def test_an_empty_caption_is_the_null_condition():
+    """As training drops captions: "" is what sampling asks for as null, zeros for two towers; the rest is `encode`'s."""
+    one, two = tiny_text(), tiny_text(0, TWO_TOWERS.text)
+    for text in (one, two):
+        cond, cats = text.encode_captions(["cat", "", "a cat"]), text.encode(["cat", "a cat"])
+        null = text.null_cond(1)
+        for got, expected, nothing in zip(cond, cats, null):
+            if got is not None:
+                torch.testing.assert_close(got[[0, 2]], expected)
+                torch.testing.assert_close(got[1], nothing[0])
+    assert not two.encode_captions([""]).context.any() and one.encode_captions([""]).context.any()
