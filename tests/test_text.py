@@ -231,7 +231,7 @@ def test_with_sizes_replaces_the_size_ids(both, text):
 
 
 def test_an_empty_caption_is_the_null_condition():
-    """As training drops captions: "" is what sampling asks for as null, zeros for two towers; the rest is `encode`'s."""
+    """As training drops captions: "" is what sampling has as null, zeros for two towers; the rest is `encode`'s."""
     one, two = tiny_text(), tiny_text(0, TWO_TOWERS.text)
     for text in (one, two):
         cond, cats = text.encode_captions(["cat", "", "a cat"]), text.encode(["cat", "a cat"])
