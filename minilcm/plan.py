@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .family import Config
 from .memory import LiveBytes, size_of
 from .objective import Objective, loss_of, make_networks
-from .text import TextEncoder
-from .unet import UNet
+from .text import N_TOKENS, TextEncoder
+from .unet import Cond, UNet
 from .vae import VAE
 
 RUNTIME = {"cuda": 0.5, "cpu": 0.6}  # GB, about: CUDA's own; Python with its libraries
@@ -44,11 +44,11 @@ def step_bytes(
         nets = make_networks(objective, unet, half)
         trained = [x for x in unet.parameters() if x.requires_grad]
         z0 = torch.randn(batch, 4, size // vae.factor, size // vae.factor)
-        null_cond = TextEncoder(config.text).null_cond(batch, (size, size))
-        cond = null_cond.cat(null_cond).rows(slice(batch))  # one row an image, where null_cond repeats one
+        vector = torch.randn(batch, config.unet.adm) if config.unet.adm else None
+        cond = Cond(torch.randn(batch, N_TOKENS, config.unet.context_dim), vector)
         with LiveBytes() as live, norms_as_on_cuda() if half == torch.bfloat16 else nullcontext():
             for _ in range(min(2, accumulate)):  # in the second batch all gradients are there from the start
-                loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()
+                loss_of(objective, nets, z0, cond, cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
     full = objective.rank is None
     copies = size_of(nets.target_unet.parameters()) + base * half.itemsize if nets.target_unet else 0
