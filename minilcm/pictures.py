@@ -36,12 +36,12 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 
     Raises ValueError if there is no such file or it is no picture.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     try:
         image = decode(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (OSError, ValueError):  # a folder, for one
+        raise ValueError(f"{path}: not a picture that can be read") from None
     x = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
     zoom = max(size[0] / image.width, size[1] / image.height)
     h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
