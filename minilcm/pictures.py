@@ -63,9 +63,8 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     letters = width // 6
-    lines = [
-        [y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels
-    ]  # an empty line stays one
+    # an empty line stays one
+    lines = [[y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels]
     tall = 13 * max(map(len, lines)) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")

@@ -37,9 +37,8 @@ def shard(unet: nn.Module, device: str) -> None:
     for block in unet.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
             fully_shard(block, mesh=mesh)
-    fully_shard(
-        unet, mesh=mesh, reshard_after_forward=True
-    )  # also what belongs to no block: a target has no backward pass
+    # also what belongs to no block: a target has no backward pass, after which it would be cut again
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(x: Tensor) -> Tensor:
