@@ -141,18 +141,22 @@ def merge(args, sign: float = 1.0) -> None:
         check_fit(shapes, tau, str(path))
 
     mix = combine(taus, [sign * lam for _, lam in loras])
-    scratch = torch.empty(max(math.prod(header[where[path].key].shape) for path in mix))  # memory used again and again
     by_key: dict[str, list] = {}
     for path, parts in mix.items():
         by_key.setdefault(where[path].key, []).append((where[path], parts))
 
     def add(key: str):
         def change(weight: Tensor) -> Tensor:
-            changed = scratch[: weight.numel()].view(weight.shape).copy_(weight)
-            for place, parts in by_key[key]:
-                add_delta_(changed.T if place.transposed else changed[place.rows], *parts)
-            if not all_finite(changed):
-                raise ValueError(f"{args.checkpoint}: {key} has values that are not finite")
+            changed = weight.clone()
+            for place, (up, down, lora_alpha) in by_key[key]:
+                rows = changed.T if place.transposed else changed[place.rows]
+                n = max(1, (1 << 19) // rows[0].numel())
+                for i in range(0, len(rows), n):  # as many rows at a time as the processor's cache holds
+                    wide = rows[i : i + n].float()
+                    add_delta_(wide, up[i : i + n], down, lora_alpha)
+                    if not all_finite(wide):
+                        raise ValueError(f"{args.checkpoint}: {key} has values that are not finite")
+                    rows[i : i + n] = wide
             return changed
 
         return change
