@@ -138,6 +138,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def forward_dtype(device: str) -> torch.dtype:
     """Of the forward pass: bfloat16 where it is fast. What is trained is float32, as the loss and the schedule are."""
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return torch.float32  # such a card emulates bfloat16
     return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
 
 

@@ -66,6 +66,11 @@ class WidenedConv2d(torch.autograd.Function):
         return nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding), None, None, None, None
 
 
+def too_narrow(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the layer's frozen weight is stored in fewer bits than x, outside autocast, is computed in."""
+    return x.dtype == torch.float32 and layer.weight.dtype == torch.float16
+
+
 class LoRALinear(nn.Linear):
     """An nn.Linear with a low-rank term; `scale` multiplies it (0: off), on top of lora_alpha / rank."""
 
@@ -75,8 +80,7 @@ class LoRALinear(nn.Linear):
         self.lora_up = nn.Linear(rank, self.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.dtype == torch.float32 and self.weight.dtype == torch.float16
-        y = WidenedLinear.apply(x, self.weight, self.bias) if wide else super().forward(x)
+        y = WidenedLinear.apply(x, self.weight, self.bias) if too_narrow(self, x) else super().forward(x)
         if self.scale == 0:
             return y  # bitwise the base layer
         # W x + scale (lora_alpha / r) B A x
@@ -93,9 +97,10 @@ class LoRAConv2d(nn.Conv2d):
         self.lora_up = nn.Conv2d(rank, self.out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.dtype == torch.float32 and self.weight.dtype == torch.float16
-        more = (self.stride, self.padding) if wide else ()
-        y = WidenedConv2d.apply(x, self.weight, self.bias, *more) if wide else super().forward(x)
+        if too_narrow(self, x):
+            y = WidenedConv2d.apply(x, self.weight, self.bias, self.stride, self.padding)
+        else:
+            y = super().forward(x)
         if self.scale == 0:
             return y
         return y + self.scale * self.lora_alpha / self.rank * self.lora_up(self.lora_down(x))

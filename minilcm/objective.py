@@ -53,7 +53,7 @@ def run(net: nn.Module, half: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *
 def make_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int = 0, world: int = 1) -> Networks:
     """Prepare the UNet for training, in place, and say what student, teacher and target are. `half`: of the forward.
 
-    Over `world` ranks a LoRA is trained by DDP and all weights by FSDP2. Raises ValueError for a rank below 1.
+    Over `world` ranks a LoRA is trained by DDP and all weights by FSDP2. Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
         return lora_networks(objective, unet, half, seed, world)

@@ -78,8 +78,8 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 
 
 @torch.no_grad()
-def draw_sheet(columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]) -> Image.Image:
-    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) -> (1, 3, H, W)."""
-    pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
+def draw_sheet(columns: dict[str, Tensor], prompts: list[str], to_pixels: Callable[[Tensor], Tensor]) -> Image.Image:
+    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; to_pixels: (1, c, h, w) -> (1, 3, H, W)."""
+    pictures = [[to_images(to_pixels(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
     return contact_sheet([picture for row in zip(*pictures) for picture in row], labels, len(columns))

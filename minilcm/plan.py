@@ -28,14 +28,21 @@ def norms_as_on_cuda() -> Iterator[None]:
     """Autocast runs normalisations in float32 on a card, but not on a CPU: the wide inputs are kept, and count."""
 
     def widened(norm):
-        return lambda x, *args, **kwargs: norm(x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args))
+        return lambda x, *args: norm(x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args))
 
     with patch.object(F, "group_norm", widened(F.group_norm)), patch.object(F, "layer_norm", widened(F.layer_norm)):
         yield
 
 
 def step_bytes(
-    objective: Objective, config: Config, batch: int, size: int, half: torch.dtype, average: bool, accumulate: int = 1
+    objective: Objective,
+    config: Config,
+    batch: int,
+    size: int,
+    device: str,
+    half: torch.dtype,
+    average: bool = False,
+    accumulate: int = 1,
 ) -> tuple[dict[str, int], int]:
     """({part: bytes}, how many parameters are trained) of a step on `batch` pictures of `size` x `size` pixels."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -46,7 +53,7 @@ def step_bytes(
         z0 = torch.randn(batch, 4, size // vae.factor, size // vae.factor)
         vector = torch.randn(batch, config.unet.adm) if config.unet.adm else None
         cond = Cond(torch.randn(batch, N_TOKENS, config.unet.context_dim), vector)
-        with LiveBytes() as live, norms_as_on_cuda() if half == torch.bfloat16 else nullcontext():
+        with LiveBytes() as live, norms_as_on_cuda() if device == "cuda" else nullcontext():
             for _ in range(min(2, accumulate)):  # in the second batch all gradients are there from the start
                 loss_of(objective, nets, z0, cond, cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
@@ -59,7 +66,7 @@ def step_bytes(
         "gradients": gradients,
         "Adam's moments": 2 * size_of(trained),
         "average": size_of(trained) if average else 0,
-        "pictures to look at": (51 if objective.kind == "lcm" else 21) * 8 * 4 * z0[0].numel(),
+        "pictures to look at": (51 if objective.kind == "lcm" else 1) * 8 * 4 * z0[0].numel(),
         "activations": live.peak - gradients,
     }, sum(x.numel() for x in trained)
 
@@ -87,7 +94,7 @@ def plan(
     card: float = 0.0,
 ) -> None:
     """Print the bytes of a step by part, with the other choice of checkpointing, and whether `card` GB hold them."""
-    step = config, batch, size, half, average, accumulate
+    step = config, batch, size, device, half, average, accumulate
     parts, count = step_bytes(objective, *step)
     other, _ = step_bytes(objective._replace(checkpointing=not objective.checkpointing), *step)
     vae, text, encoding, decoding = vae_and_text_bytes(config, size)

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -65,7 +67,8 @@ def run(*argv) -> dict[str, float]:
     return json.loads(lines[-1])
 
 
-def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
+def make(family: str, folder: Path) -> None:
+    """Run in a process of its own, which gives its memory back."""
     from full_size import make_files
     from other_programs import write_configs
 
@@ -75,9 +78,14 @@ def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
     if DTYPES[family] == torch.float32:
         tensors, _ = read_tensors(model)
         write_tensors(model, {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}, {})
-        del tensors
     write_configs(folder / "config", family)
     os.sync()
+
+
+def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(make, family, folder).result()
+    model = folder / "model.safetensors"
     size = model.stat().st_size
     print(f"{family} {str(DTYPES[family])[6:]}, {size:,} bytes, median of {rounds}")
     for what in ("load", "merge"):
