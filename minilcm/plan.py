@@ -5,7 +5,9 @@ backward asks for a real card; the shapes are the same.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from multiprocessing import get_context
 from unittest.mock import patch
 
 import torch
@@ -95,9 +97,11 @@ def plan(
 ) -> None:
     """Print the bytes of a step by part, with the other choice of checkpointing, and whether `card` GB hold them."""
     step = config, batch, size, device, half, average, accumulate
-    parts, count = step_bytes(objective, *step)
-    other, _ = step_bytes(objective._replace(checkpointing=not objective.checkpointing), *step)
-    vae, text, encoding, decoding = vae_and_text_bytes(config, size)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # fake tensors are slow: SDXL takes most of a minute
+        job = pool.submit(step_bytes, objective._replace(checkpointing=not objective.checkpointing), *step)
+        parts, count = step_bytes(objective, *step)
+        vae, text, encoding, decoding = vae_and_text_bytes(config, size)
+        other, _ = job.result()
     aside = vae + text if device == "cpu" else 0  # on a card they come and go
     rest = sum(parts.values()) - parts["activations"] + (aside or vae)
     stages = {
