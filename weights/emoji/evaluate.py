@@ -3,6 +3,8 @@
     python weights/emoji/evaluate.py                       table over all prompts, about 10 minutes on 2 cores
     python weights/emoji/evaluate.py --blind runs/blind    36 numbered pictures and, apart from them, their prompts
     python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: the same prompts and seeds
+    python weights/emoji/evaluate.py --styles              the same in numbers: prompt accuracy and palette
+    python weights/emoji/evaluate.py --failures out.png    all pairs that 4 steps get wrong, and what the judge saw
 
 Prompts: every seen (name, style) pair with a colour ("said"), every held-out one four times, and bare names, four seeds
 each. The judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names.
@@ -22,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.art import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+from make_styles import MADE  # noqa: E402
+
+from minilcm.art import COLORS, STYLES, article, compose, place, read_art, split_art  # noqa: E402
 from minilcm.checkpoint import load_model  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
 from minilcm.lora_io import read_tau  # noqa: E402
@@ -190,6 +194,63 @@ def figure(args, model) -> None:
     save_png(args.figure, contact_sheet(images, labels, len(names)), "report figure 3")
 
 
+def palette(pixels: Tensor) -> Tensor:
+    """Share of all points in each of 6x6x6 cells of colour; pixels (b, 3, H, W) in [-1, 1] -> (216,)."""
+    cells = ((pixels + 1) / 2 * 6).long().clamp(0, 5)  # (b, 3, H, W)
+    index = (cells[:, 0] * 36 + cells[:, 1] * 6 + cells[:, 2]).flatten()
+    return torch.bincount(index, minlength=216) / len(index)
+
+
+def styles(args, model, judge) -> None:
+    """A style LoRA added to the LCM-LoRA at (0.8, 1.0), 4 steps: does it keep the style, and the name?
+
+    Palette distance: half the sum of differences of two palettes, 0 to 1, to the style's own drawings on the same
+    backgrounds through the autoencoder.
+    """
+    unet, vae, text, config = model
+    names, tau_lcm, rng = list(config.names), read_tau(args.lora), random.Random(args.seed)
+    seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
+    of_name = {a.name: a for a in seen}
+    print(f"{'':24}{'prompt accuracy':>24}{'palette distance':>18}")
+    for style in ("blueprint", "papercut"):
+        colors = [rng.choice(list(COLORS)) for _ in names * 2]
+        prompts = [f"{name}, {style} style, on {article(c)} background" for name, c in zip(names * 2, colors)]
+        drawn = [place(MADE[style](of_name[name].image), c, config.size, 0.85, (0, 0))
+            for name, c in zip(names * 2, colors)]  # fmt: skip
+        art = palette(torch.cat([vae.decode(vae.encode_mean(x)) for x in torch.stack(drawn).split(64)]).clamp(-1, 1))
+        tau_style, w = read_tau(HERE / f"{style}.safetensors"), config.guidance - 1
+        rows = {
+            "LCM-LoRA alone, 4": (combine([tau_lcm], [1.0]), "lcm", 4, 0.0),
+            "style alone, 25": (combine([tau_style], [1.0]), "ddim", 25, w),
+            "0.8 style + 1.0 lcm, 4": (combine([tau_style, tau_lcm], [0.8, 1.0]), "lcm", 4, 0.0),
+        }
+        print(style)
+        for label, (tau, sampler, steps, w_) in rows.items():
+            merge_into(unet, tau)
+            pixels = draw(model, prompts, sampler, steps, w_, args.seed)
+            unmerge(unet, tau)
+            right = interval(prompt_accuracy(judge, text, pixels, names * 2, names))
+            far = (palette(pixels) - art).abs().sum().item() / 2
+            print(f"  {label:22}{'{:.3f} [{:.3f}, {:.3f}]'.format(*right):>24}{far:18.3f}", flush=True)
+
+
+def failures(args, model, judge) -> None:
+    """What 4 steps of LCM-LoRA get wrong among all seen and held-out pairs."""
+    unet, _, text, config = model
+    names, rng = list(config.names), random.Random(args.seed)
+    pairs = [a for part in split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names) for a in part]
+    prompts = [f"{a.name}, {a.style} style, on {article(rng.choice(list(COLORS)))} background" for a in pairs]
+    merge_into(unet, read_tau(args.lora))
+    pixels = draw(model, prompts, "lcm", 4, 0.0, args.seed)
+    with torch.no_grad():
+        picked = (judge.image_features(pixels) @ judge.text_features(text, names).T).argmax(dim=1)
+    wrong = [i for i, a in enumerate(pairs) if names[picked[i]] != a.name]
+    images = to_images(F.interpolate(pixels[wrong], scale_factor=1.5, mode="bicubic"))
+    labels = [f"{pairs[i].name}, {pairs[i].style}\n-> {names[picked[i]]}" for i in wrong]
+    save_png(args.failures, contact_sheet(images, labels, 8), "prompts that 4 steps get wrong")
+    print(f"{len(wrong)} of {len(pairs)} wrong")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model.safetensors")
@@ -199,12 +260,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument("--blind", type=Path, metavar="DIR", help="draw the blind test instead")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the figure of three rows instead")
+    parser.add_argument("--styles", action="store_true", help="measure style LoRA + LCM-LoRA instead")
+    parser.add_argument("--failures", type=Path, metavar="FILE.png", help="draw what 4 steps get wrong instead")
     args = parser.parse_args()
     model = load_model(args.model)
     if args.blind:
         blind(args, model)
     elif args.figure:
         figure(args, model)
+    elif args.styles:
+        styles(args, model, load_judge(args.judge))
+    elif args.failures:
+        failures(args, model, load_judge(args.judge))
     else:
         table(args, model, load_judge(args.judge))
 

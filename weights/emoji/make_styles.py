@@ -56,6 +56,9 @@ def papercut(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(out, flat)
 
 
+MADE = {"blueprint": blueprint, "papercut": papercut}  # style: drawing -> drawing
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/")
@@ -64,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     names = (HERE / "names.txt").read_text().splitlines()[: args.names]
     seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
-    for style, draw in (("blueprint", blueprint), ("papercut", papercut)):
+    for style, draw in MADE.items():
         (args.out / style).mkdir(parents=True, exist_ok=True)
         if args.pictures:
             of_one_style = [a for a in seen if a.style == "noto"]
