@@ -1,0 +1,399 @@
+"""What all sections of the paper share: the model, prompts, pictures and what is measured on them, trained parts.
+
+Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a stopped run goes on.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+from styles import split_style  # noqa: E402
+
+from minilcm import lcm  # noqa: E402
+from minilcm.art import COLORS, Art, Cache, art_batches, article, cache_art, read_art, split_art  # noqa: E402
+from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.lcm import sample_lcm  # noqa: E402
+from minilcm.lora import TARGETS, Tau, get_tau, lora_layers  # noqa: E402
+from minilcm.lora_io import read_tau  # noqa: E402
+from minilcm.memory import default_dtype  # noqa: E402
+from minilcm.merge import combine, merge_into  # noqa: E402
+from minilcm.metrics import clip_score, load_judge, prompt_accuracy  # noqa: E402
+from minilcm.objective import W_DIM, Objective, loss_of, make_networks, run  # noqa: E402
+from minilcm.pictures import to_images  # noqa: E402
+from minilcm.safefile import read_tensors, sha256, write_tensors  # noqa: E402
+from minilcm.schedule import make_schedule  # noqa: E402
+from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
+from minilcm.unet import UNet  # noqa: E402
+
+EMOJI = HERE.parent / "weights/emoji"
+CACHE = HERE.parent / "runs/paper"
+SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
+spent: dict[Path, float] = {}  # seconds that each part took that this process has used, whenever it was made
+spent_now: list[float] = []  # of those made by this process
+W = 3.0  # of the paper's formula: the guidance that the shipped LCM-LoRA has distilled in, and the model's own
+
+CONTENT = {
+    "living": "cactus, sunflower, evergreen tree, mushroom, penguin, cat face, dog face, frog, tropical fish, octopus, "
+    "snail, butterfly, lady beetle",
+    "food": "pizza, red apple, banana, strawberry, carrot, hamburger, soft ice cream, doughnut, birthday cake, "
+    "hot beverage, cherries, watermelon, grapes, pineapple, lemon",
+    "tools and toys": "umbrella, guitar, soccer ball, basketball, balloon, wrapped gift, key, scissors, light bulb, "
+    "alarm clock, crown, t shirt, trophy, camera, television, mobile phone, hammer, bomb, bell, drum, gem stone, "
+    "locked",
+    "places and signs": "rocket, sailboat, automobile, bicycle, airplane, house, fire, rainbow, star, "
+    "snowman without snow, red heart, ghost, skull, robot",
+}
+CATEGORY = {name: category for category, names in CONTENT.items() for name in names.split(", ")}
+
+
+# ---- the model
+
+
+class Lab(NamedTuple):
+    """The shipped model and its judge."""
+
+    unet: UNet
+    vae: nn.Module
+    text: nn.Module
+    judge: nn.Module
+    names: list[str]
+    side: int  # of the square latents
+
+
+@functools.cache
+def open_lab() -> Lab:
+    unet, vae, text, config = load_model(EMOJI / "model.safetensors")
+    side = config.size // vae.factor
+    return Lab(unet, vae, text, load_judge(EMOJI / "judge.safetensors"), list(config.names), side)
+
+
+@functools.cache
+def content_of(path: Path) -> str:
+    return sha256(path)[:16]
+
+
+def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """make(), or what it gave before for the same key, which must hold all that it depends on."""
+    key = json.dumps([key, content_of(EMOJI / "model.safetensors")], sort_keys=True)
+    path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        tensors = {k: x.contiguous() for k, x in make().items()}
+        spent_now.append(time.perf_counter() - start)
+        write_tensors(path, tensors, {"key": key, "seconds": str(spent_now[-1])})
+    tensors, about = read_tensors(path)
+    spent[path] = float(about["seconds"])
+    return tensors
+
+
+class Vector(NamedTuple):
+    """A tau, and what it was made by."""
+
+    key: object
+    tau: Tau
+
+
+def shipped(name: str) -> Vector:
+    path = EMOJI / f"{name}.safetensors"
+    return Vector(content_of(path), read_tau(path))
+
+
+def to_vector(key, tensors: dict[str, Tensor]) -> Vector:
+    """The tau that `from_tau` took apart."""
+    paths = sorted({k.rpartition("/")[0] for k in tensors})
+    return Vector(key, {p: (tensors[f"{p}/up"], tensors[f"{p}/down"], tensors[f"{p}/alpha"].item()) for p in paths})
+
+
+def from_tau(tau: Tau) -> dict[str, Tensor]:
+    parts = {path: {"up": up, "down": down, "alpha": torch.tensor(alpha)} for path, (up, down, alpha) in tau.items()}
+    return {f"{path}/{k}": x.detach().clone() for path, three in parts.items() for k, x in three.items()}
+
+
+@contextmanager
+def changed(unet: UNet, base: dict[str, Tensor] | None, vectors: list[tuple[Vector, float]]) -> Iterator[None]:
+    """Inside the block the UNet has other weights, and sum_i lambda_i tau_i in them; after it, its own, bit for bit."""
+    before = {name: x.detach().clone() for name, x in unet.named_parameters()}
+    try:
+        if base is not None:
+            unet.load_state_dict(base)
+        if vectors:
+            merge_into(unet, combine([v.tau for v, _ in vectors], [lam for _, lam in vectors]))
+        yield
+    finally:
+        unet.load_state_dict(before)
+
+
+# ---- prompts
+
+
+class Prompt(NamedTuple):
+    text: str
+    name: str
+    style: str | None = None
+    color: str | None = None
+    held_out: bool = False
+
+
+def said(art: list[Art], rng: random.Random, held_out: bool, colors=tuple(COLORS)) -> list[Prompt]:
+    drawn = [rng.choice(colors) for _ in art]
+    return [Prompt(f"{a.name}, {a.style} style, on {article(c)} background", a.name, a.style, c, held_out)
+        for a, c in zip(art, drawn)]  # fmt: skip
+
+
+@functools.cache
+def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
+    """all: each (name, style) pair with a colour, held-out ones four times. bare: the names. Any of its style: `said`
+    prompts of a style of paper/styles.py. `most`: only so many, spread evenly.
+    """
+    lab, rng = open_lab(), random.Random(0)
+    if kind == "all":
+        seen, held_out = split_art(read_art(EMOJI / "art"), EMOJI / "art/held_out.txt", lab.names)
+        prompts = said(seen, rng, False) + said(held_out * 4, rng, True)
+    elif kind == "bare":
+        prompts = [Prompt(name, name) for name in lab.names]
+    else:  # not on black, where a black glyph is nothing
+        art = [Art(name, (), kind, None) for name in lab.names]
+        prompts = said(art, rng, False, tuple(c for c in COLORS if c != "black"))
+    return prompts if most is None else [prompts[i * len(prompts) // most] for i in range(min(most, len(prompts)))]
+
+
+# ---- pictures
+
+
+class Draw(NamedTuple):
+    """How pictures are drawn."""
+
+    sampler: str  # lcm, ddim or dpmpp
+    steps: int
+    w: float = 0.0  # guidance while sampling: 0 is off, and a step is one network evaluation instead of two
+    w_emb: float | None = None  # w as the input of a full LCM
+
+    @property
+    def evaluations(self) -> int:
+        return self.steps * (2 if self.w else 1)
+
+
+def noise(prompts: int, seed: int, side: int) -> tuple[Tensor, list[torch.Generator]]:
+    """z_T (b, 4, h, w) and each picture's generator: the same for every sampler."""
+    generators = [torch.Generator().manual_seed(100_003 * seed + i) for i in range(prompts)]
+    return torch.stack([torch.randn(4, side, side, generator=g) for g in generators]), generators
+
+
+@torch.no_grad()
+def latents(lab: Lab, unet: UNet, prompts: list[Prompt], seed: int, draw: Draw) -> Tensor:
+    """z0 (b, 4, h, w) by a UNet as it is; one picture a prompt."""
+    z_T, generators = noise(len(prompts), seed, lab.side)
+    w_emb = () if draw.w_emb is None else (lcm.guidance_embedding(torch.tensor([draw.w_emb])),)
+    z0 = []
+    for i in range(0, len(prompts), 64):
+        part = slice(i, i + 64)
+        b = len(prompts[part])
+        cond = lab.text.encode([p.text for p in prompts[part]])
+        network = lambda z_t, t, cond: run(unet, HALF, z_t, t, cond, *w_emb)  # noqa: E731
+        guided = guided_eps(network, cond, lab.text.null_cond(b), draw.w)
+        eps_fn = lambda z_t, t: guided(z_t, torch.as_tensor(t).expand(len(z_t)))  # noqa: E731
+        if draw.sampler == "lcm":
+            z0.append(sample_lcm(eps_fn, z_T[part], SCHEDULE, draw.steps, generators[part]))
+        else:
+            sample = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[draw.sampler]
+            z0.append(sample(eps_fn, z_T[part], SCHEDULE, draw.steps))
+    return torch.cat(z0)
+
+
+@torch.no_grad()
+def measure(lab: Lab, z0: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and the judge's features (b, e).
+
+    Sharpness is the mean absolute Laplacian of its grey levels in [-1, 1].
+    """
+    pixels = torch.cat([lab.vae.decode(z) for z in z0.split(64)]).clamp(-1, 1)
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return {
+        "z0": z0,
+        "right": prompt_accuracy(lab.judge, lab.text, pixels, [p.name for p in prompts], lab.names).float(),
+        "score": clip_score(lab.judge, lab.text, pixels, [p.text for p in prompts]),
+        "sharpness": F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3)),
+        "features": lab.judge.image_features(pixels),
+    }
+
+
+def pictures(
+    prompts: list[Prompt],
+    seeds: tuple[int, ...],
+    draw: Draw,
+    vectors: list[tuple[Vector, float]] = (),
+    base: tuple[object, dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """What `measure` finds, each of shape (prompts, seeds, ...). base: (what it was made by, weights of a UNet)."""
+    lab = open_lab()
+    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0], str(HALF)]
+
+    def make() -> dict[str, Tensor]:
+        unet = lab.unet
+        if draw.w_emb is not None:  # a full LCM has one layer more
+            unet = UNet(replace(unet.cfg, w_dim=W_DIM)).requires_grad_(False)
+        with changed(unet, base and base[1], list(vectors)):
+            drawn = [measure(lab, latents(lab, unet, prompts, seed, draw), prompts) for seed in seeds]
+        return {k: torch.stack([d[k] for d in drawn], dim=1) for k in drawn[0]}
+
+    return cached("pictures", key, make)
+
+
+def bound(unet: UNet) -> lcm.Network:
+    """(z_t, t, cond, w) -> eps_hat of a UNet with whatever weights it has when it is called."""
+    return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond)
+
+
+@torch.no_grad()
+def decoded_images(z0: Tensor) -> list:
+    """Latents (b, 4, h, w) -> b pictures, enlarged."""
+    pixels = open_lab().vae.decode(z0).clamp(-1, 1)
+    return to_images(F.interpolate(pixels, scale_factor=1.5, mode="bicubic"))
+
+
+def rms(x: Tensor, y: Tensor) -> Tensor:
+    """Distance of latents (..., 4, h, w) -> (...)."""
+    return (x - y).square().mean(dim=(-3, -2, -1)).sqrt()
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of two clouds of features (n, e) in float64: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)).
+
+    FID (1706.08500) with the small CLIP's image tower in place of Inception.
+    """
+    x, y = x.double(), y.double()
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    # tr (C C')^(1/2) is the sum of square roots of the eigenvalues of C C'
+    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
+
+
+# ---- intervals
+
+
+def interval(x: Tensor, y: Tensor | None = None, ratio: bool = False, draws: int = 2000) -> list[float]:
+    """[mean, low, high] of x (prompts, seeds), of x - y or of mean(x) / mean(y): 95 % bootstrap, x and y in pairs.
+
+    Prompts are drawn with replacement, each with all its seeds: pictures of one prompt are not independent.
+    """
+    rows = torch.randint(0, len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
+    point, means = x.mean(), x.mean(dim=1)[rows].mean(dim=1)
+    if y is not None:
+        others = y.mean(dim=1)[rows].mean(dim=1)
+        means, point = (means / others, point / y.mean()) if ratio else (means - others, point - y.mean())
+    return [round(v, 4) for v in (point.item(), means.quantile(0.025).item(), means.quantile(0.975).item())]
+
+
+# ---- training
+
+
+class Recipe(NamedTuple):
+    """One training run; the defaults are the sections' short LCM-LoRA."""
+
+    kind: str = "lcm"
+    rank: int | None = 32  # None: all weights
+    steps: int = 400
+    batch: int = 12
+    lr: float = 1e-3
+    data: str = "art"  # or a style
+    base: object = None  # what the UNet was made by, if it is not the shipped one
+    lora_alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+    w: tuple[float, float] = (W, W)
+    k: int = 100
+    seed: int = 0
+    distance: str = "huber"  # or l2
+    c_skip: bool = True
+    target_ema: float | None = None  # of a LoRA: the target is an average of the student
+    looks: int = 4  # compositions of each drawing
+    marks: tuple[int, ...] = ()  # steps whose weights are kept besides the last ones
+
+
+@functools.cache
+def training_data(data: str, looks: int) -> Cache:
+    lab = open_lab()
+    if data == "art":
+        art, _ = split_art(read_art(EMOJI / "art"), EMOJI / "art/held_out.txt", lab.names)
+    elif data == "styles":  # all styles that are sets of their own
+        art = [a for style in ("blob", "gradient", "glyph", "monotone") for a in split_style(style, lab.names)[0]]
+    else:
+        art, _ = split_style(data, lab.names)
+    return cache_art(lab.vae, art, 4 * lab.side, looks, seed=0)
+
+
+@contextmanager
+def as_asked(recipe: Recipe) -> Iterator[None]:
+    """What train.py has no flags for, changed where the formula stands."""
+    l2 = patch.object(lcm, "huber", F.mse_loss) if recipe.distance == "l2" else nullcontext()
+    none = lambda t: (torch.zeros_like(t, dtype=torch.float32), torch.ones_like(t, dtype=torch.float32))  # noqa: E731
+    skip = nullcontext() if recipe.c_skip else patch.object(lcm, "boundary_scalings", none)
+    with l2, skip:
+        yield
+
+
+def train(recipe: Recipe, weights: dict[str, Tensor] | None = None) -> dict[int, Vector | dict[str, Tensor]]:
+    """{step: tau, or all weights of the UNet} at the recipe's marks and at its end. `weights`: of the base."""
+    out = cached("trained", recipe, lambda: train_now(recipe, weights))
+    steps = sorted({int(k.partition(":")[0]) for k in out if k[0].isdigit()})
+    at = {s: {k.partition(":")[2]: x for k, x in out.items() if k.startswith(f"{s}:")} for s in steps}
+    made = {s: (to_vector([recipe, s], x) if recipe.rank is not None else x) for s, x in at.items()}
+    return made | {"loss": out["loss"]}
+
+
+def train_now(recipe: Recipe, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    lab, data = open_lab(), training_data(recipe.data, recipe.looks)
+    unet = deepcopy(lab.unet)
+    if weights is not None:
+        unet.load_state_dict(weights)
+    objective = Objective(recipe.kind, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.w, recipe.k)
+    nets = make_networks(objective, unet, HALF, recipe.seed)
+    target_unet = nets.target_unet
+    if recipe.target_ema is not None:
+        target_unet = deepcopy(unet)
+        nets = nets._replace(target=lambda z_t, t, cond, w: run(target_unet, HALF, z_t, t, cond))
+    parameters = [x for x in unet.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, fused=True)
+    null, out, losses = lab.text.null_cond(recipe.batch), {}, []
+
+    def keep(step: int) -> None:
+        kept = from_tau(get_tau(unet)) if lora_layers(unet) else {k: x.detach() for k, x in unet.named_parameters()}
+        out.update({f"{step}:{k}": x.clone() for k, x in kept.items()})
+
+    source = art_batches(data, recipe.batch, recipe.seed)
+    what = f"{recipe.kind} {recipe.data} rank {recipe.rank}"
+    for step in tqdm(range(recipe.steps), desc=what, disable=None, leave=False):
+        if step in recipe.marks:
+            keep(step)
+        for group in optimizer.param_groups:  # as train.py: warm-up, then cosine
+            cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            group["lr"] = recipe.lr * min(1, (step + 1) / 50) * cosine
+        z0, captions, _, generator = next(source)
+        with as_asked(recipe):
+            loss = loss_of(objective, nets, z0, lab.text.encode(captions), null, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+        if target_unet is not None:
+            lcm.update_ema(target_unet, unet, recipe.target_ema or 0.95)
+    keep(recipe.steps)
+    return out | {"loss": torch.tensor(losses)}
