@@ -79,7 +79,7 @@ LAMBDA_STYLE, LAMBDA_LCM = 0.8, 1.0  # of the report's Fig. 3
 ALLOWED = 0.1  # how far a combination may be below the style LoRA alone
 
 RULES = {  # of the verdicts, set before the first run of this code
-    "memory": "held if it is half of full distillation's memory or less on every base, and the report's counts within 1 %",
+    "memory": "held if it is half of full distillation's memory or less on every base, and its counts within 1 %",
     "steps": "held if 4 steps reach 0.95 and 2 steps 0.85 of DDIM's 50 in prompt accuracy, and 4 steps are better "
     "than any guided solver at as many evaluations, intervals apart; in part if 0.9 at 4 and better",
     "combination": "a style fails if accuracy or style is more than 0.1 below the style LoRA alone at 25 guided steps; "
