@@ -91,8 +91,10 @@ def content_of(path: Path) -> str:
 
 
 def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """make(), or what it gave before for the same key, which must hold all that it depends on."""
-    key = json.dumps([key, content_of(EMOJI / "model.safetensors")], sort_keys=True)
+    """make(), or what it gave before for the same key, model, judge, art and number format."""
+    files = [EMOJI / "model.safetensors", EMOJI / "judge.safetensors", HERE / "styles.py", EMOJI / "art/held_out.txt"]
+    files += [*sorted((EMOJI / "art").glob("*.tar")), *sorted((HERE / "art").glob("*.tar"))]
+    key = json.dumps([key, str(HALF), [content_of(path) for path in files]], sort_keys=True)
     path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,8 @@ def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
     else:  # not on black, where a black glyph is nothing
         art = [Art(name, (), kind, None) for name in lab.names]
         prompts = said(art, rng, False, tuple(c for c in COLORS if c != "black"))
-    return prompts if most is None else [prompts[i * len(prompts) // most] for i in range(min(most, len(prompts)))]
+    n = len(prompts) if most is None else min(most, len(prompts))
+    return [prompts[i * len(prompts) // n] for i in range(n)]
 
 
 # ---- pictures
@@ -245,7 +248,7 @@ def pictures(
 ) -> dict[str, Tensor]:
     """What `measure` finds, each of shape (prompts, seeds, ...). base: (what it was made by, weights of a UNet)."""
     lab = open_lab()
-    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0], str(HALF)]
+    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
 
     def make() -> dict[str, Tensor]:
         unet = lab.unet
@@ -290,17 +293,39 @@ def frechet(x: Tensor, y: Tensor) -> float:
 # ---- intervals
 
 
-def interval(x: Tensor, y: Tensor | None = None, ratio: bool = False, draws: int = 2000) -> list[float]:
+def pairs(prompts: list[Prompt]) -> Tensor:
+    """Which (name, style) each prompt asks for, as numbers (p,): one asked for four times is still one."""
+    asked = [(p.name, p.style) for p in prompts]
+    return torch.tensor([list(dict.fromkeys(asked)).index(pair) for pair in asked])
+
+
+def interval(
+    x: Tensor, y: Tensor | None = None, ratio: bool = False, groups: Tensor | None = None, draws: int = 2000
+) -> list[float]:
     """[mean, low, high] of x (prompts, seeds), of x - y or of mean(x) / mean(y): 95 % bootstrap, x and y in pairs.
 
-    Prompts are drawn with replacement, each with all its seeds: pictures of one prompt are not independent.
+    Groups of prompts (default: each prompt) are drawn with replacement, whole and with all seeds, since pictures of one
+    prompt are not independent.
     """
-    rows = torch.randint(0, len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
-    point, means = x.mean(), x.mean(dim=1)[rows].mean(dim=1)
+    groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
+    rows = torch.randint(0, n := int(groups.max()) + 1, (draws, n), generator=torch.Generator().manual_seed(0))
+    size = torch.bincount(groups).double()
+
+    def means(v: Tensor) -> Tensor:
+        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.double().mean(dim=1))
+        return total[rows].sum(dim=1) / size[rows].sum(dim=1)
+
+    point, drawn = x.mean(), means(x)
     if y is not None:
-        others = y.mean(dim=1)[rows].mean(dim=1)
-        means, point = (means / others, point / y.mean()) if ratio else (means - others, point - y.mean())
-    return [round(v, 4) for v in (point.item(), means.quantile(0.025).item(), means.quantile(0.975).item())]
+        drawn, point = (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
+    return [round(v, 4) for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())]
+
+
+def wilson(k: int, n: int) -> list[float]:
+    """[share, low, high] of k in n, 95 %; not nothing for none in n. Wilson (1927)."""
+    z2 = 1.96**2
+    middle, half = (k + z2 / 2) / (n + z2), 1.96 / (n + z2) * (k * (n - k) / n + z2 / 4) ** 0.5
+    return [k / n, middle - half, middle + half]
 
 
 # ---- training
@@ -350,13 +375,22 @@ def as_asked(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def train(recipe: Recipe, weights: dict[str, Tensor] | None = None) -> dict[int, Vector | dict[str, Tensor]]:
-    """{step: tau, or all weights of the UNet} at the recipe's marks and at its end. `weights`: of the base."""
+class Trained(NamedTuple):
+    at: dict[int, Vector | dict[str, Tensor]]  # {step: tau, or all weights of the UNet}, at the recipe's marks and end
+    loss: Tensor  # (steps,)
+
+    @property
+    def end(self) -> Vector | dict[str, Tensor]:
+        return self.at[max(self.at)]
+
+
+def train(recipe: Recipe, weights: dict[str, Tensor] | None = None) -> Trained:
+    """What the recipe makes. `weights`: of its base, if that is not the shipped one."""
     out = cached("trained", recipe, lambda: train_now(recipe, weights))
     steps = sorted({int(k.partition(":")[0]) for k in out if k[0].isdigit()})
     at = {s: {k.partition(":")[2]: x for k, x in out.items() if k.startswith(f"{s}:")} for s in steps}
     made = {s: (to_vector([recipe, s], x) if recipe.rank is not None else x) for s, x in at.items()}
-    return made | {"loss": out["loss"]}
+    return Trained(made, out["loss"])
 
 
 def train_now(recipe: Recipe, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -383,7 +417,7 @@ def train_now(recipe: Recipe, weights: dict[str, Tensor] | None) -> dict[str, Te
     for step in tqdm(range(recipe.steps), desc=what, disable=None, leave=False):
         if step in recipe.marks:
             keep(step)
-        for group in optimizer.param_groups:  # as train.py: warm-up, then cosine
+        for group in optimizer.param_groups:  # warm-up, then cosine; as train.py but for a shorter warm-up
             cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             group["lr"] = recipe.lr * min(1, (step + 1) / 50) * cosine
         z0, captions, _, generator = next(source)

@@ -20,6 +20,16 @@ QUICK = HERE.parent / "runs/paper/quick"
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#e07b00", "#2e8b57", "#c0392b", "0.55"
 
 
+SAMPLERS = {
+    "LCM-LoRA": (BLUE, "o-"),
+    "LCM sampler, no LoRA": (GREY, "s-"),
+    "DDIM": (ORANGE, "^-"),
+    "DPM-Solver++": (GREEN, "v-"),
+    "DDIM, no guidance": (ORANGE, "^:"),
+    "DPM-Solver++, no guidance": (GREEN, "v:"),
+}
+
+
 # ---- figures
 
 
@@ -60,9 +70,7 @@ def memory(n: dict) -> Figure:
 def steps(n: dict) -> Figure:
     figure, (a, b, c) = new(3, "Quality by network evaluations; a guided step of DDIM or DPM-Solver++ costs two")
     rows = n["rows"]
-    looks = {"LCM-LoRA": (BLUE, "o-"), "LCM sampler, no LoRA": (GREY, "s-"), "DDIM": (ORANGE, "^-"),
-        "DPM-Solver++": (GREEN, "v-")}  # fmt: skip
-    for sampler, (color, mark) in looks.items():
+    for sampler, (color, mark) in SAMPLERS.items():
         mine = [r for label, r in rows.items() if r["sampler"] == sampler and r["steps"] < 50]
         x = [r["evaluations"] for r in mine]
         line(a, x, [r["right"] for r in mine], sampler, color, mark)
@@ -114,18 +122,12 @@ def combination(n: dict) -> Figure:
 
 def base(n: dict) -> Figure:
     figure, (a, b) = new(2, "The vector on fine-tuned bases, 4 steps, against 25 guided steps of the same base", 5.4)
+    looks = {"short, trained there": (GREEN, "^-"), "shipped": (BLUE, "o-"), "short, old base": ("#7fb2e5", "o--"),
+        "none": (GREY, "s-"), "25 guided steps": (ORANGE, "v:")}  # fmt: skip
     far = [r["distance"] for r in n["bases"].values()]
-    looks = {
-        "trained there": (GREEN, "^-"),
-        "old": (BLUE, "o-"),
-        "old, short": ("#7fb2e5", "o--"),
-        "none": (GREY, "s-"),
-    }
     for way, (color, mark) in looks.items():
         line(a, far, [r[way]["right"] for r in n["bases"].values()], way, color, mark)
         line(b, far, [r[way]["style"] for r in n["bases"].values()], way, color, mark)
-    line(a, far, [r["teacher"] for r in n["bases"].values()], "25 guided steps", ORANGE, "v:")
-    line(b, far, [r["teacher style"] for r in n["bases"].values()], "25 guided steps", ORANGE, "v:")
     for ax, what in ((a, "prompt accuracy"), (b, "in the style asked for")):
         ax.set(xlabel="distance of the base, |dW| / |W|", ylabel=what)
     a.legend(fontsize=8)
@@ -157,15 +159,17 @@ def solver(n: dict) -> Figure:
         color = BLUE if stage == "shipped" else str(0.75 - 0.2 * i)
         label = "the shipped one" if stage == "shipped" else f"after {stage} steps"
         a.plot([int(k) for k in row["to the end"]], list(row["to the end"].values()), ".-", color=color, label=label)
+        if stage in ("0", "shipped"):
+            near = row["neighbours"]
+            a.plot([int(k) for k in near], list(near.values()), ":", color=color, label=f"{label}: neighbours")
     a.set(xlabel="grid index n, t = 20 n + 19", ylabel="RMS of f(z_t) to the trajectory's end", yscale="log")
     a.legend(fontsize=8)
-    looks = {"LCM-LoRA": (BLUE, "o-"), "no LoRA": (GREY, "s-"), "ddim": (ORANGE, "^-"), "dpmpp": (GREEN, "v-")}
-    for sampler, (color, mark) in looks.items():
-        mine = [r for k, r in n["distance"].items() if k.rpartition(" ")[0] == sampler]
+    for sampler, (color, mark) in SAMPLERS.items():
+        mine = [r for r in n["distance"].values() if r["sampler"] == sampler]
         line(b, [r["evaluations"] for r in mine], [r["rms"] for r in mine], sampler, color, mark)
     b.set(xlabel="network evaluations", ylabel="RMS to 50 guided steps", xscale="log", title="from the same noise")
     b.legend(fontsize=8)
-    for name, color, mark in (("ddim", ORANGE, "^-"), ("dpmpp", GREEN, "v-")):
+    for name, color, mark in (("DDIM", ORANGE, "^-"), ("DPM-Solver++", GREEN, "v-")):
         c.plot([int(k) for k in n["gaussian"][name]], list(n["gaussian"][name].values()), mark, color=color, label=name)
     for k, far in n["gaussian"]["lcm, one step"].items():
         (
@@ -198,13 +202,15 @@ def recipe(n: dict) -> Figure:
 def fail(n: dict) -> Figure:
     figure, axes = new(4, "Every failure beside the number that shows it", 3.6)
     cases, y = n["cases"], range(len(n["cases"]))[::-1]
-    titles = {"right": "prompt accuracy", "sharpness": "sharpness, of the good ones'", "consistency": "error to the "
-        "teacher's end", "norm": "norm of the delta"}  # fmt: skip
+    titles = {
+        "right": "prompt accuracy",
+        "sharpness": "sharpness,\nof the good ones'",
+        "error": "error to the teacher's end,\nof the good one's",
+        "norm": "norm of the delta",
+    }
     for ax, (key, title) in zip(axes, titles.items()):
         values = [c[key][0] if isinstance(c[key], list) else c[key] for c in cases.values()]
-        ax.barh(
-            list(y), values, color=[GREY if k == "as it should be" else RED if k in n["bad"] else BLUE for k in cases]
-        )
+        ax.barh(list(y), values, color=[GREY if cases[k]["control"] else RED if k in n["bad"] else BLUE for k in cases])
         ax.axvline(values[0], color="black", linestyle=":")
         ax.set(title=title, yticks=list(y), yticklabels=list(cases) if ax is axes[0] else [])
     return figure
@@ -257,6 +263,10 @@ def fill(text: str, results: dict) -> str:
 def main(quick: bool) -> None:
     source = QUICK if quick else HERE / "results"
     results = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
+    results["hours"] = sum(r["seconds"] for r in results.values()) / 3600
+    for name in [stem.removesuffix("-seed1") for stem in results if stem.endswith("-seed1")]:
+        stands = results[f"{name}-seed1"]["verdict"] == results[name]["verdict"]
+        results[f"{name}-seed1"]["stands"] = "stands" if stands else "does not stand"
     figures = QUICK if quick else HERE / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
@@ -264,6 +274,7 @@ def main(quick: bool) -> None:
             raise ValueError(f"{source}/{name}.json: not there; python paper/run.py {name}")
         draw(results[name]["numbers"]).savefig(figures / f"{name}.png", dpi=110)
     text = fill((HERE / "report.md").read_text(), results)
+    text = text.replace("](figures/", "](") if quick else text
     (QUICK if quick else HERE).joinpath("README.md").write_text(text)
     print(f"{len(FIGURES)} figures, {len(text.split())} words")
 

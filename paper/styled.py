@@ -44,8 +44,13 @@ def all_art(styles: tuple[str, ...]) -> tuple[list, list]:
     return seen, held_out
 
 
-def open_classifier(styles: tuple[str, ...], steps: int, every: int = 1) -> tuple[StyleNet, float]:
-    """(the network, its accuracy on held-out drawings); of all drawings or `every` n-th."""
+def open_classifier(styles: tuple[str, ...], steps: int, every: int = 1) -> tuple[StyleNet, dict[str, float]]:
+    """(the network, {style: share of its held-out drawings that it finds}); of all drawings or `every` n-th."""
+    with torch.random.fork_rng():
+        return train_classifier(styles, steps, every)
+
+
+def train_classifier(styles: tuple[str, ...], steps: int, every: int) -> tuple[StyleNet, dict[str, float]]:
     torch.manual_seed(0)
     net = StyleNet(styles)
 
@@ -62,11 +67,12 @@ def open_classifier(styles: tuple[str, ...], steps: int, every: int = 1) -> tupl
             F.cross_entropy(net(batch), y[index], label_smoothing=0.05).backward()
             optimizer.step(), optimizer.zero_grad(), schedule.step()
         with torch.no_grad():
-            right = (net(x_).argmax(dim=1) == y_).float().mean()
+            found = net(x_).argmax(dim=1) == y_
+        right = torch.tensor([found[y_ == i].float().mean().nan_to_num() for i in range(len(net.classes))])
         return net.state_dict() | {"held out": right}
 
     tensors = cached("style-classifier", [styles, steps, every], make)
-    right = tensors.pop("held out").item()
+    right = dict(zip(net.classes, tensors.pop("held out").tolist()))
     net.load_state_dict(tensors)
     return net.eval(), right
 

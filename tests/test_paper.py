@@ -12,6 +12,7 @@ import lab  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import styles  # noqa: E402
+import verdicts  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
 from minilcm.merge import merge_into  # noqa: E402
@@ -31,6 +32,29 @@ def test_pictures_of_one_prompt_are_not_independent():
     one = (torch.rand(600, 1, generator=torch.Generator().manual_seed(0)) < 0.7).float()
     widths = [high - low for _, low, high in (lab.interval(one), lab.interval(one.expand(-1, 2)))]
     assert widths[1] == pytest.approx(widths[0], rel=0.15)
+
+
+def test_prompts_of_one_pair_are_not_independent():
+    """A pair asked for four times counts four times in the mean and once in the interval."""
+    pair = (torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) < 0.7).float()
+    four, groups = pair.repeat(4, 1), torch.arange(300).repeat(4)
+    assert lab.interval(four, groups=groups) == lab.interval(pair)
+    narrow = lab.interval(four)
+    assert narrow[2] - narrow[1] < 0.6 * (lab.interval(pair)[2] - lab.interval(pair)[1])
+    prompts = lab.prompts_of("all")
+    assert lab.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
+
+
+def test_wilson():
+    """Known values: none of 16 leaves up to 0.194, 5 of 10 is [0.237, 0.763]."""
+    assert lab.wilson(0, 16) == pytest.approx([0, 0, 0.1936], abs=1e-4)
+    assert lab.wilson(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
+
+
+@pytest.mark.parametrize("most", [6, 64, 100])
+def test_some_prompts_are_spread_and_all_others(most):
+    prompts = lab.prompts_of("bare", most)
+    assert len({p.name for p in prompts}) == len(prompts) == min(most, 64)
 
 
 def test_pairs_take_away_what_both_have():
@@ -57,13 +81,17 @@ def test_overlap_of_column_spaces():
     a = {"x": (up, torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), 2.0)}
     for rows, expected in (([0, 1], 1.0), ([4, 5], 0.0), ([0, 5], 9 / 25), ([1, 2], 16 / 25)):
         b = {"x": (torch.eye(6)[:, rows], torch.eye(3)[:2], 2.0), "elsewhere": (up, up.T, 2.0)}
-        inside, ratio = run.overlap(a, b)
-        assert inside == pytest.approx(expected, abs=1e-6) and ratio == pytest.approx((25 / 2) ** 0.5)
+        inside, chance, ratio = run.overlap(a, b)
+        assert inside == pytest.approx(expected, abs=1e-6) and chance == pytest.approx(2 / 6)
+        assert ratio == pytest.approx((25 / 2) ** 0.5)
 
 
 def test_rank_correlation():
     assert run.rank_correlation([1, 2, 3, 10], [1, 4, 9, 100]) == pytest.approx(1)
     assert run.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert run.rank_correlation([1, 2, 3], [5, 5, 5]) == 0
+    # ranks 0 1 2 3 and 0.5 0.5 2 3: sum of products of deviations 4.5, of squares 5 and 4.5
+    assert run.rank_correlation([1, 2, 3, 4], [7, 7, 8, 9]) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
 
 
 def test_changed_leaves_no_trace():
@@ -107,11 +135,13 @@ def test_a_recipe_is_what_it_says():
 
 
 def test_the_gaussian_case():
-    """DDIM's error falls as 1 / n, DPM-Solver++ is nearer, and LCM in skips of 20 is worth 50 steps of DDIM."""
+    """DDIM's error falls as 1 / n, DPM-Solver++ is nearer; LCM in skips of 20 is worth 50 steps of DDIM, of 100 ten."""
     far = run.gaussian()
-    assert far["ddim"]["16"] / far["ddim"]["32"] == pytest.approx(2, rel=0.25)
-    assert far["dpmpp"]["16"] < far["ddim"]["16"]
-    assert far["lcm, one step"]["k=20"] == far["ddim"]["50"] < far["lcm, one step"]["k=100"] < far["ddim"]["8"]
+    ddim, lcm_step = far["DDIM"], far["lcm, one step"]
+    assert ddim["16"] / ddim["32"] == pytest.approx(2, rel=0.25)
+    assert far["DPM-Solver++"]["16"] < ddim["16"]
+    assert lcm_step["k=20"] == pytest.approx(ddim["50"], rel=1e-3)
+    assert ddim["16"] < lcm_step["k=100"] < ddim["8"] and ddim["8"] < lcm_step["k=200"] < ddim["4"]
 
 
 @pytest.mark.parametrize("style", styles.PROCESSED)
@@ -138,6 +168,81 @@ def test_all_styles_have_drawings():
 
 def test_every_name_has_a_content():
     assert set(lab.CATEGORY) == set(lab.open_lab().names)
+
+
+# ---- verdicts at their thresholds
+
+
+def test_verdict_steps():
+    def numbers(share=0.95, two=0.85, low=0.01, evaluations=4):
+        solver = {
+            "solver": True,
+            "evaluations": evaluations,
+            "four against it": [0.2 if low > -0.5 else -0.2, low, 0.3],
+        }
+        four = {"solver": False, "evaluations": 4, "share": [share, 0, 1], "four against it": [0, 0, 0]}
+        return {"rows": {"LCM-LoRA 4": four, "LCM-LoRA 2": four | {"share": [two, 0, 1]}, "DDIM 2": solver}}
+
+    assert verdicts.steps(numbers()) == "held"
+    assert verdicts.steps(numbers(share=0.949)) == verdicts.steps(numbers(two=0.84)) == "held in part"
+    assert verdicts.steps(numbers(low=-0.1)) == "held in part"
+    assert verdicts.steps(numbers(share=0.89)) == verdicts.steps(numbers(low=-0.9)) == "did not hold"
+    assert verdicts.steps(numbers(low=-0.9, evaluations=5)) == "held"  # costs more: may be better
+
+
+@pytest.mark.parametrize(
+    "failed, measurable, verdict",
+    [(0, 16, "held"), (1, 16, "held in part"), (8, 16, "did not hold"), (0, 0, "did not hold")],
+)
+def test_verdict_combination(failed, measurable, verdict):
+    assert verdicts.combination({"failed": failed, "measurable": measurable}) == verdict
+
+
+def test_verdict_base():
+    good = {"shipped against none": [0.2, 0.01, 0.3], "short against there": [-0.1, -0.2, -0.049]}
+    assert verdicts.base({"bases": {"1": good}}) == "held"
+    worse = good | {"short against there": [-0.1, -0.2, -0.051]}
+    assert verdicts.base({"bases": {"1": good, "2": worse}}) == "held in part"
+    assert verdicts.base({"bases": {"1": good | {"shipped against none": [0.2, -0.01, 0.3]}}}) == "did not hold"
+
+
+def test_verdict_rank():
+    rows = {"16": {"against the highest": [-0.1, -0.2, -0.031]}, "32": {"against the highest": [0, 0, 0]}}
+    assert verdicts.rank({"trained": rows}) == "did not hold"
+    assert verdicts.rank({"trained": rows | {"4": {"against the highest": [-0.1, -0.2, -0.029]}}}) == "held"
+
+
+def test_verdict_solver():
+    def numbers(left, high):
+        near = {"solver": True, "evaluations": 2, "one step against it": [-1, -2, high]}
+        costly = {"solver": True, "evaluations": 8, "one step against it": [1, 1, 1]}
+        return {"error left": left, "distance": {"DDIM 1": near, "DDIM 4": costly}}
+
+    assert verdicts.solver(numbers(0.5, -0.01)) == "held"
+    assert verdicts.solver(numbers(0.51, -0.01)) == verdicts.solver(numbers(0.5, 0.01)) == "held in part"
+    assert verdicts.solver(numbers(0.51, 0.01)) == "did not hold"
+
+
+def test_verdict_recipe():
+    back, other = {"takes back": True, "against baseline": [0, -0.1, 0.1]}, {"takes back": False}
+    assert verdicts.recipe({"rows": {"a": back, "b": other | {"against baseline": [0.2, 0.1, 0.3]}}}) == "held"
+    assert verdicts.recipe({"rows": {"a": back | {"against baseline": [0.2, 0.1, 0.3]}}}) == "did not hold"
+
+
+def test_verdict_fail():
+    good = {"against good": [0, 0, 0], "flagged": False, "control": True}
+    bad = {"against good": [-0.3, -0.4, -0.2], "flagged": True, "control": False}
+    assert verdicts.fail({"cases": {"a": good, "b": bad}}) == "held"
+    assert verdicts.fail({"cases": {"a": good | {"flagged": True}, "b": bad}}) == "held in part"
+    assert verdicts.fail({"cases": {"a": good, "b": bad | {"flagged": False}}}) == "did not hold"
+    assert verdicts.fail({"cases": {"a": good}}) == "did not hold"  # nothing failed: nothing shown
+
+
+def test_verdict_memory():
+    row = {"share": 0.5, "off": -0.01}
+    assert verdicts.memory({"planned": {"a": row}}) == "held"
+    assert verdicts.memory({"planned": {"a": row, "b": row | {"share": 0.51}}}) == "did not hold"
+    assert verdicts.memory({"planned": {"a": row | {"off": 0.02}}}) == "did not hold"
 
 
 def test_the_report_is_filled():

@@ -8,7 +8,7 @@
 
 Prompts: every seen (name, style) pair with a colour ("said"), every held-out one four times, and bare names, four seeds
 each. The judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names.
-Intervals: 95 % bootstrap over prompts, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two
+Intervals: 95 % bootstrap over pairs or names, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two
 evaluations, an LCM-LoRA step one. "style" and "colour": the share of said, seen prompts whose style and background are
 obeyed.
 """
@@ -66,7 +66,7 @@ def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_se
 
 
 def interval(right: Tensor) -> tuple[float, float, float]:
-    """(mean, low, high) of a (b,) bool by 95 % bootstrap."""
+    """(mean, low, high) of shares (b,), each 0 to 1, by 95 % bootstrap."""
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, len(right), (4000, len(right)), generator=generator)
     means = right.float()[index].mean(dim=1)
@@ -134,7 +134,9 @@ def table(args, model, judge) -> None:
         style = color = None
         for kind, (prompts, right_names, styles, colors) in kinds.items():
             pixels = draw(model, prompts, sampler, steps, w_, args.seed)
-            row[kind] = interval(prompt_accuracy(judge, text, pixels, right_names, names))
+            right = prompt_accuracy(judge, text, pixels, right_names, names).float()
+            times = 1 if kind == "said, seen" else 4  # prompts of one pair, or name, are not independent
+            row[kind] = interval(right.reshape(times, -1).mean(dim=0))
             cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*row[kind]))
             if kind == "said, seen":
                 style = style_right(judge, text, pixels, list(zip(right_names, styles))).float().mean().item()
@@ -210,13 +212,12 @@ def styles(args, model, judge) -> None:
     unet, vae, text, config = model
     names, tau_lcm, rng = list(config.names), read_tau(args.lora), random.Random(args.seed)
     seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
-    of_name = {a.name: a for a in seen}
     print(f"{'':24}{'prompt accuracy':>24}{'palette distance':>18}")
     for style in ("blueprint", "papercut"):
         colors = [rng.choice(list(COLORS)) for _ in names * 2]
         prompts = [f"{name}, {style} style, on {article(c)} background" for name, c in zip(names * 2, colors)]
-        drawn = [place(MADE[style](of_name[name].image), c, config.size, 0.85, (0, 0))
-            for name, c in zip(names * 2, colors)]  # fmt: skip
+        drawn = [place(MADE[style](a.image), c, config.size, 0.85, (0, 0))
+            for name, c in zip(names * 2, colors) for a in seen if a.name == name]  # fmt: skip
         art = palette(torch.cat([vae.decode(vae.encode_mean(x)) for x in torch.stack(drawn).split(64)]).clamp(-1, 1))
         tau_style, w = read_tau(HERE / f"{style}.safetensors"), config.guidance - 1
         rows = {
@@ -229,7 +230,8 @@ def styles(args, model, judge) -> None:
             merge_into(unet, tau)
             pixels = draw(model, prompts, sampler, steps, w_, args.seed)
             unmerge(unet, tau)
-            right = interval(prompt_accuracy(judge, text, pixels, names * 2, names))
+            right = prompt_accuracy(judge, text, pixels, names * 2, names).float()
+            right = interval(right.reshape(2, -1).mean(dim=0))  # two prompts of a name are not independent
             far = (palette(pixels) - art).abs().sum().item() / 2
             print(f"  {label:22}{'{:.3f} [{:.3f}, {:.3f}]'.format(*right):>24}{far:18.3f}", flush=True)
 
@@ -245,10 +247,12 @@ def failures(args, model, judge) -> None:
     with torch.no_grad():
         picked = (judge.image_features(pixels) @ judge.text_features(text, names).T).argmax(dim=1)
     wrong = [i for i, a in enumerate(pairs) if names[picked[i]] != a.name]
+    print(f"{len(wrong)} of {len(pairs)} wrong")
+    if not wrong:
+        return
     images = to_images(F.interpolate(pixels[wrong], scale_factor=1.5, mode="bicubic"))
     labels = [f"{pairs[i].name}, {pairs[i].style}\n-> {names[picked[i]]}" for i in wrong]
     save_png(args.failures, contact_sheet(images, labels, 8), "prompts that 4 steps get wrong")
-    print(f"{len(wrong)} of {len(pairs)} wrong")
 
 
 def main() -> None:
