@@ -64,7 +64,7 @@ from styled import decoded, in_style, open_classifier
 from styles import KINDS, REAL, split_style
 
 from minilcm.art import compose, read_art, split_art
-from minilcm.family import Config, sd15_config, sdxl_config, ssd1b_config
+from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
 from minilcm.lora import ATTENTION, TARGETS, Tau
 from minilcm.lora_io import write_tau
 from minilcm.memory import LiveBytes, peak_bytes, size_of
@@ -106,7 +106,7 @@ class Size(NamedTuple):
 
 def size_of_run(quick: bool, seed: int) -> Size:
     if quick:
-        return Size(True, (2 * seed,), seed, 12, 6, 4, 6, 8, 1, ("sepia", "outline"), (0.0, 1.0))
+        return Size(True, (2 * seed,), seed, 8, 6, 4, 6, 8, 1, ("sepia", "outline"), (0.0, 1.0))
     grid = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
     return Size(False, (2 * seed, 2 * seed + 1), seed, None, 100, 300, 300, 800, 4, tuple(KINDS), grid)
 
@@ -400,6 +400,7 @@ def rank(size: Size) -> dict:
     trained = {r: train(short(size)._replace(rank=r)).end for r in ranks}
     largest = trained[ranks[-1]]
     teacher, top = pictures(prompts, size.seeds, TEACHER), pictures(prompts, size.seeds, FOUR, [(largest, 1.0)])
+    config = identify(EMOJI / "model.safetensors") if size.quick else sd15_config()
     numbers, path = {"trained": {}, "truncated": {}, "layers": {}}, CACHE / "lora-for-its-size.safetensors"
 
     def quality(vector: Vector) -> dict:
@@ -412,7 +413,7 @@ def rank(size: Size) -> dict:
 
     for (r, vector), seconds in zip(trained.items(), step_times(ranks)):
         row, objective = quality(vector), Objective("lcm", r, checkpointing=True)
-        parts, row["trained"] = step_bytes(objective, sd15_config(), 1, 512, "cuda", torch.bfloat16)
+        parts, row["trained"] = step_bytes(objective, config, 1, 512, "cuda", torch.bfloat16)
         numbers["trained"][str(r)] = row | {"memory": sum(parts.values()) / 1e9, "time": seconds}
         small, residual = reduce_rank(largest.tau, rank=r)
         square = {p: delta(*three).square().sum().item() for p, three in largest.tau.items()}

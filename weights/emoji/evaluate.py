@@ -8,9 +8,9 @@
 
 Prompts: every seen (name, style) pair with a colour ("said"), every held-out one four times, and bare names, four seeds
 each. The judge is the small CLIP's image tower: right when the picture is nearest to its own name among all names.
-Intervals: 95 % bootstrap over pairs or names, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step costs two
-evaluations, an LCM-LoRA step one. "style" and "colour": the share of said, seen prompts whose style and background are
-obeyed.
+Intervals: 95 % bootstrap over pairs or names, seed 0. The same seeds for all samplers. A guided DDIM or DPM++ step is
+two evaluations, an LCM-LoRA step one. "style" and "colour": the share of said, seen prompts whose style and background
+are obeyed.
 """
 
 import argparse
