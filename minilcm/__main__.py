@@ -38,6 +38,7 @@ from .unet import emoji, sd15, sdxl, ssd1b
 from .watch import delta_norms, read_metrics
 
 FAMILIES = {"the emoji model": emoji, "SD1.x": sd15, "SSD-1B": ssd1b, "SDXL base": sdxl}
+BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -150,8 +151,8 @@ def merge(args, sign: float = 1.0) -> None:
             changed = weight.clone()
             for place, (up, down, lora_alpha) in by_key[key]:
                 rows = changed.T if place.transposed else changed[place.rows]
-                n = max(1, (1 << 19) // rows[0].numel())
-                for i in range(0, len(rows), n):  # as many rows at a time as the processor's cache holds
+                n = max(1, BLOCK // rows[0].numel())
+                for i in range(0, len(rows), n):
                     wide = rows[i : i + n].float()
                     add_delta_(wide, up[i : i + n], down, lora_alpha)
                     if not all_finite(wide):

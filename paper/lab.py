@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from styles import split_style  # noqa: E402
+from styles import REAL, split_style  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
 from minilcm.art import COLORS, Art, Cache, art_batches, article, cache_art, read_art, split_art  # noqa: E402
@@ -308,7 +308,8 @@ def interval(
     prompt are not independent.
     """
     groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
-    rows = torch.randint(0, n := int(groups.max()) + 1, (draws, n), generator=torch.Generator().manual_seed(0))
+    n = int(groups.max()) + 1
+    rows = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(0))
     size = torch.bincount(groups).double()
 
     def means(v: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ class Recipe(NamedTuple):
 
     kind: str = "lcm"
     rank: int | None = 32  # None: all weights
-    steps: int = 400
+    steps: int = 300
     batch: int = 12
     lr: float = 1e-3
     data: str = "art"  # or a style
@@ -359,7 +360,7 @@ def training_data(data: str, looks: int) -> Cache:
     if data == "art":
         art, _ = split_art(read_art(EMOJI / "art"), EMOJI / "art/held_out.txt", lab.names)
     elif data == "styles":  # all styles that are sets of their own
-        art = [a for style in ("blob", "gradient", "glyph", "monotone") for a in split_style(style, lab.names)[0]]
+        art = [a for style in REAL for a in split_style(style, lab.names)[0]]
     else:
         art, _ = split_style(data, lab.names)
     if looks == 1:  # --quick

@@ -70,6 +70,18 @@ def test_merge_then_unmerge(files, tmp_path):
         torch.testing.assert_close(restored[key], before[key], rtol=2e-3, atol=2e-3)
 
 
+def test_blocks_of_rows_change_nothing(files, tmp_path, monkeypatch):
+    """A weight merged in many blocks of rows is what merge_into makes of it whole."""
+    monkeypatch.setattr("minilcm.__main__.BLOCK", 700)
+    run("merge", files / "model.safetensors", f"{files}/a.safetensors:0.7", "-o", tmp_path / "m.safetensors")
+    after, unet = load_file(tmp_path / "m.safetensors"), load_model(files / "model.safetensors")[0]
+    tau = read_tau(files / "a.safetensors")
+    assert max(unet.get_submodule(path).weight.numel() for path in tau) > 10 * 700
+    merge_into(unet, tau, 0.7)
+    for path in tau:
+        torch.testing.assert_close(after[f"{UNET}{path}.weight"], unet.get_submodule(path).weight.half())
+
+
 def test_untouched_bytes(files, tmp_path):
     """A merged file keeps every other tensor's bytes, its dtypes, shapes and order; odd dtypes pass through."""
     tensors = load_file(files / "model.safetensors") | {"model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}

@@ -166,6 +166,12 @@ def test_all_styles_have_drawings():
         assert not {a.image.tobytes() for a in seen} & {a.image.tobytes() for a in held_out}
 
 
+def test_what_a_drawing_costs():
+    """A guided step evaluates the network twice; w as an input of a full LCM costs nothing."""
+    costs = [lab.Draw("ddim", 4, 3.0), lab.Draw("ddim", 4), lab.Draw("lcm", 4), lab.Draw("lcm", 4, 0.0, 3.0)]
+    assert [draw.evaluations for draw in costs] == [8, 4, 4, 4]
+
+
 def test_every_name_has_a_content():
     assert set(lab.CATEGORY) == set(lab.open_lab().names)
 
