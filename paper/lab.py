@@ -24,28 +24,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+EMOJI = HERE.parent / "weights/emoji"
+sys.path[:0] = [str(HERE.parent), str(HERE), str(EMOJI)]
+import evaluate  # noqa: E402
+from evaluate import HALF  # noqa: E402
 from styles import REAL, split_style  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
 from minilcm.art import COLORS, Art, Cache, art_batches, article, cache_art, read_art, split_art  # noqa: E402
 from minilcm.checkpoint import load_model  # noqa: E402
-from minilcm.lcm import sample_lcm  # noqa: E402
 from minilcm.lora import TARGETS, Tau, get_tau, lora_layers  # noqa: E402
 from minilcm.lora_io import read_tau  # noqa: E402
-from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.merge import combine, merge_into  # noqa: E402
 from minilcm.metrics import clip_score, load_judge, prompt_accuracy  # noqa: E402
 from minilcm.objective import W_DIM, Objective, loss_of, make_networks, run  # noqa: E402
 from minilcm.pictures import to_images  # noqa: E402
 from minilcm.safefile import read_tensors, sha256, write_tensors  # noqa: E402
-from minilcm.schedule import make_schedule  # noqa: E402
-from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
 from minilcm.unet import UNet  # noqa: E402
 
-EMOJI = HERE.parent / "weights/emoji"
 CACHE = HERE.parent / "runs/paper"
-SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 spent: dict[Path, float] = {}  # seconds that each part took that this process has used, whenever it was made
 spent_now: list[float] = []  # of those made by this process
 W = 3.0  # of the paper's formula: the guidance that the shipped LCM-LoRA has distilled in, and the model's own
@@ -197,46 +194,26 @@ class Draw(NamedTuple):
 
 def noise(prompts: int, seed: int, side: int) -> tuple[Tensor, list[torch.Generator]]:
     """z_T (b, 4, h, w) and each picture's generator: the same for every sampler."""
-    generators = [torch.Generator().manual_seed(100_003 * seed + i) for i in range(prompts)]
-    return torch.stack([torch.randn(4, side, side, generator=g) for g in generators]), generators
-
-
-@torch.no_grad()
-def latents(lab: Lab, unet: UNet, prompts: list[Prompt], seed: int, draw: Draw) -> Tensor:
-    """z0 (b, 4, h, w) by a UNet as it is; one picture a prompt."""
-    z_T, generators = noise(len(prompts), seed, lab.side)
-    w_emb = () if draw.w_emb is None else (lcm.guidance_embedding(torch.tensor([draw.w_emb])),)
-    z0 = []
-    for i in range(0, len(prompts), 64):
-        part = slice(i, i + 64)
-        b = len(prompts[part])
-        cond = lab.text.encode([p.text for p in prompts[part]])
-        network = lambda z_t, t, cond: run(unet, HALF, z_t, t, cond, *w_emb)  # noqa: E731
-        guided = guided_eps(network, cond, lab.text.null_cond(b), draw.w)
-        eps_fn = lambda z_t, t: guided(z_t, torch.as_tensor(t).expand(len(z_t)))  # noqa: E731
-        if draw.sampler == "lcm":
-            z0.append(sample_lcm(eps_fn, z_T[part], SCHEDULE, draw.steps, generators[part]))
-        else:
-            sample = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[draw.sampler]
-            z0.append(sample(eps_fn, z_T[part], SCHEDULE, draw.steps))
-    return torch.cat(z0)
+    return evaluate.noise([100_003 * seed + i for i in range(prompts)], side)
 
 
 @torch.no_grad()
 def measure(lab: Lab, z0: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
-    """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and the judge's features (b, e).
-
-    Sharpness is the mean absolute Laplacian of its grey levels in [-1, 1].
-    """
+    """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and features of the judge."""
     pixels = torch.cat([lab.vae.decode(z) for z in z0.split(64)]).clamp(-1, 1)
-    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     return {
         "z0": z0,
         "right": prompt_accuracy(lab.judge, lab.text, pixels, [p.name for p in prompts], lab.names).float(),
         "score": clip_score(lab.judge, lab.text, pixels, [p.text for p in prompts]),
-        "sharpness": F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3)),
+        "sharpness": sharpness(pixels),
         "features": lab.judge.image_features(pixels),
     }
+
+
+def sharpness(pixels: Tensor) -> Tensor:
+    """Mean absolute Laplacian of grey levels; pixels (b, 3, H, W) in [-1, 1] -> (b,)."""
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3))
 
 
 def pictures(
@@ -251,11 +228,16 @@ def pictures(
     key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
 
     def make() -> dict[str, Tensor]:
-        unet = lab.unet
+        unet, texts, w_emb = lab.unet, [p.text for p in prompts], ()
         if draw.w_emb is not None:  # a full LCM has one layer more
             unet = UNet(replace(unet.cfg, w_dim=W_DIM)).requires_grad_(False)
+            w_emb = (lcm.guidance_embedding(torch.tensor([draw.w_emb])),)
         with changed(unet, base and base[1], list(vectors)):
-            drawn = [measure(lab, latents(lab, unet, prompts, seed, draw), prompts) for seed in seeds]
+            drawn = []
+            for seed in seeds:
+                z_T, generators = noise(len(prompts), seed, lab.side)
+                z0 = evaluate.latents(unet, lab.text, texts, z_T, generators, *draw[:3], *w_emb)
+                drawn.append(measure(lab, z0, prompts))
         return {k: torch.stack([d[k] for d in drawn], dim=1) for k in drawn[0]}
 
     return cached("pictures", key, make)
@@ -297,29 +279,6 @@ def pairs(prompts: list[Prompt]) -> Tensor:
     """Which (name, style) each prompt asks for, as numbers (p,): one asked for four times is still one."""
     asked = [(p.name, p.style) for p in prompts]
     return torch.tensor([list(dict.fromkeys(asked)).index(pair) for pair in asked])
-
-
-def interval(
-    x: Tensor, y: Tensor | None = None, ratio: bool = False, groups: Tensor | None = None, draws: int = 2000
-) -> list[float]:
-    """[mean, low, high] of x (prompts, seeds), of x - y or of mean(x) / mean(y): 95 % bootstrap, x and y in pairs.
-
-    Groups of prompts (default: each prompt) are drawn with replacement, whole and with all seeds, since pictures of one
-    prompt are not independent.
-    """
-    groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
-    n = int(groups.max()) + 1
-    rows = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(0))
-    size = torch.bincount(groups).double()
-
-    def means(v: Tensor) -> Tensor:
-        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.double().mean(dim=1))
-        return total[rows].sum(dim=1) / size[rows].sum(dim=1)
-
-    point, drawn = x.mean(), means(x)
-    if y is not None:
-        drawn, point = (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
-    return [round(v, 4) for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())]
 
 
 def wilson(k: int, n: int) -> list[float]:

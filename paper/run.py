@@ -29,13 +29,13 @@ from typing import NamedTuple
 
 import torch
 import verdicts
+from evaluate import SCHEDULE, interval
 from lab import (
     CACHE,
     CATEGORY,
     EMOJI,
     HALF,
     HERE,
-    SCHEDULE,
     Draw,
     Prompt,
     Recipe,
@@ -46,7 +46,6 @@ from lab import (
     changed,
     decoded_images,
     frechet,
-    interval,
     measure,
     noise,
     open_lab,
@@ -60,8 +59,8 @@ from lab import (
     train,
     wilson,
 )
-from styled import decoded, in_style, open_classifier
-from styles import KINDS, REAL, split_style
+from styled import in_style, open_classifier, open_reader, shows
+from styles import KINDS, REAL
 
 from minilcm.art import compose, read_art, split_art
 from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
@@ -69,7 +68,6 @@ from minilcm.lora import ATTENTION, TARGETS, Tau
 from minilcm.lora_io import write_tau
 from minilcm.memory import LiveBytes, peak_bytes, size_of
 from minilcm.merge import combine, delta, factorise, reduce_rank
-from minilcm.metrics import prompt_accuracy
 from minilcm.objective import Objective, loss_of, make_networks
 from minilcm.pictures import contact_sheet, save_png
 from minilcm.plan import step_bytes
@@ -253,9 +251,11 @@ def style_vectors(size: Size) -> dict[str, Vector]:
     return {s: train(one._replace(data=s)).end for s in size.styles}
 
 
-def classifier_of(size: Size):
+def readers(size: Size) -> tuple:
+    """(finds a picture's style, how much of each style's held-out art it does; finds its name, the same)."""
     styles = tuple(dict.fromkeys([*size.styles, *REAL]))
-    return open_classifier(styles, 20, every=8) if size.quick else open_classifier(styles, 800)
+    steps, every = (20, 8) if size.quick else (800, 1)
+    return *open_classifier(styles, steps, every), *open_reader(styles, steps, every)
 
 
 def overlap(a: Tau, b: Tau) -> tuple[float, float, float]:
@@ -285,7 +285,7 @@ def blocks(tau: Tau) -> dict[str, float]:
 
 def combination(size: Size) -> dict:
     """tau' = lambda1 tau_style + lambda2 tau_lcm, with no training: how often does it work?"""
-    classifier, found = classifier_of(size)
+    classifier, found, reader, read = readers(size)
     tau_lcm, vectors, alone = shipped("lcm_lora"), style_vectors(size), Draw("ddim", 25, W)
     numbers = {"allowed": ALLOWED, "styles": {}, "grid": {}, "lcm": blocks(tau_lcm.tau)}
     images, labels = [], []
@@ -295,30 +295,31 @@ def combination(size: Size) -> dict:
         ways = {"alone": (alone, [(tau, 1.0)]), "both": (FOUR, both), "lcm": (FOUR, [(tau_lcm, 1.0)])}
         drawn = {k: pictures(prompts, size.seeds, *way) for k, way in ways.items()}
         kept = {k: in_style(classifier, x["z0"], style) for k, x in drawn.items()}
-        row = {"kind": KINDS[style], "right": {k: interval(x["right"]) for k, x in drawn.items()}}
-        row |= {"style": {k: interval(x) for k, x in kept.items()}, "found in art": found[style]}
-        row["right in art"] = judge_on_art(style, size)
-        row["lost accuracy"] = interval(drawn["alone"]["right"], drawn["both"]["right"])
-        row["lost style"] = interval(kept["alone"], kept["both"])
+        right = {k: shows(reader, x["z0"], prompts) for k, x in drawn.items()}
+        row = {"kind": KINDS[style], "right": {k: interval(x) for k, x in right.items()}}
+        row |= {"style": {k: interval(x) for k, x in kept.items()}}
+        row |= {"found in art": found[style], "right in art": read[style]}
+        row["lost accuracy"], row["lost style"] = (interval(x["alone"], x["both"]) for x in (right, kept))
+        row["both against lcm"] = interval(right["both"], right["lcm"])
         row["overlap"], row["overlap by chance"], row["norm"] = overlap(tau.tau, tau_lcm.tau)
         row["blocks"] = blocks(tau.tau)
         measurable = row["right"]["alone"][0] >= FLOOR and row["style"]["alone"][0] >= FLOOR
         lost = max(row["lost accuracy"][0], row["lost style"][0])
         row["outcome"] = "not measurable" if not measurable else "failed" if lost > ALLOWED else "works"
         numbers["styles"][style] = row
-        some = prompts_of(style, size.few // 2)
+        some = prompts_of(style, size.few // 4)
         for l1, l2 in product(size.grid, size.grid):
             x = pictures(some, size.seeds[:1], FOUR, [(tau, l1), (tau_lcm, l2)])
             cell = numbers["grid"].setdefault(f"{l1:g} {l2:g}", {"right": [], "style": []})
-            cell["right"].append(x["right"].mean().item())
+            cell["right"].append(shows(reader, x["z0"], some).mean().item())
             cell["style"].append(in_style(classifier, x["z0"], style).mean().item())
         for key, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
             images += decoded_images(drawn[key]["z0"][:: max(1, len(prompts) // 6), 0][:6])
             labels += [label] + [""] * 5
     save_png(figure_path("combination-pictures", size), contact_sheet(images, labels, 6), "paper/run.py combination")
     rows = list(numbers["styles"].values())
-    numbers["classifier"] = mean(row["found in art"] for row in rows)
-    numbers["judge"] = mean(row["right in art"] for row in rows)
+    numbers["classifier"], numbers["reader"] = (mean(row[k] for row in rows) for k in ("found in art", "right in art"))
+    numbers["readers on plain art"] = {"classifier": found["plain"], "reader": read["plain"]}
     outcomes = [row["outcome"] for row in rows]
     numbers["failed"], numbers["measurable"] = outcomes.count("failed"), len(rows) - outcomes.count("not measurable")
     numbers["failure rate"] = wilson(numbers["failed"], max(1, numbers["measurable"]))
@@ -329,19 +330,6 @@ def combination(size: Size) -> dict:
     best = max(numbers["grid"], key=lambda k: sum(a * b for a, b in zip(*numbers["grid"][k].values())))
     numbers["best lambdas"] = best
     return numbers
-
-
-def judge_on_art(style: str, size: Size) -> float:
-    """The judge's accuracy on the style's own held-out drawings, through the autoencoder: what can be asked for."""
-    lab = open_lab()
-    art = split_style(style, lab.names)[1][:: 8 if size.quick else 1]
-
-    def make() -> dict[str, torch.Tensor]:
-        pixels, _ = decoded(art, 2, seed=3)
-        names = [a.name for a in art for _ in range(2)]
-        return {"right": prompt_accuracy(lab.judge, lab.text, pixels, names, lab.names).float()}
-
-    return cached("judge-on-art", [style, len(art)], make)["right"].mean().item()
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
@@ -361,7 +349,7 @@ def tuning(size: Size) -> Recipe:
 
 def base(size: Size) -> dict:
     """Does the vector work on a base it never saw?"""
-    classifier, _ = classifier_of(size)
+    classifier, _, reader, _ = readers(size)
     tune, before = tuning(size), dict(open_lab().unet.named_parameters())
     tuned = train(tune)
     shipped_one, old = shipped("lcm_lora"), train(short(size)).end
@@ -382,8 +370,8 @@ def base(size: Size) -> dict:
         ways |= {"short, trained there": [(there, 1.0)]}
         x = {way: pictures(prompts, size.seeds, FOUR, vectors, (made, weights)) for way, vectors in ways.items()}
         x["25 guided steps"] = pictures(prompts, size.seeds, Draw("ddim", 25, W), (), (made, weights))
-        right = {way: y["right"] for way, y in x.items()}
-        row = {way: {"right": interval(y["right"], groups=groups), "style": style_of(y)} for way, y in x.items()}
+        right = {way: shows(reader, y["z0"], prompts) for way, y in x.items()}
+        row = {way: {"right": interval(right[way], groups=groups), "style": style_of(y)} for way, y in x.items()}
         row |= {"distance": far, "shipped against none": interval(right["shipped"], right["none"], groups=groups)}
         row["short against there"] = interval(right["short, old base"], right["short, trained there"], groups=groups)
         numbers["bases"][str(step)] = row
@@ -564,7 +552,7 @@ def recipe(size: Size) -> dict:
 
 def fail(size: Size) -> dict:
     """The failures that people meet, each provoked, and the number that shows it."""
-    prompts, lab, tau_lcm = prompts_of("bare", size.few), open_lab(), shipped("lcm_lora")
+    prompts, lab, tau_lcm, reader = prompts_of("bare", size.few), open_lab(), shipped("lcm_lora"), readers(size)[2]
     style, tune = style_vectors(size)[size.styles[-1]], tuning(size)
     far = [tune, tune.steps], train(tune).end
     there = train(short(size)._replace(data="styles", base=far[0]), far[1]).end
@@ -601,8 +589,9 @@ def fail(size: Size) -> dict:
         ours, good_error = good.setdefault(where, (x, error))
         tau = combine([v.tau for v, _ in vectors], [lam for _, lam in vectors]) if vectors else {}
         sharpness = interval(x["sharpness"], ours["sharpness"], ratio=True)
-        row = {"right": interval(x["right"]), "sharpness": sharpness, "error": error / good_error, "control": control}
-        row |= {"against good": interval(x["right"], ours["right"])}
+        right, best = shows(reader, x["z0"], prompts), shows(reader, ours["z0"], prompts)
+        row = {"right": interval(right), "sharpness": sharpness, "error": error / good_error, "control": control}
+        row |= {"against good": interval(right, best)}
         row["norm"] = sum(n**2 for n in delta_norms(tau).values()) ** 0.5
         row["flagged"] = not 0.85 < sharpness[0] < 1.15 or row["error"] > 1.25 or row["norm"] == 0
         numbers["cases"][label] = row

@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 from tiny import ROOT
 
-sys.path.insert(0, str(ROOT / "paper"))
+sys.path[:0] = [str(ROOT / "paper"), str(ROOT / "weights/emoji")]
 import lab  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import styled  # noqa: E402
 import styles  # noqa: E402
 import verdicts  # noqa: E402
+from evaluate import interval  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
 from minilcm.merge import merge_into  # noqa: E402
@@ -21,7 +23,7 @@ from minilcm.merge import merge_into  # noqa: E402
 def test_interval_of_a_share():
     """For n independent pictures the interval is p +- 1.96 sqrt(p (1 - p) / n), whatever the seeds."""
     x = (torch.rand(600, 2, generator=torch.Generator().manual_seed(0)) < 0.7).float()
-    mean, low, high = lab.interval(x)
+    mean, low, high = interval(x)
     half = 1.96 * (mean * (1 - mean) / 1200) ** 0.5
     assert mean == pytest.approx(x.mean().item(), abs=1e-4)
     assert low == pytest.approx(mean - half, abs=half / 4) and high == pytest.approx(mean + half, abs=half / 4)
@@ -30,7 +32,7 @@ def test_interval_of_a_share():
 def test_pictures_of_one_prompt_are_not_independent():
     """Where a prompt decides alone, a second seed brings no certainty: the interval stays as wide as with one."""
     one = (torch.rand(600, 1, generator=torch.Generator().manual_seed(0)) < 0.7).float()
-    widths = [high - low for _, low, high in (lab.interval(one), lab.interval(one.expand(-1, 2)))]
+    widths = [high - low for _, low, high in (interval(one), interval(one.expand(-1, 2)))]
     assert widths[1] == pytest.approx(widths[0], rel=0.15)
 
 
@@ -38,9 +40,9 @@ def test_prompts_of_one_pair_are_not_independent():
     """A pair asked for four times counts four times in the mean and once in the interval."""
     pair = (torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) < 0.7).float()
     four, groups = pair.repeat(4, 1), torch.arange(300).repeat(4)
-    assert lab.interval(four, groups=groups) == lab.interval(pair)
-    narrow = lab.interval(four)
-    assert narrow[2] - narrow[1] < 0.6 * (lab.interval(pair)[2] - lab.interval(pair)[1])
+    assert interval(four, groups=groups) == interval(pair)
+    narrow = interval(four)
+    assert narrow[2] - narrow[1] < 0.6 * (interval(pair)[2] - interval(pair)[1])
     prompts = lab.prompts_of("all")
     assert lab.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
 
@@ -60,9 +62,9 @@ def test_some_prompts_are_spread_and_all_others(most):
 def test_pairs_take_away_what_both_have():
     """x - y of the same prompts is far surer than x is; mean(x) / mean(x) is 1 for sure."""
     y = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) + 5
-    mean, low, high = lab.interval(y + 1, y)
+    mean, low, high = interval(y + 1, y)
     assert (mean, low, high) == pytest.approx((1, 1, 1), abs=1e-4)
-    assert lab.interval(2 * y, y, ratio=True) == pytest.approx([2, 2, 2], abs=1e-4)
+    assert interval(2 * y, y, ratio=True) == pytest.approx([2, 2, 2], abs=1e-4)
 
 
 def test_frechet_of_two_gaussians():
@@ -73,6 +75,42 @@ def test_frechet_of_two_gaussians():
     y = y + torch.tensor([1.0, 0.0, -2.0])
     assert lab.frechet(x, y) == pytest.approx(5 + (s - t).square().sum().item(), rel=0.02)
     assert lab.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_sharpness():
+    """0 on plain ground or a slope; 8 a on a chessboard of +-a; a row of a gives a, 2 a, a on three of ten rows."""
+    board = 0.25 * (1 - 2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2)).float().expand(1, 3, 16, 16)
+    slope = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
+    line = torch.zeros(1, 3, 12, 12)
+    line[..., 5, :] = 0.5
+    found = [lab.sharpness(x).item() for x in (torch.ones(1, 3, 16, 16), slope, board, line)]
+    assert found == pytest.approx([0, 0, 2, (0.5 + 1 + 0.5) / 10], abs=1e-5)
+
+
+def test_names_are_found_prompt_by_prompt():
+    """Latents (prompts, seeds): each is held against the name of its own prompt."""
+    art = {a.name: a for a in lab.read_art(lab.EMOJI / "art") if a.style == "noto"}
+    names = ["rocket", "pizza", "cat face"]
+    shown = styled.decoded([art[n] for n in ("rocket", "pizza", "pizza", "cat face", "penguin", "cat face")], 1, 0)[0]
+    z0 = lab.open_lab().vae.encode_mean(shown).unflatten(0, (3, 2))
+    found = styled.shows(lab.open_lab().judge, z0, [lab.Prompt(n, n) for n in names])
+    assert found.tolist() == [[1, 0], [1, 0], [0, 1]]
+
+
+def test_a_reader_can_be_taught():
+    """Red from blue, with one class a hundred times as common as the other."""
+    y = torch.tensor([0] * 200 + [1] * 2)
+    x = torch.full((202, 3, 64, 64), -1.0)
+    x[range(202), 2 * y] = 1.0
+    torch.manual_seed(0)
+    net = styled.StyleNet(("red",))
+    styled.taught(net, net, x, y, ["red"] * 200 + ["plain"] * 2, steps=12, lr=3e-3)
+    assert (net(x[-4:]).argmax(dim=1) == y[-4:]).all()
+
+
+def test_share_by_style():
+    right = styled.by_style(torch.tensor([1, 0, 1, 1]).bool(), ["a", "b", "a", "b"])
+    assert {s: x.item() for s, x in right.items()} == {"a": 1.0, "b": 0.5}
 
 
 def test_overlap_of_column_spaces():

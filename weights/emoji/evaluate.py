@@ -3,7 +3,6 @@
     python weights/emoji/evaluate.py                       table over all prompts, about 10 minutes on 2 cores
     python weights/emoji/evaluate.py --blind runs/blind    36 numbered pictures and, apart from them, their prompts
     python weights/emoji/evaluate.py --figure out.png      style LoRA, LCM-LoRA, both: the same prompts and seeds
-    python weights/emoji/evaluate.py --styles              the same in numbers: prompt accuracy and palette
     python weights/emoji/evaluate.py --failures out.png    all pairs that 4 steps get wrong, and what the judge saw
 
 Prompts: every seen (name, style) pair with a colour ("said"), every held-out one four times, and bare names, four seeds
@@ -25,52 +24,79 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-from make_styles import MADE  # noqa: E402
 
-from minilcm.art import COLORS, STYLES, article, compose, place, read_art, split_art  # noqa: E402
+from minilcm.art import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
 from minilcm.checkpoint import load_model  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
 from minilcm.lora_io import read_tau  # noqa: E402
 from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.merge import combine, merge_into, unmerge  # noqa: E402
 from minilcm.metrics import load_judge, prompt_accuracy  # noqa: E402
+from minilcm.objective import run  # noqa: E402
 from minilcm.pictures import contact_sheet, save_png, to_images  # noqa: E402
 from minilcm.schedule import make_schedule  # noqa: E402
 from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
 
 SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
+SAMPLERS = {"lcm": "LCM sampler, no LoRA,", "ddim": "DDIM", "dpmpp": "DPM-Solver++"}
 
 
-def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int = 0) -> Tensor:
+def noise(seeds: list[int], side: int) -> tuple[Tensor, list[torch.Generator]]:
+    """z_T (b, 4, h, w) of b seeds, and each picture's generator: the same for every sampler."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(4, side, side, generator=g) for g in generators]), generators
+
+
+@torch.no_grad()
+def latents(
+    unet, text, prompts: list[str], z_T: Tensor, generators: list, sampler: str, steps: int, w: float, *w_emb: Tensor
+) -> Tensor:
+    """z0 (b, 4, h, w) of b prompts by the UNet as it is, guided by w. w_emb: (1, c), what a full LCM takes besides."""
+    parts = []
+    for i in range(0, len(prompts), 64):
+        part = slice(i, i + 64)
+        cond = text.encode(prompts[part])
+        network = lambda z_t, t, cond: run(unet, HALF, z_t, t, cond, *w_emb)  # noqa: E731
+        guided = guided_eps(network, cond, text.null_cond(len(z_T[part])), w)
+        eps_fn = lambda z_t, t: guided(z_t, torch.as_tensor(t).expand(len(z_t)))  # noqa: E731
+        if sampler == "lcm":
+            parts.append(sample_lcm(eps_fn, z_T[part], SCHEDULE, steps, generators[part]))
+        elif sampler == "ddim":
+            parts.append(sample_ddim(eps_fn, z_T[part], SCHEDULE, steps))
+        else:
+            parts.append(sample_dpmpp_2m(eps_fn, z_T[part], SCHEDULE, steps))
+    return torch.cat(parts)
+
+
+def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int) -> Tensor:
     """Pixels (b, 3, H, W) in [-1, 1]; picture i has seed first_seed + i."""
     unet, vae, text, config = model
-    side, pixels = config.size // vae.factor, []
-    for i in range(0, len(prompts), 64):
-        part = prompts[i : i + 64]
-        generators = [torch.Generator().manual_seed(first_seed + i + j) for j in range(len(part))]
-        z_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
-        guided = guided_eps(unet, text.encode(part), text.null_cond(len(part)), w)
-
-        def eps_fn(z_t: Tensor, t) -> Tensor:
-            with torch.autocast("cpu", dtype=HALF, enabled=HALF != torch.float32):  # the UNet only
-                return guided(z_t, t)
-
-        if sampler == "lcm":
-            z0 = sample_lcm(eps_fn, z_T, SCHEDULE, steps, generators)
-        elif sampler == "ddim":
-            z0 = sample_ddim(eps_fn, z_T, SCHEDULE, steps)
-        else:
-            z0 = sample_dpmpp_2m(eps_fn, z_T, SCHEDULE, steps)
-        pixels.append(vae.decode(z0).clamp(-1, 1))
-    return torch.cat(pixels)
+    z_T, generators = noise([first_seed + i for i in range(len(prompts))], config.size // vae.factor)
+    z0 = latents(unet, text, prompts, z_T, generators, sampler, steps, w)
+    return torch.cat([vae.decode(z) for z in z0.split(64)]).clamp(-1, 1)
 
 
-def interval(right: Tensor) -> tuple[float, float, float]:
-    """(mean, low, high) of shares (b,), each 0 to 1, by 95 % bootstrap."""
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, len(right), (4000, len(right)), generator=generator)
-    means = right.float()[index].mean(dim=1)
-    return right.float().mean().item(), means.quantile(0.025).item(), means.quantile(0.975).item()
+def interval(
+    x: Tensor, y: Tensor | None = None, ratio: bool = False, groups: Tensor | None = None, draws: int = 2000
+) -> list[float]:
+    """[mean, low, high] of x (prompts, seeds), of x - y or of mean(x) / mean(y): 95 % bootstrap, x and y in pairs.
+
+    Groups of prompts (default: each prompt) are drawn with replacement, whole and with all seeds, since pictures of one
+    prompt are not independent.
+    """
+    groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
+    n = int(groups.max()) + 1
+    rows = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(0))
+    size = torch.bincount(groups).double()
+
+    def means(v: Tensor) -> Tensor:
+        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.double().mean(dim=1))
+        return total[rows].sum(dim=1) / size[rows].sum(dim=1)
+
+    point, drawn = x.mean(), means(x)
+    if y is not None:
+        drawn, point = (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
+    return [round(v, 4) for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())]
 
 
 def color_right(pixels: Tensor, colors: list[str]) -> Tensor:
@@ -101,10 +127,11 @@ def table(args, model, judge) -> None:
     rng = random.Random(args.seed)
 
     # is the judge a judge? on the art itself, as the autoencoder decodes it
-    for what, art in (("seen", seen), ("held-out", held_out)):
+    for what, art in (("seen", seen), ("held out", held_out)):
         x = torch.stack([compose(a, config.size, rng)[0] for a in art])
         decoded = torch.cat([vae.decode(vae.encode_mean(p)) for p in x.split(64)]).clamp(-1, 1)
-        mean, low, high = interval(prompt_accuracy(judge, text, decoded, [a.name for a in art], names))
+        right = prompt_accuracy(judge, text, decoded, [a.name for a in art], names).float()
+        mean, low, high = interval(right[:, None])
         style = style_right(judge, text, decoded, [(a.name, a.style) for a in art]).float().mean()
         psnr = -10 * ((decoded - x) / 2).square().flatten(1).mean(dim=1).log10()
         line = f"{mean:.3f} [{low:.3f}, {high:.3f}], style {style:.3f}; autoencoder {psnr.mean():.1f} dB"
@@ -117,7 +144,7 @@ def table(args, model, judge) -> None:
 
     kinds = {
         "said, seen": said(seen),
-        "said, held-out": said(held_out * 4),
+        "said, held out": said(held_out * 4),
         "bare names": (names * 4, names * 4, None, None),
     }
     tau = read_tau(args.lora)
@@ -125,7 +152,9 @@ def table(args, model, judge) -> None:
     rows = [("ddim", 50, w, 0), *[("lcm", n, 0.0, 1) for n in (1, 2, 4, 8)], ("lcm", 4, 0.0, 0), ("lcm", 4, w, 0)]
     rows += [(s, n, w, 0) for s in ("ddim", "dpmpp") for n in (2, 4, 8)]
     print(f"UNet in {str(HALF)[6:]}, guidance {config.guidance:g}, seed {args.seed}")
-    print(f"\n{'sampler':22}{'evals':>6}" + "".join(f"{kind:>24}" for kind in kinds) + f"{'style':>8}{'colour':>8}")
+    columns = "".join(f" {kind} ({len(prompts)}) |" for kind, (prompts, *_) in kinds.items())
+    print(f"\n| sampler, steps | evaluations |{columns} style | colour |")
+    print("|---" * (len(kinds) + 4) + "|")
     results = []
     for sampler, steps, w_, lora in rows:
         if lora:
@@ -136,18 +165,16 @@ def table(args, model, judge) -> None:
             pixels = draw(model, prompts, sampler, steps, w_, args.seed)
             right = prompt_accuracy(judge, text, pixels, right_names, names).float()
             times = 1 if kind == "said, seen" else 4  # prompts of one pair, or name, are not independent
-            row[kind] = interval(right.reshape(times, -1).mean(dim=0))
+            row[kind] = interval(right.reshape(times, -1).T)
             cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*row[kind]))
             if kind == "said, seen":
                 style = style_right(judge, text, pixels, list(zip(right_names, styles))).float().mean().item()
                 color = color_right(pixels, colors).float().mean().item()
         if lora:
             unmerge(unet, tau)
-        label = f"{sampler}{'-lora' if lora else ''} {steps}" + (f" w={w_:g}" if w_ else "")
-        print(
-            f"{label:22}{row['evaluations']:6}" + "".join(f"{c:>24}" for c in cells) + f"{style:8.3f}{color:8.3f}",
-            flush=True,
-        )
+        label = "**LCM-LoRA**" if lora else SAMPLERS[sampler]
+        label += f" {steps}" + (f", guidance {1 + w_:g}" if w_ else "")
+        print(f"| {label} | {row['evaluations']} | {' | '.join(cells)} | {style:.2f} | {color:.2f} |", flush=True)
         results.append(row | {"style": style, "color": color})
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -196,46 +223,6 @@ def figure(args, model) -> None:
     save_png(args.figure, contact_sheet(images, labels, len(names)), "report figure 3")
 
 
-def palette(pixels: Tensor) -> Tensor:
-    """Share of all points in each of 6x6x6 cells of colour; pixels (b, 3, H, W) in [-1, 1] -> (216,)."""
-    cells = ((pixels + 1) / 2 * 6).long().clamp(0, 5)  # (b, 3, H, W)
-    index = (cells[:, 0] * 36 + cells[:, 1] * 6 + cells[:, 2]).flatten()
-    return torch.bincount(index, minlength=216) / len(index)
-
-
-def styles(args, model, judge) -> None:
-    """A style LoRA added to the LCM-LoRA at (0.8, 1.0), 4 steps: does it keep the style, and the name?
-
-    Palette distance: half the sum of differences of two palettes, 0 to 1, to the style's own drawings on the same
-    backgrounds through the autoencoder.
-    """
-    unet, vae, text, config = model
-    names, tau_lcm, rng = list(config.names), read_tau(args.lora), random.Random(args.seed)
-    seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
-    print(f"{'':24}{'prompt accuracy':>24}{'palette distance':>18}")
-    for style in ("blueprint", "papercut"):
-        colors = [rng.choice(list(COLORS)) for _ in names * 2]
-        prompts = [f"{name}, {style} style, on {article(c)} background" for name, c in zip(names * 2, colors)]
-        drawn = [place(MADE[style](a.image), c, config.size, 0.85, (0, 0))
-            for name, c in zip(names * 2, colors) for a in seen if a.name == name]  # fmt: skip
-        art = palette(torch.cat([vae.decode(vae.encode_mean(x)) for x in torch.stack(drawn).split(64)]).clamp(-1, 1))
-        tau_style, w = read_tau(HERE / f"{style}.safetensors"), config.guidance - 1
-        rows = {
-            "LCM-LoRA alone, 4": (combine([tau_lcm], [1.0]), "lcm", 4, 0.0),
-            "style alone, 25": (combine([tau_style], [1.0]), "ddim", 25, w),
-            "0.8 style + 1.0 lcm, 4": (combine([tau_style, tau_lcm], [0.8, 1.0]), "lcm", 4, 0.0),
-        }
-        print(style)
-        for label, (tau, sampler, steps, w_) in rows.items():
-            merge_into(unet, tau)
-            pixels = draw(model, prompts, sampler, steps, w_, args.seed)
-            unmerge(unet, tau)
-            right = prompt_accuracy(judge, text, pixels, names * 2, names).float()
-            right = interval(right.reshape(2, -1).mean(dim=0))  # two prompts of a name are not independent
-            far = (palette(pixels) - art).abs().sum().item() / 2
-            print(f"  {label:22}{'{:.3f} [{:.3f}, {:.3f}]'.format(*right):>24}{far:18.3f}", flush=True)
-
-
 def failures(args, model, judge) -> None:
     """What 4 steps of LCM-LoRA get wrong among all seen and held-out pairs."""
     unet, _, text, config = model
@@ -264,7 +251,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument("--blind", type=Path, metavar="DIR", help="draw the blind test instead")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the figure of three rows instead")
-    parser.add_argument("--styles", action="store_true", help="measure style LoRA + LCM-LoRA instead")
     parser.add_argument("--failures", type=Path, metavar="FILE.png", help="draw what 4 steps get wrong instead")
     args = parser.parse_args()
     model = load_model(args.model)
@@ -272,8 +258,6 @@ def main() -> None:
         blind(args, model)
     elif args.figure:
         figure(args, model)
-    elif args.styles:
-        styles(args, model, load_judge(args.judge))
     elif args.failures:
         failures(args, model, load_judge(args.judge))
     else:
