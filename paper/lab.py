@@ -200,7 +200,7 @@ def noise(prompts: int, seed: int, side: int) -> tuple[Tensor, list[torch.Genera
 @torch.no_grad()
 def measure(lab: Lab, z0: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
     """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and features of the judge."""
-    pixels = torch.cat([lab.vae.decode(z) for z in z0.split(64)]).clamp(-1, 1)
+    pixels = evaluate.decode(lab.vae, z0)
     return {
         "z0": z0,
         "right": prompt_accuracy(lab.judge, lab.text, pixels, [p.name for p in prompts], lab.names).float(),
@@ -216,29 +216,41 @@ def sharpness(pixels: Tensor) -> Tensor:
     return F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3))
 
 
-def pictures(
-    prompts: list[Prompt],
-    seeds: tuple[int, ...],
-    draw: Draw,
-    vectors: list[tuple[Vector, float]] = (),
-    base: tuple[object, dict[str, Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """What `measure` finds, each of shape (prompts, seeds, ...). base: (what it was made by, weights of a UNet)."""
+Vectors = list[tuple[Vector, float]]  # tau_i and lambda_i, added up
+Base = tuple[object, dict[str, Tensor]] | None  # what a fine-tuned UNet was made by, and its weights
+
+
+def drawn(
+    prompts: list[Prompt], seeds: tuple[int, ...], draw: Draw, vectors: Vectors = (), base: Base = None
+) -> Tensor:
+    """z0 (prompts, seeds, 4, h, w)."""
     lab = open_lab()
     key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
 
     def make() -> dict[str, Tensor]:
-        unet, texts, w_emb = lab.unet, [p.text for p in prompts], ()
+        unet, texts, w_emb, z0 = lab.unet, [p.text for p in prompts], (), []
         if draw.w_emb is not None:  # a full LCM has one layer more
             unet = UNet(replace(unet.cfg, w_dim=W_DIM)).requires_grad_(False)
             w_emb = (lcm.guidance_embedding(torch.tensor([draw.w_emb])),)
         with changed(unet, base and base[1], list(vectors)):
-            drawn = []
             for seed in seeds:
                 z_T, generators = noise(len(prompts), seed, lab.side)
-                z0 = evaluate.latents(unet, lab.text, texts, z_T, generators, *draw[:3], *w_emb)
-                drawn.append(measure(lab, z0, prompts))
-        return {k: torch.stack([d[k] for d in drawn], dim=1) for k in drawn[0]}
+                z0.append(evaluate.latents(unet, lab.text, texts, z_T, generators, *draw[:3], *w_emb))
+        return {"z0": torch.stack(z0, dim=1)}
+
+    return cached("drawn", key, make)["z0"]
+
+
+def pictures(
+    prompts: list[Prompt], seeds: tuple[int, ...], draw: Draw, vectors: Vectors = (), base: Base = None
+) -> dict[str, Tensor]:
+    """What `measure` finds in `drawn` pictures, each of shape (prompts, seeds, ...)."""
+    lab, z0 = open_lab(), drawn(prompts, seeds, draw, vectors, base)
+    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
+
+    def make() -> dict[str, Tensor]:
+        found = [measure(lab, z, prompts) for z in z0.unbind(dim=1)]
+        return {k: torch.stack([d[k] for d in found], dim=1) for k in found[0]}
 
     return cached("pictures", key, make)
 
@@ -251,7 +263,7 @@ def bound(unet: UNet) -> lcm.Network:
 @torch.no_grad()
 def decoded_images(z0: Tensor) -> list:
     """Latents (b, 4, h, w) -> b pictures, enlarged."""
-    pixels = open_lab().vae.decode(z0).clamp(-1, 1)
+    pixels = evaluate.decode(open_lab().vae, z0)
     return to_images(F.interpolate(pixels, scale_factor=1.5, mode="bicubic"))
 
 

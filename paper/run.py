@@ -45,6 +45,7 @@ from lab import (
     cached,
     changed,
     decoded_images,
+    drawn,
     frechet,
     measure,
     noise,
@@ -59,7 +60,7 @@ from lab import (
     train,
     wilson,
 )
-from styled import in_style, open_classifier, open_reader, shows
+from styled import open_reader, read_latents
 from styles import KINDS, REAL
 
 from minilcm.art import compose, read_art, split_art
@@ -251,11 +252,10 @@ def style_vectors(size: Size) -> dict[str, Vector]:
     return {s: train(one._replace(data=s)).end for s in size.styles}
 
 
-def readers(size: Size) -> tuple:
-    """(finds a picture's style, how much of each style's held-out art it does; finds its name, the same)."""
+def reader_of(size: Size) -> tuple:
+    """(the reader, {style: share of its held-out art whose style it finds}, the same of names)."""
     styles = tuple(dict.fromkeys([*size.styles, *REAL]))
-    steps, every = (20, 8) if size.quick else (800, 1)
-    return *open_classifier(styles, steps, every), *open_reader(styles, steps, every)
+    return open_reader(styles, 20, every=8) if size.quick else open_reader(styles, 3000)
 
 
 def overlap(a: Tau, b: Tau) -> tuple[float, float, float]:
@@ -285,7 +285,7 @@ def blocks(tau: Tau) -> dict[str, float]:
 
 def combination(size: Size) -> dict:
     """tau' = lambda1 tau_style + lambda2 tau_lcm, with no training: how often does it work?"""
-    classifier, found, reader, read = readers(size)
+    reader, found, named = reader_of(size)
     tau_lcm, vectors, alone = shipped("lcm_lora"), style_vectors(size), Draw("ddim", 25, W)
     numbers = {"allowed": ALLOWED, "styles": {}, "grid": {}, "lcm": blocks(tau_lcm.tau)}
     images, labels = [], []
@@ -293,12 +293,12 @@ def combination(size: Size) -> dict:
         prompts = prompts_of(style, size.prompts)
         both = [(tau, LAMBDA_STYLE), (tau_lcm, LAMBDA_LCM)]
         ways = {"alone": (alone, [(tau, 1.0)]), "both": (FOUR, both), "lcm": (FOUR, [(tau_lcm, 1.0)])}
-        drawn = {k: pictures(prompts, size.seeds, *way) for k, way in ways.items()}
-        kept = {k: in_style(classifier, x["z0"], style) for k, x in drawn.items()}
-        right = {k: shows(reader, x["z0"], prompts) for k, x in drawn.items()}
+        z0 = {k: drawn(prompts, size.seeds, *way) for k, way in ways.items()}
+        read = {k: read_latents(reader, z, style, prompts) for k, z in z0.items()}
+        right, kept = ({k: x[i] for k, x in read.items()} for i in range(2))
         row = {"kind": KINDS[style], "right": {k: interval(x) for k, x in right.items()}}
         row |= {"style": {k: interval(x) for k, x in kept.items()}}
-        row |= {"found in art": found[style], "right in art": read[style]}
+        row |= {"found in art": found[style], "right in art": named[style]}
         row["lost accuracy"], row["lost style"] = (interval(x["alone"], x["both"]) for x in (right, kept))
         row["both against lcm"] = interval(right["both"], right["lcm"])
         row["overlap"], row["overlap by chance"], row["norm"] = overlap(tau.tau, tau_lcm.tau)
@@ -309,17 +309,17 @@ def combination(size: Size) -> dict:
         numbers["styles"][style] = row
         some = prompts_of(style, size.few // 4)
         for l1, l2 in product(size.grid, size.grid):
-            x = pictures(some, size.seeds[:1], FOUR, [(tau, l1), (tau_lcm, l2)])
+            z = drawn(some, size.seeds[:1], FOUR, [(tau, l1), (tau_lcm, l2)])
             cell = numbers["grid"].setdefault(f"{l1:g} {l2:g}", {"right": [], "style": []})
-            cell["right"].append(shows(reader, x["z0"], some).mean().item())
-            cell["style"].append(in_style(classifier, x["z0"], style).mean().item())
+            for key, found_in in zip(("right", "style"), read_latents(reader, z, style, some)):
+                cell[key].append(found_in.mean().item())
         for key, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
-            images += decoded_images(drawn[key]["z0"][:: max(1, len(prompts) // 6), 0][:6])
+            images += decoded_images(z0[key][:: max(1, len(prompts) // 6), 0][:6])
             labels += [label] + [""] * 5
     save_png(figure_path("combination-pictures", size), contact_sheet(images, labels, 6), "paper/run.py combination")
     rows = list(numbers["styles"].values())
-    numbers["classifier"], numbers["reader"] = (mean(row[k] for row in rows) for k in ("found in art", "right in art"))
-    numbers["readers on plain art"] = {"classifier": found["plain"], "reader": read["plain"]}
+    numbers["reader"] = {"styles": mean(row["found in art"] for row in rows), "plain style": found["plain"],
+        "names": mean(row["right in art"] for row in rows), "plain names": named["plain"]}  # fmt: skip
     outcomes = [row["outcome"] for row in rows]
     numbers["failed"], numbers["measurable"] = outcomes.count("failed"), len(rows) - outcomes.count("not measurable")
     numbers["failure rate"] = wilson(numbers["failed"], max(1, numbers["measurable"]))
@@ -349,16 +349,18 @@ def tuning(size: Size) -> Recipe:
 
 def base(size: Size) -> dict:
     """Does the vector work on a base it never saw?"""
-    classifier, _, reader, _ = readers(size)
+    reader = reader_of(size)[0]
     tune, before = tuning(size), dict(open_lab().unet.named_parameters())
     tuned = train(tune)
     shipped_one, old = shipped("lcm_lora"), train(short(size)).end
-    prompts = [p for style in REAL for p in prompts_of(style, max(1, size.few // 4))]
+    each = max(1, size.few // 4)
+    prompts = [p for style in REAL for p in prompts_of(style, each)]
     numbers = {"bases": {}}
 
-    def style_of(x: dict[str, torch.Tensor]) -> list[float]:
-        parts = zip(REAL, x["z0"].split(len(prompts) // len(REAL)))
-        return interval(torch.cat([in_style(classifier, z, style) for style, z in parts]), groups=groups)
+    def read(z0: torch.Tensor) -> list[torch.Tensor]:
+        """[name right, style right]"""
+        parts = zip(REAL, z0.split(each), (prompts[i : i + each] for i in range(0, len(prompts), each)))
+        return [torch.cat(x) for x in zip(*(read_latents(reader, z, style, some) for style, z, some in parts))]
 
     groups = pairs(prompts)
     for step, weights in tuned.at.items():
@@ -368,10 +370,11 @@ def base(size: Size) -> dict:
         there = train(short(size)._replace(data="styles", base=made), weights).end
         ways = {"none": [], "shipped": [(shipped_one, 1.0)], "short, old base": [(old, 1.0)]}
         ways |= {"short, trained there": [(there, 1.0)]}
-        x = {way: pictures(prompts, size.seeds, FOUR, vectors, (made, weights)) for way, vectors in ways.items()}
-        x["25 guided steps"] = pictures(prompts, size.seeds, Draw("ddim", 25, W), (), (made, weights))
-        right = {way: shows(reader, y["z0"], prompts) for way, y in x.items()}
-        row = {way: {"right": interval(right[way], groups=groups), "style": style_of(y)} for way, y in x.items()}
+        z0 = {way: drawn(prompts, size.seeds, FOUR, vectors, (made, weights)) for way, vectors in ways.items()}
+        z0["25 guided steps"] = drawn(prompts, size.seeds, Draw("ddim", 25, W), (), (made, weights))
+        found = {way: read(z) for way, z in z0.items()}
+        right, words = {way: y[0] for way, y in found.items()}, ("right", "style")
+        row = {way: {k: interval(v, groups=groups) for k, v in zip(words, y)} for way, y in found.items()}
         row |= {"distance": far, "shipped against none": interval(right["shipped"], right["none"], groups=groups)}
         row["short against there"] = interval(right["short, old base"], right["short, trained there"], groups=groups)
         numbers["bases"][str(step)] = row
@@ -392,11 +395,12 @@ def rank(size: Size) -> dict:
     numbers, path = {"trained": {}, "truncated": {}, "layers": {}}, CACHE / "lora-for-its-size.safetensors"
 
     def quality(vector: Vector) -> dict:
-        one, two, four = (pictures(prompts, size.seeds, Draw("lcm", n), [(vector, 1.0)]) for n in (1, 2, 4))
+        one = drawn(prompts, size.seeds, Draw("lcm", 1), [(vector, 1.0)])
+        two, four = (pictures(prompts, size.seeds, Draw("lcm", n), [(vector, 1.0)]) for n in (2, 4))
         write_tau(path, vector.tau, {})
         row = {word: interval(x["right"], groups=groups) for word, x in (("two", two), ("four", four))}
         row["against the highest"] = interval(four["right"], top["right"], groups=groups)
-        row["distance"] = interval(rms(one["z0"], teacher["z0"]), groups=groups)
+        row["distance"] = interval(rms(one, teacher["z0"]), groups=groups)
         return row | {"bytes": path.stat().st_size}
 
     for (r, vector), seconds in zip(trained.items(), step_times(ranks)):
@@ -448,15 +452,15 @@ def solver(size: Size) -> dict:
         with changed(lab.unet, None, [(tau, 1.0)]):
             near, end = consistency_along_trajectory(network, trajectory, cond, SCHEDULE, W)
         numbers["along"][stage] = {"neighbours": near, "to the end": end, "mean to the end": mean(end.values())}
-    teacher = pictures(prompts, size.seeds, TEACHER)["z0"]
+    teacher = drawn(prompts, size.seeds, TEACHER)
     rows = {f"LCM-LoRA {n}": (Draw("lcm", n), vector) for n in counts}
     rows |= {f"LCM sampler, no LoRA, {n}": (Draw("lcm", n), []) for n in counts}
     for sampler, label in SOLVERS.items():
         rows |= {f"{label} {n}": (Draw(sampler, n, W), []) for n in counts}
         rows |= {f"{label}, no guidance, {n}": (Draw(sampler, n), []) for n in counts}
-    one = rms(pictures(prompts, size.seeds, *rows["LCM-LoRA 1"])["z0"], teacher)
+    one = rms(drawn(prompts, size.seeds, *rows["LCM-LoRA 1"]), teacher)
     for label, (draw, vectors) in rows.items():
-        far = rms(pictures(prompts, size.seeds, draw, vectors)["z0"], teacher)
+        far = rms(drawn(prompts, size.seeds, draw, vectors), teacher)
         row = {"sampler": label.rstrip("0123456789").rstrip(" ,"), "solver": draw.sampler != "lcm"}
         row |= {"evaluations": draw.evaluations, "rms": interval(far, groups=groups)}
         numbers["distance"][label] = row | {"one step against it": interval(one, far, groups=groups)}
@@ -552,7 +556,7 @@ def recipe(size: Size) -> dict:
 
 def fail(size: Size) -> dict:
     """The failures that people meet, each provoked, and the number that shows it."""
-    prompts, lab, tau_lcm, reader = prompts_of("bare", size.few), open_lab(), shipped("lcm_lora"), readers(size)[2]
+    prompts, lab, tau_lcm, reader = prompts_of("bare", size.few), open_lab(), shipped("lcm_lora"), reader_of(size)[0]
     style, tune = style_vectors(size)[size.styles[-1]], tuning(size)
     far = [tune, tune.steps], train(tune).end
     there = train(short(size)._replace(data="styles", base=far[0]), far[1]).end
@@ -589,7 +593,7 @@ def fail(size: Size) -> dict:
         ours, good_error = good.setdefault(where, (x, error))
         tau = combine([v.tau for v, _ in vectors], [lam for _, lam in vectors]) if vectors else {}
         sharpness = interval(x["sharpness"], ours["sharpness"], ratio=True)
-        right, best = shows(reader, x["z0"], prompts), shows(reader, ours["z0"], prompts)
+        right, best = (read_latents(reader, y["z0"], "plain", prompts)[0] for y in (x, ours))
         row = {"right": interval(right), "sharpness": sharpness, "error": error / good_error, "control": control}
         row |= {"against good": interval(right, best)}
         row["norm"] = sum(n**2 for n in delta_norms(tau).values()) ** 0.5

@@ -1,136 +1,143 @@
-"""Two readers of styled pictures: which style is it in, and which name does it show?
+"""A reader of styled pictures: which style is it in, and which name does it show?
 
-The judge of weights/emoji knows four plain styles: of a white-on-blue drawing it cannot tell the name. `open_reader` is
-that judge taught further on the art of all styles; `open_classifier` a small network that is taught styles and nothing
-else. Both see drawings as the autoencoder decodes them, and say how much of each style's held-out art they get right.
+The judge of weights/emoji knows four plain styles: of a white line on blue it cannot tell the name. This network is
+taught both on the art of all styles, as the autoencoder decodes it, and says how much of their held-out art it reads.
 """
 
-import functools
 import random
 import sys
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from evaluate import decode
 from lab import EMOJI, HALF, Prompt, cached, open_lab
 from styles import KINDS, split_style
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilcm.art import Art, compose, read_art, split_art
-from minilcm.metrics import Judge, load_judge, prompt_accuracy
 
 sys.path.insert(0, str(EMOJI))
 from train_clip import degrade  # noqa: E402
 
 
-class StyleNet(nn.Sequential):
-    """Pixels (b, 3, 64, 64) -> logits (b, classes): the styles, and plain for the four sets that the base knows."""
+class Reader(nn.Module):
+    """Pixels (b, 3, 64, 64) in [-1, 1] -> (logits of styles (b, s), logits of names (b, n)).
 
-    def __init__(self, styles: tuple[str, ...]):
-        widths, layers = (3, 32, 64, 96, 128), []
-        for i, o in zip(widths, widths[1:]):
+    Of the styles one is "plain", for the four sets that the base knows.
+    """
+
+    def __init__(self, styles: list[str], names: list[str]):
+        super().__init__()
+        layers = []
+        for i, o in zip((3, 32, 64, 128), (32, 64, 128, 256)):  # 64 -> 32 -> 16 -> 8 -> 4 points across
             layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.SiLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], len(styles) + 1))
-        self.classes = [*styles, "plain"]
+            layers += [nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(8, o), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers, nn.Dropout(0.2))
+        self.style, self.name = nn.Linear(256, len(styles)), nn.Linear(256 * 16, len(names))
+        self.styles, self.names = styles, names
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(pixels)  # (b, 256, 4, 4)
+        return self.style(h.mean(dim=(2, 3))), self.name(rearrange(h, "b c h w -> b (c h w)"))
+
+
+class Lesson(NamedTuple):
+    """Drawings on coloured grounds, through the autoencoder; what they are, as indices."""
+
+    pixels: Tensor  # (n, 3, 64, 64) uint8
+    style: Tensor  # (n,)
+    name: Tensor  # (n,)
 
 
 @torch.no_grad()
-def decoded(art: list[Art], looks: int, seed: int) -> tuple[Tensor, list[str], list[str]]:
-    """(pixels (n, 3, H, W) through the autoencoder, n styles, n names) of drawings on coloured grounds."""
-    lab, rng = open_lab(), random.Random(seed)
+def decoded(art: list[Art], styles: list[str], looks: int, seed: int) -> Lesson:
+    lab, rng, pixels = open_lab(), random.Random(seed), []
     art = [a for a in art for _ in range(looks)]
-    pixels = torch.stack([compose(a, 4 * lab.side, rng)[0] for a in art])
-    pixels = torch.cat([lab.vae.decode(lab.vae.encode_mean(x)) for x in pixels.split(64)]).clamp(-1, 1)
-    return pixels, [a.style if a.style in KINDS else "plain" for a in art], [a.name for a in art]
+    for i in tqdm(range(0, len(art), 64), desc="drawings", disable=None, leave=False):
+        x = torch.stack([compose(a, 4 * lab.side, rng)[0] for a in art[i : i + 64]])
+        x = decode(lab.vae, lab.vae.encode_mean(x))
+        pixels.append(((x + 1) * 127.5).round().byte())
+    style = [styles.index(a.style if a.style in KINDS else "plain") for a in art]
+    return Lesson(torch.cat(pixels), torch.tensor(style), torch.tensor([lab.names.index(a.name) for a in art]))
 
 
-@functools.cache
-def lesson(styles: tuple[str, ...], every: int) -> tuple:
-    """(to be taught on, held out), each `decoded`: the base's own art and that of all styles, or every n-th drawing."""
-    lab = open_lab()
-    seen, held_out = split_art(read_art(EMOJI / "art"), EMOJI / "art/held_out.txt", lab.names)
-    for style in styles:
-        a, b = split_style(style, lab.names)
-        seen, held_out = seen + a, held_out + b
-    return decoded(seen[::every], 2, seed=0), decoded(held_out[::every], 2, seed=1)
+def lessons(styles: list[str], every: int) -> tuple[Lesson, Lesson]:
+    """(to be taught on, held out): the base's own art and that of all styles, or every n-th drawing of it."""
+
+    def make() -> dict[str, Tensor]:
+        names = open_lab().names
+        seen, held_out = split_art(read_art(EMOJI / "art"), EMOJI / "art/held_out.txt", names)
+        for style in styles[:-1]:
+            a, b = split_style(style, names)
+            seen, held_out = seen + a, held_out + b
+        both = decoded(seen[::every], styles, 2, seed=0), decoded(held_out[::every], styles, 2, seed=1)
+        return {f"{k}{i}": x for i, lesson in enumerate(both) for k, x in lesson._asdict().items()}
+
+    kept = cached("lessons", [styles, every], make)
+    return tuple(Lesson(*(kept[f"{k}{i}"] for k in Lesson._fields)) for i in range(2))
 
 
-def taught(net: nn.Module, logits: Callable, x: Tensor, y: Tensor, styles: list[str], steps: int, lr: float) -> None:
-    """Train net to find y (n,) in pixels x (n, 3, H, W), styles alike often; degraded a little, as few steps do."""
-    order = torch.tensor([sorted(set(styles)).index(s) for s in styles])
-    share = 1 / torch.bincount(order)[order].float()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
+def to_pixels(x: Tensor) -> Tensor:
+    return x.float() / 127.5 - 1
+
+
+def teach(net: Reader, lesson: Lesson, steps: int, batch: int = 64, lr: float = 2e-3) -> None:
+    """Cross-entropy of style and name; all styles alike often; half of the pictures degraded, as few steps do."""
+    share = 1 / torch.bincount(lesson.style)[lesson.style].float()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
-    for _ in tqdm(range(steps), desc=f"teaching {type(net).__name__}", disable=None, leave=False):
-        index = torch.multinomial(share, 64, replacement=True, generator=generator)
+    for _ in tqdm(range(steps), desc="teaching the reader", disable=None, leave=False):
+        index = torch.multinomial(share, batch, replacement=True, generator=generator)
+        x = to_pixels(lesson.pixels[index])
+        x[::2] = degrade(x[::2], generator)
         with torch.autocast("cpu", dtype=HALF, enabled=HALF != torch.float32):
-            out = logits(degrade(x[index], generator))
-        F.cross_entropy(out.float(), y[index], label_smoothing=0.05).backward()
+            style, name = net(x)
+        loss = F.cross_entropy(style.float(), lesson.style[index], label_smoothing=0.05)
+        loss = loss + F.cross_entropy(name.float(), lesson.name[index], label_smoothing=0.05)
+        loss.backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()
 
 
-def by_style(right: Tensor, styles: list[str]) -> dict[str, Tensor]:
-    return {s: right[torch.tensor([s == t for t in styles])].float().mean() for s in dict.fromkeys(styles)}
+@torch.no_grad()
+def read(net: Reader, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(styles, names) picked (b,), as indices."""
+    picked = [[logits.argmax(dim=1) for logits in net(x)] for x in pixels.split(64)]
+    return torch.cat([s for s, _ in picked]), torch.cat([n for _, n in picked])
 
 
-def open_classifier(styles: tuple[str, ...], steps: int, every: int = 1) -> tuple[StyleNet, dict[str, float]]:
-    """(the network, {style: share of its held-out drawings that it finds})."""
+def by_style(right: Tensor, style: Tensor, styles: list[str]) -> dict[str, float]:
+    return {s: right[style == i].float().mean().item() for i, s in enumerate(styles) if (style == i).any()}
 
-    def make() -> dict[str, Tensor]:
-        (x, y, _), (x_, y_, _) = lesson(styles, every)
-        taught(net, net, x, torch.tensor([net.classes.index(c) for c in y]), y, steps, lr=2e-3)
-        with torch.no_grad():
-            right = net(x_).argmax(dim=1) == torch.tensor([net.classes.index(c) for c in y_])
-        return net.state_dict() | {f"right {s}": v for s, v in by_style(right, y_).items()}
 
+def open_reader(
+    styles: tuple[str, ...], steps: int, every: int = 1
+) -> tuple[Reader, dict[str, float], dict[str, float]]:
+    """(the network, {style: share of its held-out drawings whose style it finds}, the same of names)."""
+    classes = [*styles, "plain"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = StyleNet(styles)
-    return opened(net, cached("classifier", [styles, steps, every], make))
+        net = Reader(classes, open_lab().names)
 
+        def make() -> dict[str, Tensor]:
+            teach(net.train(), lessons(classes, every)[0], steps)
+            return net.state_dict()
 
-def open_reader(styles: tuple[str, ...], steps: int, every: int = 1) -> tuple[Judge, dict[str, float]]:
-    """(the judge, taught on all styles, {style: share of its held-out drawings whose name it finds})."""
-    lab, judge = open_lab(), load_judge(EMOJI / "judge.safetensors")
-
-    def make() -> dict[str, Tensor]:
-        (x, style, names), (x_, style_, names_) = lesson(styles, every)
-        with torch.no_grad():
-            of_names = judge.text_features(lab.text, lab.names)  # (64, e); the text's side stays as it is
-        y = torch.tensor([lab.names.index(n) for n in names])
-        judge.text_projection.requires_grad_(False)
-        taught(judge, lambda x: 30 * judge.image_features(x) @ of_names.T, x, y, style, steps, lr=5e-4)
-        right = prompt_accuracy(judge, lab.text, x_, names_, lab.names)
-        return judge.state_dict() | {f"right {s}": v for s, v in by_style(right, style_).items()}
-
-    return opened(judge, cached("reader", [styles, steps, every], make))
-
-
-def opened(net: nn.Module, tensors: dict[str, Tensor]) -> tuple[nn.Module, dict[str, float]]:
-    right = {k.removeprefix("right "): x.item() for k, x in tensors.items() if k.startswith("right ")}
-    net.load_state_dict({k: x for k, x in tensors.items() if not k.startswith("right ")})
-    return net.eval().requires_grad_(False), right
-
-
-def of_each(z0: Tensor, f: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """f(pixels, rows) -> (b,) on 64 pictures at a time; latents (prompts, seeds, 4, h, w) -> (prompts, seeds)."""
-    z, parts = z0.flatten(0, 1), []
-    for i in range(0, len(z), 64):
-        pixels = open_lab().vae.decode(z[i : i + 64]).clamp(-1, 1)
-        parts.append(f(pixels, slice(i, i + 64)))
-    return torch.cat(parts).float().reshape(z0.shape[:2])
+        net.load_state_dict(cached("reader", [classes, steps, every], make))
+    net.eval().requires_grad_(False)
+    held_out = lessons(classes, every)[1]
+    style, name = read(net, to_pixels(held_out.pixels))
+    right = (style == held_out.style, name == held_out.name)
+    return net, *(by_style(x, held_out.style, classes) for x in right)
 
 
 @torch.no_grad()
-def in_style(net: StyleNet, z0: Tensor, style: str) -> Tensor:
-    """Is each picture in the style? Latents (prompts, seeds, 4, h, w) -> (prompts, seeds)."""
-    return of_each(z0, lambda pixels, _: net(pixels).argmax(dim=1) == net.classes.index(style))
-
-
-@torch.no_grad()
-def shows(reader: Judge, z0: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Does each picture show its prompt's name, in any style? Latents (prompts, seeds, 4, h, w) -> (prompts, seeds)."""
-    lab, names = open_lab(), [p.name for p in prompts for _ in range(z0.shape[1])]
-    return of_each(z0, lambda x, rows: prompt_accuracy(reader, lab.text, x, names[rows], lab.names))
+def read_latents(net: Reader, z0: Tensor, style: str, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """(does each show its prompt's name, is it in the style); latents (prompts, seeds, 4, h, w) -> (prompts, seeds)."""
+    pixels = decode(open_lab().vae, z0.flatten(0, 1))
+    picked = [x.reshape(z0.shape[:2]) for x in read(net, pixels)]
+    names = torch.tensor([net.names.index(p.name) for p in prompts])
+    return (picked[1] == names[:, None]).float(), (picked[0] == net.styles.index(style)).float()

@@ -87,30 +87,32 @@ def test_sharpness():
     assert found == pytest.approx([0, 0, 2, (0.5 + 1 + 0.5) / 10], abs=1e-5)
 
 
-def test_names_are_found_prompt_by_prompt():
-    """Latents (prompts, seeds): each is held against the name of its own prompt."""
-    art = {a.name: a for a in lab.read_art(lab.EMOJI / "art") if a.style == "noto"}
-    names = ["rocket", "pizza", "cat face"]
-    shown = styled.decoded([art[n] for n in ("rocket", "pizza", "pizza", "cat face", "penguin", "cat face")], 1, 0)[0]
-    z0 = lab.open_lab().vae.encode_mean(shown).unflatten(0, (3, 2))
-    found = styled.shows(lab.open_lab().judge, z0, [lab.Prompt(n, n) for n in names])
-    assert found.tolist() == [[1, 0], [1, 0], [0, 1]]
-
-
 def test_a_reader_can_be_taught():
-    """Red from blue, with one class a hundred times as common as the other."""
-    y = torch.tensor([0] * 200 + [1] * 2)
-    x = torch.full((202, 3, 64, 64), -1.0)
-    x[range(202), 2 * y] = 1.0
+    """Name by colour, style by a stripe, one style a hundred times as common; then prompt by prompt, seed by seed."""
+    names = torch.arange(404) % 2
+    style = torch.tensor([0] * 400 + [1] * 4)
+    pixels = torch.zeros(404, 3, 64, 64, dtype=torch.uint8)
+    pixels[range(404), 2 * names] = 255  # red or blue
+    pixels[style == 1, 1, 20:40] = 255
     torch.manual_seed(0)
-    net = styled.StyleNet(("red",))
-    styled.taught(net, net, x, y, ["red"] * 200 + ["plain"] * 2, steps=12, lr=3e-3)
-    assert (net(x[-4:]).argmax(dim=1) == y[-4:]).all()
+    net = styled.Reader(["bare", "plain"], ["red", "blue"])
+    styled.teach(net, styled.Lesson(pixels, style, names), steps=30, batch=16)
+    found = styled.read(net.eval(), styled.to_pixels(pixels[-6:]))
+    assert found[0].tolist() == [0, 0, 1, 1, 1, 1] and found[1].tolist() == [0, 1] * 3
+    assert styled.by_style(torch.tensor([1, 0, 1, 1]).bool(), torch.tensor([0, 1, 0, 1]), ["a", "b", "c"]) == {
+        "a": 1.0,
+        "b": 0.5,
+    }
 
 
-def test_share_by_style():
-    right = styled.by_style(torch.tensor([1, 0, 1, 1]).bool(), ["a", "b", "a", "b"])
-    assert {s: x.item() for s, x in right.items()} == {"a": 1.0, "b": 0.5}
+def test_names_are_found_prompt_by_prompt(monkeypatch):
+    """Latents (prompts, seeds): each is held against the name of its own prompt."""
+    picked = iter([torch.tensor([[0, 1, 0], [1, 1, 0]]).flatten(), torch.tensor([[3, 4, 3], [4, 4, 3]]).flatten()])
+    monkeypatch.setattr(styled, "read", lambda net, pixels: (next(picked), next(picked)))
+    net = styled.Reader(["outline", "plain"], lab.open_lab().names)
+    prompts = [lab.Prompt("", net.names[i]) for i in (3, 4)]
+    right, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), "outline", prompts)
+    assert right.tolist() == [[1, 0, 1], [1, 1, 0]] and kept.tolist() == [[1, 0, 1], [0, 0, 1]]
 
 
 def test_overlap_of_column_spaces():

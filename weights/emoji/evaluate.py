@@ -68,12 +68,19 @@ def latents(
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def decode(vae, z0: Tensor) -> Tensor:
+    """(b, 4, h, w) -> pixels (b, 3, H, W) in [-1, 1], 64 at a time."""
+    with torch.autocast("cpu", dtype=HALF, enabled=HALF != torch.float32):
+        return torch.cat([vae.decode(z).float() for z in z0.split(64)]).clamp(-1, 1)
+
+
 def draw(model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int) -> Tensor:
     """Pixels (b, 3, H, W) in [-1, 1]; picture i has seed first_seed + i."""
     unet, vae, text, config = model
     z_T, generators = noise([first_seed + i for i in range(len(prompts))], config.size // vae.factor)
     z0 = latents(unet, text, prompts, z_T, generators, sampler, steps, w)
-    return torch.cat([vae.decode(z) for z in z0.split(64)]).clamp(-1, 1)
+    return decode(vae, z0)
 
 
 def interval(
@@ -129,7 +136,7 @@ def table(args, model, judge) -> None:
     # is the judge a judge? on the art itself, as the autoencoder decodes it
     for what, art in (("seen", seen), ("held out", held_out)):
         x = torch.stack([compose(a, config.size, rng)[0] for a in art])
-        decoded = torch.cat([vae.decode(vae.encode_mean(p)) for p in x.split(64)]).clamp(-1, 1)
+        decoded = decode(vae, torch.cat([vae.encode_mean(p) for p in x.split(64)]))
         right = prompt_accuracy(judge, text, decoded, [a.name for a in art], names).float()
         mean, low, high = interval(right[:, None])
         style = style_right(judge, text, decoded, [(a.name, a.style) for a in art]).float().mean()
