@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 EMOJI = HERE.parent / "weights/emoji"
 sys.path[:0] = [str(HERE.parent), str(HERE), str(EMOJI)]
 import evaluate  # noqa: E402
-from evaluate import HALF  # noqa: E402
+from evaluate import HALF, SCHEDULE, decode, interval  # noqa: E402, F401 (the other files take them from here)
 from styles import REAL, split_style  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
@@ -200,7 +200,7 @@ def noise(prompts: int, seed: int, side: int) -> tuple[Tensor, list[torch.Genera
 @torch.no_grad()
 def measure(lab: Lab, z0: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
     """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and features of the judge."""
-    pixels = evaluate.decode(lab.vae, z0)
+    pixels = decode(lab.vae, z0)
     return {
         "z0": z0,
         "right": prompt_accuracy(lab.judge, lab.text, pixels, [p.name for p in prompts], lab.names).float(),
@@ -263,7 +263,7 @@ def bound(unet: UNet) -> lcm.Network:
 @torch.no_grad()
 def decoded_images(z0: Tensor) -> list:
     """Latents (b, 4, h, w) -> b pictures, enlarged."""
-    pixels = evaluate.decode(open_lab().vae, z0)
+    pixels = decode(open_lab().vae, z0)
     return to_images(F.interpolate(pixels, scale_factor=1.5, mode="bicubic"))
 
 

@@ -29,13 +29,13 @@ from typing import NamedTuple
 
 import torch
 import verdicts
-from evaluate import SCHEDULE, interval
 from lab import (
     CACHE,
     CATEGORY,
     EMOJI,
     HALF,
     HERE,
+    SCHEDULE,
     Draw,
     Prompt,
     Recipe,
@@ -47,6 +47,7 @@ from lab import (
     decoded_images,
     drawn,
     frechet,
+    interval,
     measure,
     noise,
     open_lab,

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from evaluate import decode
-from lab import EMOJI, HALF, Prompt, cached, open_lab
+from lab import EMOJI, HALF, Prompt, cached, decode, open_lab
 from styles import KINDS, split_style
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -1,5 +1,6 @@
 """What paper/ measures with: intervals, distances and overlaps in closed form, and a report that misses nothing."""
 
+import subprocess
 import sys
 
 import pytest
@@ -210,6 +211,16 @@ def test_what_a_drawing_costs():
     """A guided step evaluates the network twice; w as an input of a full LCM costs nothing."""
     costs = [lab.Draw("ddim", 4, 3.0), lab.Draw("ddim", 4), lab.Draw("lcm", 4), lab.Draw("lcm", 4, 0.0, 3.0)]
     assert [draw.evaluations for draw in costs] == [8, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "argv, error",
+    [(["run.py", "speed"], "no section 'speed'; choose from memory, steps"), (["report.py", "--fast"], "report.py")],
+)
+def test_the_scripts_run_by_themselves(argv, error):
+    """From any folder, nothing on the path; a wrong word is told in a line."""
+    done = subprocess.run([sys.executable, ROOT / "paper" / argv[0], argv[1]], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1 and error in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_name_has_a_content():
