@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minilcm import __version__
 from minilcm.checkpoint import load_model
 from minilcm.lcm import K, guidance_embedding, lcm_grid, sample_lcm
-from minilcm.lora_io import parse_lora, read_tau
+from minilcm.lora_io import parse_lora, read_recipe, read_tau
 from minilcm.memory import default_dtype, resident
 from minilcm.merge import check_fit, combine, merge_into, split_parts
 from minilcm.pictures import contact_sheet, read_image, save_png, to_images
@@ -96,6 +96,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--count is {args.count}; give 1 or more")
     if args.out.endswith(".png") and len(args.prompts) * args.count > 1:
         parser.error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
+    if re.search(r"\.(jpe?g|webp|gif|bmp|tiff?)$", args.out, re.IGNORECASE):
+        parser.error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
+    if args.sheet and args.sheet.suffix != ".png":
+        parser.error(f"--sheet {args.sheet}: give a file that ends in .png")
     if args.image and args.sampler != "lcm":
         parser.error("--image needs --sampler lcm")
     if args.guidance is not None and not math.isfinite(args.guidance):
@@ -125,6 +129,12 @@ def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
     return difflib.get_close_matches(prompt.lower(), names, n=3, cutoff=0.0)
 
 
+def speeds_up(path: Path) -> bool:
+    """Does this LoRA file of minilcm say that it holds an LCM-LoRA, alone or combined with others?"""
+    recipe = read_recipe(path)
+    return recipe.get("objective") == "lcm" or "combined" in recipe
+
+
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     schedule = make_schedule()
@@ -146,13 +156,15 @@ def main(args: argparse.Namespace) -> None:
     image = vae.encode_mean(read_image(args.image, (width, height))) if args.image else None
 
     # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32
-    shipped = args.model == WEIGHTS / "model.safetensors"
+    shipped = args.model.resolve() == (WEIGHTS / "model.safetensors").resolve()
     words = args.lora or (["lcm"] if shipped and args.sampler == "lcm" else [])
     loras = [parse_lora(word) for word in words]
     loras = [(WEIGHTS / "lcm_lora.safetensors" if str(path) == "lcm" else path, lam) for path, lam in loras]
     if args.sampler == "lcm" and not loras and not full_lcm:
-        print("no --lora: without the LCM-LoRA of this model few steps are blurred")
+        print("no --lora: few steps are blurred, unless an LCM-LoRA is merged into this model")
     taus = [read_tau(path) for path, _ in loras]
+    if args.sampler == "lcm" and shipped and not any(speeds_up(path) for path, _ in loras):
+        print("no LCM-LoRA among these --lora: few steps are blurred; add --lora lcm")
     weights = lora_weights(text)
     for (path, _), tau in zip(loras, taus):
         for model, part in zip((unet, weights), split_parts(tau)):
@@ -207,6 +219,8 @@ def main(args: argparse.Namespace) -> None:
     with resident(vae, args.device):
         images = [to_images(decode(z0))[0] for z0 in latents]
 
+    there = out.glob("[0-9][0-9][0-9][0-9]_*.png") if out.is_dir() else []  # of earlier runs, which are kept
+    first = max((int(path.name[:4]) + 1 for path in there), default=0)
     for k, ((_, prompt), picture) in enumerate(zip(jobs, images)):
         lora = ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras)
         parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
@@ -215,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
             f"Size: {width}x{height}, Model: {args.model.stem}, Lora: {lora or 'none'}, Version: minilcm {__version__}"
         )
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        path = out if args.out.endswith(".png") else out / f"{k:04d}_{slug}_seed{args.seed + k}.png"
+        path = out if args.out.endswith(".png") else out / f"{first + k:04d}_{slug}_seed{args.seed + k}.png"
         save_png(path, picture, parameters)
         print(path)
     if args.sheet and images:

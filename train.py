@@ -116,6 +116,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
     if args.seed < 0 or args.lr < 0:  # negative seeds are those of what is looked at
         parser.error(f"--seed is {args.seed}, --lr is {args.lr}; give 0 or more")
+    if args.alpha is not None and not 0 < args.alpha < math.inf:
+        parser.error(f"--alpha is {args.alpha}; give a number above 0")
+    if args.k >= T:
+        parser.error(f"--k is {args.k}; give a number of timesteps below {T}")
     if args.average is None and args.objective == "diffusion" and args.full:
         args.average = 0.9995
     if args.average is not None and not 0 < args.average < 1:
@@ -340,6 +344,7 @@ def main(args: argparse.Namespace) -> None:
     if state is not None:
         then = load_state(state, saved, optimizer)
         start, data.positions[:] = then["step"], then["positions"][rank]
+        say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
 
     def save(step: int) -> None:
         """The result and the state; every rank has a part in it, rank 0 writes."""

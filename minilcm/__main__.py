@@ -245,9 +245,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     size = sub.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="at most this rank in each module")
     size.add_argument("--energy", type=float, help="keep this share of the sum of squared singular values, e.g. 0.99")
-    sub.add_argument("--against", type=Path, help="also print how far this LoRA (trained at a lower rank) is")
-    for name, what in (("merge", "W + lambda dW for each LoRA"), ("unmerge", "W - lambda dW for each LoRA")):
-        sub = command(name, f"{what}, into a checkpoint file; all other tensors stay byte for byte.")
+    sub.add_argument(
+        "--against", type=Path, help="also print how far this LoRA is, of a lower rank, from the one given"
+    )
+    for name, sign in (("merge", "+"), ("unmerge", "-")):
+        what = f"W {sign} lambda dW for each LoRA, into a checkpoint file, rounded to its number format"
+        sub = command(name, f"{what}; all other tensors stay byte for byte.")
         sub.add_argument("checkpoint", type=Path)
         sub.add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")
     sub = command("extract", "The LoRA of the difference between two checkpoints, of a given rank.")

@@ -51,7 +51,7 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
 
 
 def train_grid() -> Tensor:
-    """The K = 50 noisy ends t_{n+k}: 19, 39, ..., 999, skipping interval k = 20. int64 (50,)."""
+    """The K = 50 noisy ends t_{n+k}: 19, 39, ..., 999, 20 timesteps apart whatever k is distilled. int64 (50,)."""
     k = T // K
     return torch.arange(1, K + 1) * k - 1
 
@@ -90,8 +90,9 @@ def lcd_loss(
 
     One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three
     networks are one UNet with LoRA on, off, and on without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
-    `k` is the skipping interval: a longer one reaches t = 0 in fewer skips, each less exact. `together`: the teacher
-    sees cond and null_cond in one batch of 2b, which takes more memory and is faster on a GPU.
+    `k` is the skipping interval in timesteps (n counts points of the grid): a longer one reaches t = 0 in fewer skips,
+    each less exact. `together`: the teacher sees cond and null_cond (`Cond`s of b rows) in one batch of 2b, which takes
+    more memory and is faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
     t_start = train_grid().to(z0.device)[n]

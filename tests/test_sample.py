@@ -170,6 +170,17 @@ def test_out_without_a_slash_is_a_folder(draw, tmp_path):
     assert list(draw("pizza", out=str(tmp_path / "x/y"))) == ["0000_pizza_seed0.png"]
 
 
+def test_earlier_pictures_are_kept(draw, tmp_path):
+    """A second run in the same folder, of the same prompt and seed too, counts on; other files are left alone."""
+    out = f"{tmp_path}/x/"
+    first = draw("pizza", "--count", "2", out=out)
+    (tmp_path / "x/0007_notes.txt").write_text("mine")
+    again = draw("pizza", "rocket", "--steps", "1", out=out)
+    assert list(again) == ["0000_pizza_seed0.png", "0001_pizza_seed1.png", "0002_pizza_seed0.png",
+        "0003_rocket_seed1.png", "0007_notes.txt"]  # fmt: skip
+    assert {name: again[name] for name in first} == first
+
+
 def test_size(draw):
     """--size WxH is width by height."""
     assert levels(only(draw("pizza", "--size", "64x32"))).shape == (32, 64, 3)
@@ -270,6 +281,20 @@ def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
         assert same_picture((shipped / f"out{i}/0000_pizza_seed0.png").read_bytes(), only(named))
     bare = draw("pizza", "--sampler", "ddim", "--steps", "2", loras=[])
     assert "Lora: none" in lines_in(only(bare))[1]
+
+    monkeypatch.chdir(shipped)  # the same file by another spelling
+    sample.main(sample.parse(["--model", "../shipped/model.safetensors", "--device", "cpu", "pizza", "--out", "out/"]))
+    assert same_picture((shipped / "out/0000_pizza_seed0.png").read_bytes(), only(named))
+
+
+@pytest.mark.parametrize("recipe, told", [({}, True), ({"objective": "lcm"}, False), ({"combined": "a b"}, False)])
+def test_a_style_alone_is_told_that_few_steps_are_blurred(files, tmp_path, monkeypatch, capsys, recipe, told):
+    """Naming a --lora takes the place of the shipped LCM-LoRA, which is easily forgotten; a mix of both is not told."""
+    monkeypatch.setattr(sample, "WEIGHTS", files)
+    write_tau(tmp_path / "some.safetensors", read_tau(files / "style.safetensors"), recipe)
+    argv = ["--model", str(files / "model.safetensors"), "--device", "cpu", "pizza", "--out", f"{tmp_path}/out/"]
+    sample.main(sample.parse([*argv, "--lora", str(tmp_path / "some.safetensors")]))
+    assert ("add --lora lcm" in capsys.readouterr().out) == told
 
 
 def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):
@@ -475,6 +500,8 @@ MISTAKES = [
     (["pizza", "--out", "{f}/words.txt/x.png"], "words.txt"),
     (["pizza", "--out", "{f}/folder.png"], "folder.png"),
     (["pizza", "--sheet", "{f}/words.txt/sheet.png"], "words.txt"),
+    (["pizza", "--out", "x.jpg"], "--out x.jpg: pictures are written as .png"),
+    (["pizza", "--sheet", "{t}/sheet.jpg"], "give a file that ends in .png"),
     (["pizza", "--stepz", "4"], "unrecognized arguments: --stepz"),
     (["pizza \udcff"], "surrogates not allowed"),
 ]

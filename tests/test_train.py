@@ -538,6 +538,8 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"], "broken.tar: not a .tar file"),
         (["--objective", "lcm", "--rank", "2", "--workers", "0"], "--workers is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--steps", "0"], "--steps is 0; give 1 or more"),
+        (["--objective", "lcm", "--rank", "2", "--alpha", "0"], "--alpha is 0.0; give a number above 0"),
+        (["--objective", "lcm", "--rank", "2", "--k", "1000"], "--k is 1000; give a number of timesteps below 1000"),
         (["--objective", "lcm", "--rank", "2", "--batch", "0"], "--batch is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--looks", "0"], "--looks is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--save-every", "0"], "--save-every is 0; give 1 or more"),

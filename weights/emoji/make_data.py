@@ -93,6 +93,6 @@ def main(node_modules: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit(__doc__)
     main(Path(sys.argv[1]))

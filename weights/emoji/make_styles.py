@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from make_data import add  # noqa: E402
 
-from minilcm.art import read_art, split_art  # noqa: E402
+from minilcm.art import COLORS, article, read_art, split_art  # noqa: E402
 
 
 def blueprint(image: Image.Image) -> Image.Image:
@@ -63,8 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/")
     parser.add_argument("--names", type=int, default=64, help="how many names of names.txt (default 64)")
-    parser.add_argument("--pictures", type=int, metavar="N", help="N .png with .txt captions, instead of a .tar of all")
+    parser.add_argument(
+        "--pictures", type=int, metavar="N", help="at most N .png with .txt captions, instead of a .tar of all"
+    )
     args = parser.parse_args()
+    if args.names < 1 or (args.pictures is not None and args.pictures < 1):
+        sys.exit("make_styles.py: --names and --pictures are 1 or more")
     names = (HERE / "names.txt").read_text().splitlines()[: args.names]
     seen, _ = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
     for style, draw in MADE.items():
@@ -72,12 +76,13 @@ def main() -> None:
         if args.pictures:
             of_one_style = [a for a in seen if a.style == "noto"]
             chosen = of_one_style[:: max(1, len(of_one_style) // args.pictures)][: args.pictures]
-            for a in chosen:
-                image = draw(a.image)
-                Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").save(
-                    args.out / style / f"{a.name}.png"
-                )
-                (args.out / style / f"{a.name}.txt").write_text(f"{a.name}, {style} style")
+            colors = [c for c in COLORS if c != "white"]  # white lines and rims are nothing on white
+            for i, a in enumerate(chosen):
+                image, color = draw(a.image), colors[i % len(colors)]
+                on_ground = Image.alpha_composite(Image.new("RGBA", image.size, COLORS[color]), image)
+                on_ground.convert("RGB").save(args.out / style / f"{a.name}.png")
+                caption = f"{a.name}, {style} style, on {article(color)} background"
+                (args.out / style / f"{a.name}.txt").write_text(caption)
             print(f"{args.out / style}: {len(chosen)} pictures")
             continue
         with tarfile.open(args.out / style / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
