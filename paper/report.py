@@ -128,7 +128,7 @@ def base(n: dict) -> Figure:
     for way, (color, mark) in looks.items():
         line(a, far, [r[way]["right"] for r in n["bases"].values()], way, color, mark)
         line(b, far, [r[way]["style"] for r in n["bases"].values()], way, color, mark)
-    for ax, what in ((a, "prompt accuracy"), (b, "in the style asked for")):
+    for ax, what in ((a, "prompt accuracy"), (b, "looks like one of the four new sets")):
         ax.set(xlabel="distance of the base, |dW| / |W|", ylabel=what)
     a.legend(fontsize=8)
     return figure

@@ -295,7 +295,7 @@ def combination(size: Size) -> dict:
         both = [(tau, LAMBDA_STYLE), (tau_lcm, LAMBDA_LCM)]
         ways = {"alone": (alone, [(tau, 1.0)]), "both": (FOUR, both), "lcm": (FOUR, [(tau_lcm, 1.0)])}
         z0 = {k: drawn(prompts, size.seeds, *way) for k, way in ways.items()}
-        read = {k: read_latents(reader, z, style, prompts) for k, z in z0.items()}
+        read = {k: read_latents(reader, z, [style], prompts) for k, z in z0.items()}
         right, kept = ({k: x[i] for k, x in read.items()} for i in range(2))
         row = {"kind": KINDS[style], "right": {k: interval(x) for k, x in right.items()}}
         row |= {"style": {k: interval(x) for k, x in kept.items()}}
@@ -312,7 +312,7 @@ def combination(size: Size) -> dict:
         for l1, l2 in product(size.grid, size.grid):
             z = drawn(some, size.seeds[:1], FOUR, [(tau, l1), (tau_lcm, l2)])
             cell = numbers["grid"].setdefault(f"{l1:g} {l2:g}", {"right": [], "style": []})
-            for key, found_in in zip(("right", "style"), read_latents(reader, z, style, some)):
+            for key, found_in in zip(("right", "style"), read_latents(reader, z, [style], some)):
                 cell[key].append(found_in.mean().item())
         for key, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
             images += decoded_images(z0[key][:: max(1, len(prompts) // 6), 0][:6])
@@ -354,14 +354,8 @@ def base(size: Size) -> dict:
     tune, before = tuning(size), dict(open_lab().unet.named_parameters())
     tuned = train(tune)
     shipped_one, old = shipped("lcm_lora"), train(short(size)).end
-    each = max(1, size.few // 4)
-    prompts = [p for style in REAL for p in prompts_of(style, each)]
+    prompts = [p for style in REAL for p in prompts_of(style, max(1, size.few // 4))]
     numbers = {"bases": {}}
-
-    def read(z0: torch.Tensor) -> list[torch.Tensor]:
-        """[name right, style right]"""
-        parts = zip(REAL, z0.split(each), (prompts[i : i + each] for i in range(0, len(prompts), each)))
-        return [torch.cat(x) for x in zip(*(read_latents(reader, z, style, some) for style, z, some in parts))]
 
     groups = pairs(prompts)
     for step, weights in tuned.at.items():
@@ -373,7 +367,7 @@ def base(size: Size) -> dict:
         ways |= {"short, trained there": [(there, 1.0)]}
         z0 = {way: drawn(prompts, size.seeds, FOUR, vectors, (made, weights)) for way, vectors in ways.items()}
         z0["25 guided steps"] = drawn(prompts, size.seeds, Draw("ddim", 25, W), (), (made, weights))
-        found = {way: read(z) for way, z in z0.items()}
+        found = {way: read_latents(reader, z, list(REAL), prompts) for way, z in z0.items()}
         right, words = {way: y[0] for way, y in found.items()}, ("right", "style")
         row = {way: {k: interval(v, groups=groups) for k, v in zip(words, y)} for way, y in found.items()}
         row |= {"distance": far, "shipped against none": interval(right["shipped"], right["none"], groups=groups)}
@@ -594,7 +588,7 @@ def fail(size: Size) -> dict:
         ours, good_error = good.setdefault(where, (x, error))
         tau = combine([v.tau for v, _ in vectors], [lam for _, lam in vectors]) if vectors else {}
         sharpness = interval(x["sharpness"], ours["sharpness"], ratio=True)
-        right, best = (read_latents(reader, y["z0"], "plain", prompts)[0] for y in (x, ours))
+        right, best = (read_latents(reader, y["z0"], ["plain"], prompts)[0] for y in (x, ours))
         row = {"right": interval(right), "sharpness": sharpness, "error": error / good_error, "control": control}
         row |= {"against good": interval(right, best)}
         row["norm"] = sum(n**2 for n in delta_norms(tau).values()) ** 0.5

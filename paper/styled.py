@@ -134,9 +134,12 @@ def open_reader(
 
 
 @torch.no_grad()
-def read_latents(net: Reader, z0: Tensor, style: str, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """(does each show its prompt's name, is it in the style); latents (prompts, seeds, 4, h, w) -> (prompts, seeds)."""
+def read_latents(net: Reader, z0: Tensor, styles: list[str], prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """(does each show its prompt's name, is it in one of the styles); latents (prompts, seeds, 4, h, w) -> (prompts,
+    seeds).
+    """
     pixels = decode(open_lab().vae, z0.flatten(0, 1))
-    picked = [x.reshape(z0.shape[:2]) for x in read(net, pixels)]
+    style, name = (x.reshape(z0.shape[:2]) for x in read(net, pixels))
     names = torch.tensor([net.names.index(p.name) for p in prompts])
-    return (picked[1] == names[:, None]).float(), (picked[0] == net.styles.index(style)).float()
+    wanted = torch.tensor([net.styles.index(s) for s in styles])
+    return (name == names[:, None]).float(), torch.isin(style, wanted).float()

@@ -1,5 +1,6 @@
 """What paper/ measures with: intervals, distances and overlaps in closed form, and a report that misses nothing."""
 
+import itertools
 import subprocess
 import sys
 
@@ -108,12 +109,16 @@ def test_a_reader_can_be_taught():
 
 def test_names_are_found_prompt_by_prompt(monkeypatch):
     """Latents (prompts, seeds): each is held against the name of its own prompt."""
-    picked = iter([torch.tensor([[0, 1, 0], [1, 1, 0]]).flatten(), torch.tensor([[3, 4, 3], [4, 4, 3]]).flatten()])
+    picked = itertools.cycle(
+        [torch.tensor([[0, 1, 0], [1, 2, 0]]).flatten(), torch.tensor([[3, 4, 3], [4, 4, 3]]).flatten()]
+    )
     monkeypatch.setattr(styled, "read", lambda net, pixels: (next(picked), next(picked)))
-    net = styled.Reader(["outline", "plain"], lab.open_lab().names)
+    net = styled.Reader(["outline", "sepia", "plain"], lab.open_lab().names)
     prompts = [lab.Prompt("", net.names[i]) for i in (3, 4)]
-    right, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), "outline", prompts)
+    right, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["outline"], prompts)
     assert right.tolist() == [[1, 0, 1], [1, 1, 0]] and kept.tolist() == [[1, 0, 1], [0, 0, 1]]
+    *_, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["sepia", "plain"], prompts)
+    assert kept.tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
 def test_overlap_of_column_spaces():
