@@ -294,6 +294,7 @@ def combination(size: Size) -> dict:
         prompts = prompts_of(style, size.prompts)
         both = [(tau, LAMBDA_STYLE), (tau_lcm, LAMBDA_LCM)]
         ways = {"alone": (alone, [(tau, 1.0)]), "both": (FOUR, both), "lcm": (FOUR, [(tau_lcm, 1.0)])}
+        ways["equal"] = FOUR, [(tau, 1.0), (tau_lcm, LAMBDA_LCM)]  # the style as strong as it is alone
         z0 = {k: drawn(prompts, size.seeds, *way) for k, way in ways.items()}
         read = {k: read_latents(reader, z, [style], prompts) for k, z in z0.items()}
         right, kept = ({k: x[i] for k, x in read.items()} for i in range(2))
@@ -302,11 +303,13 @@ def combination(size: Size) -> dict:
         row |= {"found in art": found[style], "right in art": named[style]}
         row["lost accuracy"], row["lost style"] = (interval(x["alone"], x["both"]) for x in (right, kept))
         row["both against lcm"] = interval(right["both"], right["lcm"])
+        row["lost, equal"] = [(x["alone"] - x["equal"]).mean().item() for x in (right, kept)]
         row["overlap"], row["overlap by chance"], row["norm"] = overlap(tau.tau, tau_lcm.tau)
         row["blocks"] = blocks(tau.tau)
         measurable = row["right"]["alone"][0] >= FLOOR and row["style"]["alone"][0] >= FLOOR
         lost = max(row["lost accuracy"][0], row["lost style"][0])
         row["outcome"] = "not measurable" if not measurable else "failed" if lost > ALLOWED else "works"
+        row["failed, equal"] = measurable and max(row["lost, equal"]) > ALLOWED
         numbers["styles"][style] = row
         some = prompts_of(style, size.few // 4)
         for l1, l2 in product(size.grid, size.grid):
@@ -319,11 +322,12 @@ def combination(size: Size) -> dict:
             labels += [label] + [""] * 5
     save_png(figure_path("combination-pictures", size), contact_sheet(images, labels, 6), "paper/run.py combination")
     rows = list(numbers["styles"].values())
-    numbers["reader"] = {"styles": mean(row["found in art"] for row in rows), "plain style": found["plain"],
+    numbers["reader"] = {"styles": mean(row["found in art"] for row in rows),
         "names": mean(row["right in art"] for row in rows), "plain names": named["plain"]}  # fmt: skip
     outcomes = [row["outcome"] for row in rows]
     numbers["failed"], numbers["measurable"] = outcomes.count("failed"), len(rows) - outcomes.count("not measurable")
     numbers["failure rate"] = wilson(numbers["failed"], max(1, numbers["measurable"]))
+    numbers["failed, equal"] = sum(row["failed, equal"] for row in rows)
     causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in rows], "norm": [r["norm"] for r in rows]}
     causes |= {f"share {part}": [r["blocks"][part] for r in rows] for part in ("down", "middle", "up")}
     numbers["causes"] = {cause: {loss: rank_correlation(values, [r[loss][0] for r in rows])

@@ -103,19 +103,18 @@ def teach(net: Reader, lesson: Lesson, steps: int, batch: int = 64, lr: float = 
 
 @torch.no_grad()
 def read(net: Reader, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(styles, names) picked (b,), as indices."""
-    picked = [[logits.argmax(dim=1) for logits in net(x)] for x in pixels.split(64)]
-    return torch.cat([s for s, _ in picked]), torch.cat([n for _, n in picked])
-
-
-def by_style(right: Tensor, style: Tensor, styles: list[str]) -> dict[str, float]:
-    return {s: right[style == i].float().mean().item() for i, s in enumerate(styles) if (style == i).any()}
+    """(logits of styles less that of plain (b, s), names picked (b,) as indices)."""
+    logits = [net(x) for x in pixels.split(64)]
+    style, name = (torch.cat(x) for x in zip(*logits))
+    return style - style[:, [net.styles.index("plain")]], name.argmax(dim=1)
 
 
 def open_reader(
     styles: tuple[str, ...], steps: int, every: int = 1
 ) -> tuple[Reader, dict[str, float], dict[str, float]]:
-    """(the network, {style: share of its held-out drawings whose style it finds}, the same of names)."""
+    """(the network, {style: share of its held-out drawings that look more like it than plain}, {style: share whose name
+    it finds}).
+    """
     classes = [*styles, "plain"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -129,17 +128,21 @@ def open_reader(
     net.eval().requires_grad_(False)
     held_out = lessons(classes, every)[1]
     style, name = read(net, to_pixels(held_out.pixels))
-    right = (style == held_out.style, name == held_out.name)
-    return net, *(by_style(x, held_out.style, classes) for x in right)
+    found, named = {}, {}
+    for i, s in enumerate(classes):
+        mine = held_out.style == i
+        found[s] = (style[mine, i] > 0).float().mean().item()
+        named[s] = (name[mine] == held_out.name[mine]).float().mean().item()
+    return net, found, named
 
 
 @torch.no_grad()
 def read_latents(net: Reader, z0: Tensor, styles: list[str], prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """(does each show its prompt's name, is it in one of the styles); latents (prompts, seeds, 4, h, w) -> (prompts,
-    seeds).
+    """(does each show its prompt's name, does it look more like one of the styles than plain).
+
+    Latents (prompts, seeds, 4, h, w) -> (prompts, seeds).
     """
-    pixels = decode(open_lab().vae, z0.flatten(0, 1))
-    style, name = (x.reshape(z0.shape[:2]) for x in read(net, pixels))
-    names = torch.tensor([net.names.index(p.name) for p in prompts])
-    wanted = torch.tensor([net.styles.index(s) for s in styles])
-    return (name == names[:, None]).float(), torch.isin(style, wanted).float()
+    style, name = read(net, decode(open_lab().vae, z0.flatten(0, 1)))
+    names = torch.tensor([net.names.index(p.name) for p in prompts]).repeat_interleave(z0.shape[1])
+    inside = (style[:, [net.styles.index(s) for s in styles]] > 0).any(dim=1)
+    return tuple(x.float().reshape(z0.shape[:2]) for x in (name == names, inside))
