@@ -241,7 +241,7 @@ def draw_rows(prompts: list[Prompt], rows: dict, size: Size) -> None:
         z0 = pictures(prompts, size.seeds, draw, vectors)["z0"][chosen, 0]
         images += decoded_images(z0)
         labels += [f"{label} ({draw.evaluations} ev.)"] + [prompts[i].name for i in chosen[1:]]
-    save_png(figure_path("steps-pictures", size), contact_sheet(images, labels, len(chosen)), "paper/run.py steps")
+    save_sheet("steps", images, labels, len(chosen), size)
 
 
 # ---- 3
@@ -320,7 +320,7 @@ def combination(size: Size) -> dict:
         for key, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
             images += decoded_images(z0[key][:: max(1, len(prompts) // 6), 0][:6])
             labels += [label] + [""] * 5
-    save_png(figure_path("combination-pictures", size), contact_sheet(images, labels, 6), "paper/run.py combination")
+    save_sheet("combination", images, labels, 6, size)
     rows = list(numbers["styles"].values())
     numbers["reader"] = {"styles": mean(row["found in art"] for row in rows),
         "names": mean(row["right in art"] for row in rows), "plain names": named["plain"]}  # fmt: skip
@@ -600,8 +600,7 @@ def fail(size: Size) -> dict:
         numbers["cases"][label] = row
         images += decoded_images(x["z0"][:6, 0])
         labels += [label] + [p.name for p in prompts[1:6]]
-    sheet = contact_sheet(images, labels, min(6, len(prompts)))
-    save_png(figure_path("fail-pictures", size), sheet, "paper/run.py fail")
+    save_sheet("fail", images, labels, min(6, len(prompts)), size)
     numbers["memory"] = {label: step_memory(label == "base unfrozen") for label in ("base frozen", "base unfrozen")}
     numbers["bad"] = [k for k, row in numbers["cases"].items() if row["against good"][2] < 0]
     numbers["missed"] = [k for k in numbers["bad"] if not numbers["cases"][k]["flagged"]]
@@ -632,10 +631,12 @@ SECTIONS: dict[str, Callable[[Size], dict]] = {
 REPEATED = ("combination", "rank")
 
 
-def figure_path(name: str, size: Size) -> Path:
+def save_sheet(section: str, images: list, labels: list[str], columns: int, size: Size) -> None:
+    """Labelled pictures, in 256 colours, which is a third of the bytes."""
     folder = CACHE / "quick" if size.quick else HERE / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}{f'-seed{size.seed}' if size.seed else ''}.png"
+    path = folder / f"{section}-pictures{f'-seed{size.seed}' if size.seed else ''}.png"
+    save_png(path, contact_sheet(images, labels, columns).quantize(256), f"paper/run.py {section}")
 
 
 def processor() -> str:
