@@ -96,10 +96,14 @@ def refusal(reader, path: Path) -> str | None:
 def measured(reader, path: Path) -> tuple[str | None, float]:
     """(refusal, the highest rise of the resident set while reading, as a share of `allowed`)."""
     gc.collect(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
-    before = status("VmRSS")
-    line = refusal(reader, path)
-    return line, (status("VmHWM") - before) / allowed(path)
+    gc.disable()  # what an earlier test left must not be freed meanwhile: it would hide as much
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
+        before = status("VmRSS")
+        line = refusal(reader, path)
+        return line, (status("VmHWM") - before) / allowed(path)
+    finally:
+        gc.enable()
 
 
 # ---- the hostile set

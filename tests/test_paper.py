@@ -197,6 +197,15 @@ def test_styles_keep_what_they_should(style):
     assert out.tobytes() != image.tobytes() and out.getpixel((2, 2))[3] == 0
 
 
+def test_a_shadow_does_not_come_back_on_the_other_side():
+    """papercut of a square that touches the right and lower edges: nothing at the left and at the top."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste((200, 40, 40, 255), (32, 32, 64, 64))
+    alpha = styles.PROCESSED["papercut"][1](image).getchannel("A")
+    assert alpha.crop((0, 0, 16, 64)).getextrema() == alpha.crop((0, 0, 64, 16)).getextrema() == (0, 0)
+    assert alpha.getpixel((62, 62)) == 255
+
+
 def test_all_styles_have_drawings():
     """Sixteen, of four kinds; those held out are not trained on."""
     assert len(styles.KINDS) == 16 and set(styles.KINDS.values()) == {"colour", "line", "texture", "shape"}

@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageFilter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -47,8 +47,9 @@ def papercut(image: Image.Image) -> Image.Image:
     )
     rim = alpha.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(0.7))
     out = Image.new("RGBA", image.size, (60, 60, 60, 0))
-    shadow = ImageChops.offset(rim, 4, 5).filter(ImageFilter.GaussianBlur(2)).point(lambda a: a * 6 // 10)
-    out.putalpha(shadow)
+    shadow = Image.new("L", image.size)
+    shadow.paste(rim, (4, 5))  # down and to the right
+    out.putalpha(shadow.filter(ImageFilter.GaussianBlur(2)).point(lambda a: a * 6 // 10))
     white = Image.new("RGBA", image.size, (255, 255, 255, 0))
     white.putalpha(rim)
     out = Image.alpha_composite(out, white)
