@@ -170,7 +170,9 @@ def lcm_columns(
 
 @torch.no_grad()
 def delta_norms(tau: Tau) -> dict[str, float]:
-    """{block: ||dW||_F over all its modules}, blocks input_blocks.i, middle_block, output_blocks.i; no dW is formed."""
+    """{block: ||dW||_F over all its modules}, input_blocks.i first, then middle_block, output_blocks.i and the text
+    encoders; no dW is formed.
+    """
     squares = {}
     for path, (up, down, lora_alpha) in tau.items():
         block = re.match(r"(?:in|out)put_blocks\.\d+|te\d\.encoder\.layers\.\d+|\w+", path)[0]
@@ -178,7 +180,8 @@ def delta_norms(tau: Tau) -> dict[str, float]:
         A = rearrange(down.double(), "r ... -> r (...)")  # (r, in k k)
         # ||s B A||_F^2 = s^2 tr((B^T B)(A A^T)), s = lora_alpha / r; both factors are symmetric
         squares[block] = squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
-    return {block: square.clamp(min=0).sqrt().item() for block, square in squares.items()}
+    in_order = sorted(squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)])
+    return {block: squares[block].clamp(min=0).sqrt().item() for block in in_order}
 
 
 # ---- the log

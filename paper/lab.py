@@ -202,7 +202,6 @@ def measure(lab: Lab, z0: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
     """Of each picture (b,): does it show its name, cosine with its prompt, sharpness; and features of the judge."""
     pixels = decode(lab.vae, z0)
     return {
-        "z0": z0,
         "right": prompt_accuracy(lab.judge, lab.text, pixels, [p.name for p in prompts], lab.names).float(),
         "score": clip_score(lab.judge, lab.text, pixels, [p.text for p in prompts]),
         "sharpness": sharpness(pixels),
@@ -220,12 +219,16 @@ Vectors = list[tuple[Vector, float]]  # tau_i and lambda_i, added up
 Base = tuple[object, dict[str, Tensor]] | None  # what a fine-tuned UNet was made by, and its weights
 
 
+def made_by(prompts: list[Prompt], seeds: tuple[int, ...], draw: Draw, vectors: Vectors, base: Base) -> list:
+    """All that pictures depend on, besides what `cached` adds."""
+    return [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
+
+
 def drawn(
     prompts: list[Prompt], seeds: tuple[int, ...], draw: Draw, vectors: Vectors = (), base: Base = None
 ) -> Tensor:
     """z0 (prompts, seeds, 4, h, w)."""
     lab = open_lab()
-    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
 
     def make() -> dict[str, Tensor]:
         unet, texts, w_emb, z0 = lab.unet, [p.text for p in prompts], (), []
@@ -238,21 +241,20 @@ def drawn(
                 z0.append(evaluate.latents(unet, lab.text, texts, z_T, generators, *draw[:3], *w_emb))
         return {"z0": torch.stack(z0, dim=1)}
 
-    return cached("drawn", key, make)["z0"]
+    return cached("drawn", made_by(prompts, seeds, draw, vectors, base), make)["z0"]
 
 
 def pictures(
     prompts: list[Prompt], seeds: tuple[int, ...], draw: Draw, vectors: Vectors = (), base: Base = None
 ) -> dict[str, Tensor]:
-    """What `measure` finds in `drawn` pictures, each of shape (prompts, seeds, ...)."""
+    """What `measure` finds in `drawn` pictures, and their z0, each of shape (prompts, seeds, ...)."""
     lab, z0 = open_lab(), drawn(prompts, seeds, draw, vectors, base)
-    key = [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base[0]]
 
     def make() -> dict[str, Tensor]:
         found = [measure(lab, z, prompts) for z in z0.unbind(dim=1)]
         return {k: torch.stack([d[k] for d in found], dim=1) for k in found[0]}
 
-    return cached("pictures", key, make)
+    return {"z0": z0} | cached("pictures", made_by(prompts, seeds, draw, vectors, base), make)
 
 
 def bound(unet: UNet) -> lcm.Network:

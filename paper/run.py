@@ -628,7 +628,7 @@ def step_memory(unfrozen: bool) -> float:
 SECTIONS: dict[str, Callable[[Size], dict]] = {
     f.__name__: f for f in (memory, steps, combination, base, rank, solver, recipe, fail)
 }
-REPEATED = ("combination", "rank")
+REPEATED = ("rank", "solver")
 
 
 def save_sheet(section: str, images: list, labels: list[str], columns: int, size: Size) -> None:

@@ -299,6 +299,8 @@ def test_delta_norms_are_those_of_the_whole_delta(rank, lora_alpha):
     norms = delta_norms(tau)
     assert norms == pytest.approx({block: square**0.5 for block, square in squares.items()}, rel=1e-5)
     assert {block.split(".")[0] for block in norms} == {"input_blocks", "middle_block", "output_blocks"}
+    order = [f"input_blocks.{i}" for i in range(99)] + ["middle_block"] + [f"output_blocks.{i}" for i in range(99)]
+    assert list(delta_norms(dict(reversed(tau.items())))) == [block for block in order if block in norms]
     single = {path: parts for path, parts in tau.items() if parts[1].ndim == 4}
     assert sum(x**2 for x in delta_norms(single).values()) < 0.95 * sum(x**2 for x in norms.values())
 
