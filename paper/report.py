@@ -1,4 +1,4 @@
-"""Figures and README.md out of results/*.json: no number of the report is typed.
+"""Figures and README.md out of results/*.json: no result in the report is typed.
 
     python paper/report.py           results/ -> figures/*.png, README.md
     python paper/report.py --quick   the same of runs/paper/quick, into that folder: is anything missing?
@@ -51,18 +51,18 @@ def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-")
 
 def memory(n: dict) -> Figure:
     figure, (a,) = new(1, "Memory of one distillation step, batch 1: LCM-LoRA of rank 64 against full LCM", 9)
-    bottoms, bars = {}, [(f, w) for f in n["planned"] for w in ("LCM-LoRA", "full LCM")]
-    names = [f"{f}\n{w}\n{n['planned'][f]['pixels']} px" for f, w in bars]
-    parts = list(dict.fromkeys(p for f, w in bars for p in n["planned"][f][w]["parts"]))
+    bottoms, bars = {}, [(f, way) for f in n["planned"] for way in ("LCM-LoRA", "full LCM")]
+    names = [f"{f}\n{way}\n{n['planned'][f]['pixels']} px" for f, way in bars]
+    parts = list(dict.fromkeys(p for f, way in bars for p in n["planned"][f][way]["parts"]))
     for part, color in zip(parts, ("#1f5fa8", "#7fb2e5", "#e07b00", "#f2b705", "#2e8b57", "#999999", "#c0392b")):
-        sizes = [n["planned"][f][w]["parts"].get(part, 0) for f, w in bars]
+        sizes = [n["planned"][f][way]["parts"].get(part, 0) for f, way in bars]
         if max(sizes) > 0:
             bottom = [bottoms.get(i, 0) for i in range(len(bars))]
             a.bar(names, sizes, bottom=bottom, label=part, color=color)
             bottoms = {i: b + s for i, (b, s) in enumerate(zip(bottom, sizes))}
-    for i, (f, w) in enumerate(bars):
-        a.text(i, bottoms[i], f"{n['planned'][f][w]['total']:.1f} GB", ha="center", va="bottom")
-    a.set(ylabel="GB (weights in bfloat16 where frozen)")
+    for i, (f, way) in enumerate(bars):
+        a.text(i, bottoms[i], f"{n['planned'][f][way]['total']:.1f} GB", ha="center", va="bottom")
+    a.set(ylabel="GB (a frozen UNet in bfloat16, an averaged target in float32)")
     a.legend()
     return figure
 
@@ -96,26 +96,27 @@ def combination(n: dict) -> Figure:
     colors = {"colour": ORANGE, "line": BLUE, "texture": GREEN, "shape": RED}
     for kind, color in colors.items():
         mine = {s: r for s, r in n["styles"].items() if r["kind"] == kind}
-        a.plot([r["lost accuracy"][0] for r in mine.values()], [r["lost style"][0] for r in mine.values()], "o",
-            color=color, label=kind)  # fmt: skip
+        a.plot([], [], "o", color=color, label=kind)
         for style, r in mine.items():
+            fill = "none" if r["outcome"] == "not measurable" else "full"
+            a.plot(r["lost accuracy"][0], r["lost style"][0], "o", color=color, fillstyle=fill)
             a.annotate(style, (r["lost accuracy"][0], r["lost style"][0]), fontsize=7, xytext=(3, 3),
                 textcoords="offset points")  # fmt: skip
     a.axvline(n["allowed"], color="0.4", linestyle=":"), a.axhline(n["allowed"], color="0.4", linestyle=":")
+    a.plot([], [], "o", color="0.4", fillstyle="none", label="nothing to lose: not measurable")
     a.set(xlabel="prompt accuracy lost", ylabel="style lost", title="failed: right of, or above, a dotted line")
     a.legend(fontsize=7)
     ones = sorted({float(k.split()[0]) for k in n["grid"]})
-    for ax, what, title in ((b, "right", "prompt accuracy"), (c, "style", "in the style")):
+    for ax, what, title in ((b, "style", "in the style"), (c, "sharpness", "sharpness, of the style LoRA's alone")):
         cells = [[sum(x := n["grid"][f"{l1:g} {l2:g}"][what]) / len(x) for l2 in ones] for l1 in ones]
         ax.imshow(cells, vmin=0, vmax=1, cmap="viridis", origin="lower")
         for i, row in enumerate(cells):
             for j, cell in enumerate(row):
                 ax.text(j, i, f"{cell:.2f}", ha="center", va="center", color="white" if cell < 0.6 else "black")
-        (
-            ax.set_xticks(range(len(ones)), [f"{v:g}" for v in ones]),
-            ax.set_yticks(range(len(ones)), [f"{v:g}" for v in ones]),
-        )
-        ax.set(xlabel="lambda2, LCM-LoRA", ylabel="lambda1, style", title=f"{title}, mean of all styles")
+        for set_ticks in (ax.set_xticks, ax.set_yticks):
+            set_ticks(range(len(ones)), [f"{v:g}" for v in ones])
+        ax.set(xlabel="lambda2, LCM-LoRA", ylabel="lambda1, style")
+        ax.set_title(f"{title},\n4 steps, mean of all styles", fontsize=10)
         ax.grid(False)
     return figure
 
@@ -124,10 +125,11 @@ def base(n: dict) -> Figure:
     figure, (a, b) = new(2, "The vector on fine-tuned bases, 4 steps, against 25 guided steps of the same base", 5.4)
     looks = {"short, trained there": (GREEN, "^-"), "shipped": (BLUE, "o-"), "short, old base": ("#7fb2e5", "o--"),
         "none": (GREY, "s-"), "25 guided steps": (ORANGE, "v:")}  # fmt: skip
-    far = [r["distance"] for r in n["bases"].values()]
+    rows = [n["untouched"] | {"distance": 0.0}, *n["bases"].values()]
     for way, (color, mark) in looks.items():
-        line(a, far, [r[way]["right"] for r in n["bases"].values()], way, color, mark)
-        line(b, far, [r[way]["style"] for r in n["bases"].values()], way, color, mark)
+        mine = [r for r in rows if way in r]
+        line(a, [r["distance"] for r in mine], [r[way]["right"] for r in mine], way, color, mark)
+        line(b, [r["distance"] for r in mine], [r[way]["style"] for r in mine], way, color, mark)
     for ax, what in ((a, "prompt accuracy"), (b, "looks like one of the four new sets")):
         ax.set(xlabel="distance of the base, |dW| / |W|", ylabel=what)
     a.legend(fontsize=8)
@@ -157,12 +159,13 @@ def solver(n: dict) -> Figure:
     figure, (a, b, c) = new(3, "Is it a solver of the teacher's ODE?")
     for i, (stage, row) in enumerate(n["along"].items()):
         color = BLUE if stage == "shipped" else str(0.75 - 0.2 * i)
-        label = "the shipped one" if stage == "shipped" else f"after {stage} steps"
+        label = "the shipped one" if stage == "shipped" else f"short run, step {stage}"
         a.plot([int(k) for k in row["to the end"]], list(row["to the end"].values()), ".-", color=color, label=label)
         if stage in ("0", "shipped"):
             near = row["neighbours"]
-            a.plot([int(k) for k in near], list(near.values()), ":", color=color, label=f"{label}: neighbours")
+            a.plot([int(k) for k in near], list(near.values()), ":", color=color, label=f"{label}: to its neighbour")
     a.set(xlabel="grid index n, t = 20 n + 19", ylabel="RMS of f(z_t) to the trajectory's end", yscale="log")
+    a.set_title("dotted: of f between two neighbours", fontsize=10)
     a.legend(fontsize=8)
     for sampler, (color, mark) in SAMPLERS.items():
         mine = [r for r in n["distance"].values() if r["sampler"] == sampler]
@@ -194,13 +197,15 @@ def recipe(n: dict) -> Figure:
             ax.errorbar(mean, y, xerr=off, fmt="o", color=color, label=label, capsize=2)
             ax.axvline(base[key][0], color=color, linestyle=":", alpha=0.5)
         ax.grid(alpha=0.3), ax.legend(fontsize=8)
-    a.set_yticks(list(y), list(n["rows"]))
+    a.axvline(n["teacher"][0], color="black", linestyle="--", linewidth=1, label="DDIM 50, guided")
+    a.set_yticks(list(y), list(n["rows"])), a.legend(fontsize=8)
     a.set(xlabel="prompt accuracy"), b.set(xlabel="RMS to the teacher's 50 steps")
     return figure
 
 
 def fail(n: dict) -> Figure:
-    figure, axes = new(4, "Every failure beside the number that shows it", 3.6)
+    figure, axes = new(4, "Every failure beside the number that shows it; dotted: as it should be", 3.6)
+    kinds = {"a good case": GREY, "surely worse": RED, "provoked, not surely worse": BLUE}
     cases, y = n["cases"], range(len(n["cases"]))[::-1]
     titles = {
         "right": "prompt accuracy",
@@ -213,6 +218,8 @@ def fail(n: dict) -> Figure:
         ax.barh(list(y), values, color=[GREY if cases[k]["control"] else RED if k in n["bad"] else BLUE for k in cases])
         ax.axvline(values[0], color="black", linestyle=":")
         ax.set(title=title, yticks=list(y), yticklabels=list(cases) if ax is axes[0] else [])
+    marks = [axes[0].barh([0], [0], color=color) for color in kinds.values()]
+    figure.legend(marks, list(kinds), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 

@@ -36,10 +36,12 @@ from lab import (
     HALF,
     HERE,
     SCHEDULE,
+    Base,
     Draw,
     Prompt,
     Recipe,
     Vector,
+    Vectors,
     W,
     bound,
     cached,
@@ -199,7 +201,7 @@ def steps(size: Size) -> dict:
             "four against it": interval(four["right"], x["right"], groups=groups),
             "score": interval(x["score"], groups=groups),
             "distance": interval(rms(x["z0"], teacher["z0"]), groups=groups),
-            "sharpness": [v / sharp for v in interval(x["sharpness"], groups=groups)],
+            "sharpness": [v / sharp for v in interval(x["sharpness"][held], groups=groups[held])],
             "frechet": frechet(x["features"][held].flatten(0, 1), art["features"]),
             "content": {c: interval(x["right"][i], groups=groups[i]) for c, i in by_content(prompts).items()},
         }
@@ -288,18 +290,20 @@ def combination(size: Size) -> dict:
     """tau' = lambda1 tau_style + lambda2 tau_lcm, with no training: how often does it work?"""
     reader, found, named = reader_of(size)
     tau_lcm, vectors, alone = shipped("lcm_lora"), style_vectors(size), Draw("ddim", 25, W)
-    numbers = {"allowed": ALLOWED, "styles": {}, "grid": {}, "lcm": blocks(tau_lcm.tau)}
+    numbers = {"allowed": ALLOWED, "styles": {}, "grid": {}}
     images, labels = [], []
     for style, tau in vectors.items():
         prompts = prompts_of(style, size.prompts)
         both = [(tau, LAMBDA_STYLE), (tau_lcm, LAMBDA_LCM)]
         ways = {"alone": (alone, [(tau, 1.0)]), "both": (FOUR, both), "lcm": (FOUR, [(tau_lcm, 1.0)])}
         ways["equal"] = FOUR, [(tau, 1.0), (tau_lcm, LAMBDA_LCM)]  # the style as strong as it is alone
+        ways["without lcm"] = FOUR, [(tau, LAMBDA_STYLE)]
         z0 = {k: drawn(prompts, size.seeds, *way) for k, way in ways.items()}
         read = {k: read_latents(reader, z, [style], prompts) for k, z in z0.items()}
-        right, kept = ({k: x[i] for k, x in read.items()} for i in range(2))
+        right, kept, sharp = ({k: x[i] for k, x in read.items()} for i in range(3))
         row = {"kind": KINDS[style], "right": {k: interval(x) for k, x in right.items()}}
         row |= {"style": {k: interval(x) for k, x in kept.items()}}
+        row["sharpness"] = {k: interval(sharp[k], sharp["alone"], ratio=True) for k in ("both", "without lcm")}
         row |= {"found in art": found[style], "right in art": named[style]}
         row["lost accuracy"], row["lost style"] = (interval(x["alone"], x["both"]) for x in (right, kept))
         row["both against lcm"] = interval(right["both"], right["lcm"])
@@ -309,14 +313,16 @@ def combination(size: Size) -> dict:
         measurable = row["right"]["alone"][0] >= FLOOR and row["style"]["alone"][0] >= FLOOR
         lost = max(row["lost accuracy"][0], row["lost style"][0])
         row["outcome"] = "not measurable" if not measurable else "failed" if lost > ALLOWED else "works"
+        row["surely"] = measurable and max(row["lost accuracy"][1], row["lost style"][1]) > ALLOWED
         row["failed, equal"] = measurable and max(row["lost, equal"]) > ALLOWED
         numbers["styles"][style] = row
         some = prompts_of(style, size.few // 4)
-        for l1, l2 in product(size.grid, size.grid):
-            z = drawn(some, size.seeds[:1], FOUR, [(tau, l1), (tau_lcm, l2)])
-            cell = numbers["grid"].setdefault(f"{l1:g} {l2:g}", {"right": [], "style": []})
-            for key, found_in in zip(("right", "style"), read_latents(reader, z, [style], some)):
-                cell[key].append(found_in.mean().item())
+        for lambda1, lambda2 in product(size.grid, size.grid):
+            z = drawn(some, size.seeds[:1], FOUR, [(tau, lambda1), (tau_lcm, lambda2)])
+            cell = numbers["grid"].setdefault(f"{lambda1:g} {lambda2:g}", {"right": [], "style": [], "sharpness": []})
+            names, inside, edges = read_latents(reader, z, [style], some)
+            cell["right"].append(names.mean().item()), cell["style"].append(inside.mean().item())
+            cell["sharpness"].append((edges.mean() / sharp["alone"].mean()).item())
         for key, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
             images += decoded_images(z0[key][:: max(1, len(prompts) // 6), 0][:6])
             labels += [label] + [""] * 5
@@ -327,13 +333,19 @@ def combination(size: Size) -> dict:
     outcomes = [row["outcome"] for row in rows]
     numbers["failed"], numbers["measurable"] = outcomes.count("failed"), len(rows) - outcomes.count("not measurable")
     numbers["failure rate"] = wilson(numbers["failed"], max(1, numbers["measurable"]))
+    numbers["surely failed"] = sum(row["surely"] for row in rows)
     numbers["failed, equal"] = sum(row["failed, equal"] for row in rows)
-    causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in rows], "norm": [r["norm"] for r in rows]}
-    causes |= {f"share {part}": [r["blocks"][part] for r in rows] for part in ("down", "middle", "up")}
-    numbers["causes"] = {cause: {loss: rank_correlation(values, [r[loss][0] for r in rows])
+    lost = [r for r in rows if r["outcome"] != "not measurable"]  # those that have something to lose
+    causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in lost], "norm": [r["norm"] for r in lost]}
+    causes |= {f"share {part}": [r["blocks"][part] for r in lost] for part in ("down", "middle", "up")}
+    numbers["causes"] = {cause: {loss: rank_correlation(values, [r[loss][0] for r in lost])
         for loss in ("lost accuracy", "lost style")} for cause, values in causes.items()}  # fmt: skip
-    best = max(numbers["grid"], key=lambda k: sum(a * b for a, b in zip(*numbers["grid"][k].values())))
-    numbers["best lambdas"] = best
+    rng, order = random.Random(0), list(range(len(lost)))
+    by_chance = sorted(abs(rank_correlation(order, rng.sample(order, len(order)))) for _ in range(2000))
+    numbers["by chance"] = by_chance[1980]  # one correlation in a hundred is larger
+    numbers["lowest accuracy"] = min(mean(cell["right"]) for cell in numbers["grid"].values())
+    product_of = lambda cell: sum(a * b for a, b in zip(cell["right"], cell["style"]))  # noqa: E731
+    numbers["best lambdas"] = max(numbers["grid"], key=lambda k: product_of(numbers["grid"][k]))
     return numbers
 
 
@@ -359,21 +371,27 @@ def base(size: Size) -> dict:
     tuned = train(tune)
     shipped_one, old = shipped("lcm_lora"), train(short(size)).end
     prompts = [p for style in REAL for p in prompts_of(style, max(1, size.few // 4))]
-    numbers = {"bases": {}}
+    groups, words = pairs(prompts), ("right", "style")
+    vectors = {"none": [], "shipped": [(shipped_one, 1.0)], "short, old base": [(old, 1.0)]}
 
-    groups = pairs(prompts)
+    def found_on(where: Base, vectors: dict[str, Vectors]) -> dict[str, tuple]:
+        """{way: what the reader finds}, 25 guided steps without a vector among them."""
+        z0 = {way: drawn(prompts, size.seeds, FOUR, v, where) for way, v in vectors.items()}
+        z0["25 guided steps"] = drawn(prompts, size.seeds, Draw("ddim", 25, W), (), where)
+        return {way: read_latents(reader, z, list(REAL), prompts) for way, z in z0.items()}
+
+    def intervals(found: dict[str, tuple]) -> dict:
+        return {way: {k: interval(v, groups=groups) for k, v in zip(words, y)} for way, y in found.items()}
+
+    numbers = {"untouched": intervals(found_on(None, vectors)), "bases": {}}
     for step, weights in tuned.at.items():
         made = [tune, step]
         far = sum((x - before[k]).square().sum().item() for k, x in weights.items()) ** 0.5
         far /= sum(x.square().sum().item() for x in before.values()) ** 0.5
         there = train(short(size)._replace(data="styles", base=made), weights).end
-        ways = {"none": [], "shipped": [(shipped_one, 1.0)], "short, old base": [(old, 1.0)]}
-        ways |= {"short, trained there": [(there, 1.0)]}
-        z0 = {way: drawn(prompts, size.seeds, FOUR, vectors, (made, weights)) for way, vectors in ways.items()}
-        z0["25 guided steps"] = drawn(prompts, size.seeds, Draw("ddim", 25, W), (), (made, weights))
-        found = {way: read_latents(reader, z, list(REAL), prompts) for way, z in z0.items()}
-        right, words = {way: y[0] for way, y in found.items()}, ("right", "style")
-        row = {way: {k: interval(v, groups=groups) for k, v in zip(words, y)} for way, y in found.items()}
+        found = found_on((made, weights), vectors | {"short, trained there": [(there, 1.0)]})
+        right = {way: y[0] for way, y in found.items()}
+        row = intervals(found)
         row |= {"distance": far, "shipped against none": interval(right["shipped"], right["none"], groups=groups)}
         row["short against there"] = interval(right["short, old base"], right["short, trained there"], groups=groups)
         numbers["bases"][str(step)] = row
@@ -391,7 +409,8 @@ def rank(size: Size) -> dict:
     largest = trained[ranks[-1]]
     teacher, top = pictures(prompts, size.seeds, TEACHER), pictures(prompts, size.seeds, FOUR, [(largest, 1.0)])
     config = identify(EMOJI / "model.safetensors") if size.quick else sd15_config()
-    numbers, path = {"trained": {}, "truncated": {}, "layers": {}}, CACHE / "lora-for-its-size.safetensors"
+    numbers = {"prompts": len(prompts), "trained": {}, "truncated": {}, "layers": {}}
+    path = CACHE / "lora-for-its-size.safetensors"
 
     def quality(vector: Vector) -> dict:
         one = drawn(prompts, size.seeds, Draw("lcm", 1), [(vector, 1.0)])
@@ -405,7 +424,8 @@ def rank(size: Size) -> dict:
     for (r, vector), seconds in zip(trained.items(), step_times(ranks)):
         row, objective = quality(vector), Objective("lcm", r, checkpointing=True)
         parts, row["trained"] = step_bytes(objective, config, 1, 512, "cuda", torch.bfloat16)
-        numbers["trained"][str(r)] = row | {"memory": sum(parts.values()) / 1e9, "time": seconds}
+        total = sum(v for part, v in parts.items() if part != "pictures to look at")
+        numbers["trained"][str(r)] = row | {"memory": total / 1e9, "time": seconds}
         small, residual = reduce_rank(largest.tau, rank=r)
         square = {p: delta(*three).square().sum().item() for p, three in largest.tau.items()}
         lost = sum(residual[p] ** 2 * square[p] for p in residual) / sum(square.values())
@@ -441,9 +461,9 @@ def solver(size: Size) -> dict:
     prompts, lab = prompts_of("all", size.few), open_lab()
     groups, vector, counts = pairs(prompts), [(shipped("lcm_lora"), 1.0)], (1, 2, 4, 8)
     stages = {str(step): tau for step, tau in train(short(size)).at.items()} | {"shipped": vector[0][0]}
-    b = min(64, len(prompts))
-    cond, null = lab.text.encode([p.text for p in prompts[:b]]), lab.text.null_cond(b)
-    z_T, _ = noise(b, 2 * size.seed, lab.side)
+    some = prompts_of("all", min(64, len(prompts)))
+    cond, null = lab.text.encode([p.text for p in some]), lab.text.null_cond(len(some))
+    z_T, _ = noise(len(some), 2 * size.seed, lab.side)
     network = bound(lab.unet)
     trajectory = guided_trajectory(network, z_T, cond, null, SCHEDULE, W)
     numbers = {"along": {}, "distance": {}, "gaussian": gaussian()}
@@ -532,7 +552,8 @@ def recipe(size: Size) -> dict:
             "w = 0, guided while sampling",
         )
         choices = {k: choices[k] for k in (*some, "full LCM, w in 1 to 6 as input")}
-    numbers, good = {"steps": size.steps, "rows": {}, "teacher": interval(teacher["right"], groups=groups)}, None
+    numbers, good = {"steps": size.steps, "prompts": len(prompts), "rows": {}}, None
+    numbers["teacher"] = interval(teacher["right"], groups=groups)
     for label, (choice, w, takes_back) in choices.items():
         made = train(choice)
         full = ([choice, choice.steps], made.end) if choice.rank is None else None
@@ -544,7 +565,7 @@ def recipe(size: Size) -> dict:
         row["distance"] = interval(rms(one["z0"], teacher["z0"]), groups=groups)
         row["sharpness"] = interval(four["sharpness"], teacher["sharpness"], ratio=True, groups=groups)
         row["against baseline"] = interval(four["right"], good["right"], groups=groups)
-        numbers["rows"][label] = row | {"takes back": takes_back, "loss": made.loss[-50:].mean().item()}
+        numbers["rows"][label] = row | {"takes back": takes_back}
     numbers["worse"] = [k for k, row in numbers["rows"].items() if row["against baseline"][2] < 0]
     numbers["better"] = [k for k, row in numbers["rows"].items() if row["against baseline"][1] > 0]
     return numbers
@@ -578,10 +599,11 @@ def fail(size: Size) -> dict:
         "far fine-tune, the shipped vector": ([(tau_lcm, 1.0)], far, False),
         "far fine-tune, style of the old base": ([(there, 1.0), (style, 0.8)], far, False),
     }
-    b = min(8, len(prompts))
-    z_T, _ = noise(b, 0, lab.side)
-    cond, null = lab.text.encode([p.text for p in prompts[:b]]), lab.text.null_cond(b)
-    numbers, images, labels, good, network = {"cases": {}}, [], [], {}, bound(lab.unet)
+    some = prompts_of("bare", min(32, len(prompts)))
+    z_T, _ = noise(len(some), 0, lab.side)
+    cond, null = lab.text.encode([p.text for p in some]), lab.text.null_cond(len(some))
+    numbers, images, labels = {"style": size.styles[-1], "cases": {}}, [], []
+    good, network = {}, bound(lab.unet)
     for label, (vectors, weights, control) in cases.items():
         x, where = pictures(prompts, size.seeds, FOUR, vectors, weights), "far" if weights else "shipped"
         if where not in good:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from lab import EMOJI, HALF, Prompt, cached, decode, open_lab
+from lab import EMOJI, HALF, Prompt, cached, decode, open_lab, sharpness
 from styles import KINDS, split_style
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -137,12 +137,13 @@ def open_reader(
 
 
 @torch.no_grad()
-def read_latents(net: Reader, z0: Tensor, styles: list[str], prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """(does each show its prompt's name, does it look more like one of the styles than plain).
+def read_latents(net: Reader, z0: Tensor, styles: list[str], prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
+    """(does each show its prompt's name, does it look more like one of the styles than plain, sharpness).
 
     Latents (prompts, seeds, 4, h, w) -> (prompts, seeds).
     """
-    style, name = read(net, decode(open_lab().vae, z0.flatten(0, 1)))
+    pixels = decode(open_lab().vae, z0.flatten(0, 1))
+    style, name = read(net, pixels)
     names = torch.tensor([net.names.index(p.name) for p in prompts]).repeat_interleave(z0.shape[1])
     inside = (style[:, [net.styles.index(s) for s in styles]] > 0).any(dim=1)
-    return tuple(x.float().reshape(z0.shape[:2]) for x in (name == names, inside))
+    return tuple(x.float().reshape(z0.shape[:2]) for x in (name == names, inside, sharpness(pixels)))

@@ -110,10 +110,10 @@ def test_names_are_found_prompt_by_prompt(monkeypatch):
     monkeypatch.setattr(styled, "read", lambda net, pixels: (looks, name))
     net = styled.Reader(["outline", "sepia", "plain"], lab.open_lab().names)
     prompts = [lab.Prompt("", net.names[i]) for i in (3, 4)]
-    right, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["outline"], prompts)
+    right, kept, _ = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["outline"], prompts)
     assert right.tolist() == [[1, 0, 1], [1, 1, 0]] and kept.tolist() == [[1, 0, 1], [0, 0, 1]]
-    *_, kept = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["outline", "sepia"], prompts)
-    assert kept.tolist() == [[1, 1, 1], [0, 0, 1]]
+    _, kept, sharp = styled.read_latents(net, torch.zeros(2, 3, 4, 16, 16), ["outline", "sepia"], prompts)
+    assert kept.tolist() == [[1, 1, 1], [0, 0, 1]] and sharp.shape == (2, 3)
 
 
 def test_overlap_of_column_spaces():
