@@ -51,6 +51,7 @@ def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-")
 
 def memory(n: dict) -> Figure:
     figure, (a,) = new(1, "Memory of one distillation step, batch 1: LCM-LoRA of rank 64 against full LCM", 9)
+    a.set_title("a frozen UNet in bfloat16, all that is trained or averaged in float32", fontsize=10)
     bottoms, bars = {}, [(f, way) for f in n["planned"] for way in ("LCM-LoRA", "full LCM")]
     names = [f"{f}\n{way}\n{n['planned'][f]['pixels']} px" for f, way in bars]
     parts = list(dict.fromkeys(p for f, way in bars for p in n["planned"][f][way]["parts"]))
@@ -62,7 +63,7 @@ def memory(n: dict) -> Figure:
             bottoms = {i: b + s for i, (b, s) in enumerate(zip(bottom, sizes))}
     for i, (f, way) in enumerate(bars):
         a.text(i, bottoms[i], f"{n['planned'][f][way]['total']:.1f} GB", ha="center", va="bottom")
-    a.set(ylabel="GB (a frozen UNet in bfloat16, an averaged target in float32)")
+    a.set(ylabel="GB")
     a.legend()
     return figure
 
@@ -165,12 +166,13 @@ def solver(n: dict) -> Figure:
             near = row["neighbours"]
             a.plot([int(k) for k in near], list(near.values()), ":", color=color, label=f"{label}: to its neighbour")
     a.set(xlabel="grid index n, t = 20 n + 19", ylabel="RMS of f(z_t) to the trajectory's end", yscale="log")
-    a.set_title("dotted: of f between two neighbours", fontsize=10)
+    a.set_title("f along the teacher's trajectory; dotted: between neighbours", fontsize=10)
     a.legend(fontsize=8)
     for sampler, (color, mark) in SAMPLERS.items():
         mine = [r for r in n["distance"].values() if r["sampler"] == sampler]
         line(b, [r["evaluations"] for r in mine], [r["rms"] for r in mine], sampler, color, mark)
-    b.set(xlabel="network evaluations", ylabel="RMS to 50 guided steps", xscale="log", title="from the same noise")
+    b.set(xlabel="network evaluations", ylabel="RMS to 50 guided steps", xscale="log")
+    b.set_title("samplers from the same noise", fontsize=10)
     b.legend(fontsize=8)
     for name, color, mark in (("DDIM", ORANGE, "^-"), ("DPM-Solver++", GREEN, "v-")):
         c.plot([int(k) for k in n["gaussian"][name]], list(n["gaussian"][name].values()), mark, color=color, label=name)
@@ -180,12 +182,14 @@ def solver(n: dict) -> Figure:
             c.annotate(f"LCM, {k}", (1, far), xytext=(6, -3), textcoords="offset points"),
         )
     c.set(xlabel="network evaluations", ylabel="RMS to the exact end", xscale="log", yscale="log")
-    c.set_title("Gaussian data, closed form"), c.legend(fontsize=8)
+    c.set_title("Gaussian data, closed form", fontsize=10), c.legend(fontsize=8)
+    for ax, counts in ((b, (1, 2, 4, 8, 16)), (c, (1, 2, 4, 8, 16, 50))):
+        ax.set_xticks(counts, counts), ax.minorticks_off()
     return figure
 
 
 def recipe(n: dict) -> Figure:
-    figure = Figure(figsize=(11, 0.42 * len(n["rows"]) + 1.6), layout="constrained")
+    figure = Figure(figsize=(11, 0.42 * len(n["rows"]) + 2), layout="constrained")
     figure.suptitle("One choice of the recipe changed at a time; intervals of 95 %")
     a, b = figure.subplots(1, 2, sharey=True)
     y, base = range(len(n["rows"]))[::-1], n["rows"]["baseline"]
@@ -193,13 +197,14 @@ def recipe(n: dict) -> Figure:
         for key, color in keys:
             mean, low, high = zip(*(row[key] for row in n["rows"].values()))
             off = [[m - v for m, v in zip(mean, low)], [v - m for m, v in zip(mean, high)]]
-            label = f"{key} step{'s' * (key != 'one')}" if ax is a else "1 step"
+            label = f"{key} step{'s' * (key != 'one')}"
             ax.errorbar(mean, y, xerr=off, fmt="o", color=color, label=label, capsize=2)
             ax.axvline(base[key][0], color=color, linestyle=":", alpha=0.5)
-        ax.grid(alpha=0.3), ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
     a.axvline(n["teacher"][0], color="black", linestyle="--", linewidth=1, label="DDIM 50, guided")
-    a.set_yticks(list(y), list(n["rows"])), a.legend(fontsize=8)
-    a.set(xlabel="prompt accuracy"), b.set(xlabel="RMS to the teacher's 50 steps")
+    a.set_yticks(list(y), list(n["rows"]))
+    figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    a.set(xlabel="prompt accuracy"), b.set(xlabel="RMS of 1 step to the teacher's 50")
     return figure
 
 
