@@ -61,6 +61,10 @@ def distance(a: Tau, b: Tau) -> float:
     return (total / norm) ** 0.5 if norm else 0.0
 
 
+def is_lora(header: dict) -> bool:
+    return any(re.search(r"\.?lora[._]", key) for key in header)
+
+
 def lora_family(tau: Tau) -> str:
     """The first family that has all of tau's UNet modules: SSD-1B's are all among SDXL's."""
     unet, _ = split_parts(tau)
@@ -76,7 +80,7 @@ def info(args) -> None:
         header, metadata = read_header(path)
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in Counter(e.dtype for e in header.values()).most_common())
         print(f"{path}: {path.stat().st_size:,} bytes, {len(header)} tensors: {dtypes}")
-        if any(re.search(r"\.?lora[._]", key) for key in header):
+        if is_lora(header):
             tau = read_tau(path)
             ranks = Counter(down.shape[0] for _, down, _ in tau.values())
             alphas = Counter(lora_alpha for _, _, lora_alpha in tau.values())
@@ -210,6 +214,9 @@ def diff(args) -> None:
             far = ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
             print(f"  {far:.3e} of the norm, at most {(x - y).abs().max().item():.3e}  {key}")
     print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal")
+    if is_lora(a) and is_lora(b):  # B R and R^-1 A are the same LoRA as B and A
+        far = distance(read_tau(args.a), read_tau(args.b))
+        print(f"what they add to the weights differs by ||dW - dW'|| / ||dW'|| = {far:.3e}")
 
 
 def plot(args) -> None:

@@ -175,6 +175,20 @@ def test_info_and_diff(files, capsys):
     assert "keys only in" in out and "shape" in out
 
 
+def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
+    """B and A in another basis, by SVD, add the same to the weights; a LoRA and twice it differ by half."""
+    a, same, twice = files / "a.safetensors", files / "same.safetensors", files / "twice.safetensors"
+    rank = max(down.shape[0] for _, down, _ in read_tau(a).values())
+    run("resize", a, "--rank", rank, "-o", same, "--dtype", "float32")
+    run("combine", f"{a}:2", "-o", twice, "--dtype", "float32")
+    far = {}
+    for b in (same, twice):
+        capsys.readouterr()
+        run("diff", a, b)
+        far[b] = float(capsys.readouterr().out.split()[-1])
+    assert far[same] < 1e-5 and far[twice] == pytest.approx(0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
