@@ -679,12 +679,12 @@ def measure_section(name: str, quick: bool, seed: int) -> None:
     """Run one section and write its JSON."""
     folder = CACHE / "quick" if quick else HERE / "results"
     folder.mkdir(parents=True, exist_ok=True)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
     start = time.perf_counter()
     spent.clear(), spent_now.clear()
     numbers = SECTIONS[name](size_of_run(quick, seed))
     seconds = time.perf_counter() - start - sum(spent_now) + sum(spent.values())  # as if nothing had been kept
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
     verdict, rule = verdicts.RULES[name](numbers), " ".join(verdicts.RULES[name].__doc__.split())
     result = {"section": name, "quick": quick, "seed": seed, "commit": commit, "processor": processor()}
     result |= {"seconds": seconds, "rule": rule, "verdict": verdict, "numbers": numbers}
