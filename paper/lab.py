@@ -89,7 +89,8 @@ def content_of(path: Path) -> str:
 
 def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """make(), or what it gave before for the same key, model, judge, art and number format."""
-    files = [EMOJI / "model.safetensors", EMOJI / "judge.safetensors", HERE / "styles.py", EMOJI / "art/held_out.txt"]
+    files = [EMOJI / "model.safetensors", EMOJI / "judge.safetensors", HERE / "styles.py", EMOJI / "make_styles.py"]
+    files += [EMOJI / "art/held_out.txt"]
     files += [*sorted((EMOJI / "art").glob("*.tar")), *sorted((HERE / "art").glob("*.tar"))]
     key = json.dumps([key, str(HALF), [content_of(path) for path in files]], sort_keys=True)
     path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"

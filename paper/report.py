@@ -63,7 +63,7 @@ def memory(n: dict) -> Figure:
             bottoms = {i: b + s for i, (b, s) in enumerate(zip(bottom, sizes))}
     for i, (f, way) in enumerate(bars):
         a.text(i, bottoms[i], f"{n['planned'][f][way]['total']:.1f} GB", ha="center", va="bottom")
-    a.set(ylabel="GB")
+    a.set(ylabel="GB"), a.margins(y=0.1)
     a.legend()
     return figure
 
@@ -95,18 +95,19 @@ def steps(n: dict) -> Figure:
 def combination(n: dict) -> Figure:
     figure, (a, b, c) = new(3, "0.8 style + 1.0 LCM-LoRA in 4 steps, against the style LoRA alone in 25 guided ones")
     colors = {"colour": ORANGE, "line": BLUE, "texture": GREEN, "shape": RED}
+    ordered = sorted(n["styles"].items(), key=lambda item: item[1]["lost style"][0])
+    for y, (style, r) in enumerate(ordered):
+        mean, low, high = r["lost style"]
+        fill = "none" if r["outcome"] == "not measurable" else "full"
+        a.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colors[r["kind"]], fillstyle=fill)
+        a.plot(r["lost accuracy"][0], y, "x", color="0.5", markersize=4)
     for kind, color in colors.items():
-        mine = {s: r for s, r in n["styles"].items() if r["kind"] == kind}
-        a.plot([], [], "o", color=color, label=kind)
-        for style, r in mine.items():
-            fill = "none" if r["outcome"] == "not measurable" else "full"
-            a.plot(r["lost accuracy"][0], r["lost style"][0], "o", color=color, fillstyle=fill)
-            a.annotate(style, (r["lost accuracy"][0], r["lost style"][0]), fontsize=7, xytext=(3, 3),
-                textcoords="offset points")  # fmt: skip
-    a.axvline(n["allowed"], color="0.4", linestyle=":"), a.axhline(n["allowed"], color="0.4", linestyle=":")
-    a.plot([], [], "o", color="0.4", fillstyle="none", label="nothing to lose: not measurable")
-    a.set(xlabel="prompt accuracy lost", ylabel="style lost", title="failed: right of, or above, a dotted line")
-    a.legend(fontsize=7)
+        a.plot([], [], "o", color=color, label=f"style lost: {kind}")
+    a.plot([], [], "o", color="0.4", fillstyle="none", label="has too little to lose")
+    a.plot([], [], "x", color="0.5", markersize=4, label="prompt accuracy lost")
+    a.axvline(n["allowed"], color="0.4", linestyle=":")
+    a.set_yticks(range(len(ordered)), [style for style, _ in ordered], fontsize=8)
+    a.set_title("lost; right of the dotted line: failed", fontsize=10), a.legend(fontsize=7, loc="lower right")
     ones = sorted({float(k.split()[0]) for k in n["grid"]})
     for ax, what, title in ((b, "style", "in the style"), (c, "sharpness", "sharpness, of the style LoRA's alone")):
         cells = [[sum(x := n["grid"][f"{l1:g} {l2:g}"][what]) / len(x) for l2 in ones] for l1 in ones]
@@ -249,7 +250,7 @@ def form(value, how: str) -> str:
     if how == "p":
         return f"{100 * (value[0] if isinstance(value, list) else value):.0f} %"
     if how == "h":
-        return f"{value / 3600:.1f}"
+        return f"{value / 3600:.2f}"
     if how == "v":
         return ", ".join(map(str, value)) or "none"
     return format(value, how)

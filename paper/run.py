@@ -663,7 +663,7 @@ def save_sheet(section: str, images: list, labels: list[str], columns: int, size
 
 def processor() -> str:
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, UNet in {str(HALF)[6:]}"
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}"
 
 
 def rounded(x):
