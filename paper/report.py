@@ -273,13 +273,19 @@ def fill(text: str, results: dict) -> str:
     return re.sub(r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(results, m[1]), m[2] or ""), text)
 
 
-def main(quick: bool) -> None:
-    source = QUICK if quick else HERE / "results"
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
+def read_results(folder: Path) -> dict:
+    """{section, or section-seed1: its JSON}, the hours of all, and whether the verdicts stand with another seed."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     results["hours"] = sum(r["seconds"] for r in results.values()) / 3600
     for name in [stem.removesuffix("-seed1") for stem in results if stem.endswith("-seed1")]:
         stands = results[f"{name}-seed1"]["verdict"] == results[name]["verdict"]
         results[f"{name}-seed1"]["stands"] = "stands" if stands else "does not stand"
+    return results
+
+
+def main(quick: bool) -> None:
+    source = QUICK if quick else HERE / "results"
+    results = read_results(source)
     figures = QUICK if quick else HERE / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():

@@ -404,7 +404,7 @@ def base(size: Size) -> dict:
 def rank(size: Size) -> dict:
     """Which rank: quality, file, memory; trained at it against the highest truncated to it; which layers."""
     prompts = prompts_of("all", size.few)
-    ranks, groups = (4, 32) if size.quick else (1, 4, 8, 16, 32, 64), pairs(prompts)
+    ranks, groups = (8, 32) if size.quick else (1, 4, 8, 16, 32, 64), pairs(prompts)
     trained = {r: train(short(size)._replace(rank=r)).end for r in ranks}
     largest = trained[ranks[-1]]
     teacher, top = pictures(prompts, size.seeds, TEACHER), pictures(prompts, size.seeds, FOUR, [(largest, 1.0)])

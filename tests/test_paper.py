@@ -320,6 +320,11 @@ def test_the_report_is_filled():
     assert table == "| a, b = 1 | 1234 | 0.50 [0.25, 0.75] |\n| c | 2 | 1.00 [1.00, 1.00] |"
 
 
+def test_the_committed_report_is_that_of_the_committed_results():
+    text = report.fill((report.HERE / "report.md").read_text(), report.read_results(report.HERE / "results"))
+    assert "{{" not in text and text == (report.HERE / "README.md").read_text()
+
+
 @pytest.mark.parametrize("text", ["{{steps/absent}}", "{{absent/rows}}", "{{table steps/rows: key; absent|i}}"])
 def test_a_missing_number_stops_the_report(text):
     with pytest.raises(ValueError, match="no 'absent' in the results"):
