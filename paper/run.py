@@ -351,7 +351,7 @@ def combination(size: Size) -> dict:
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's, equal values sharing their mean rank; 0 if all of one are equal."""
-    ranks = [[mean(j for j, w in enumerate(sorted(v)) if w == value) for value in v] for v in (x, y)]
+    ranks = [[mean(j for j, other in enumerate(sorted(v)) if other == value) for value in v] for v in (x, y)]
     return correlation(*ranks) if all(len(set(v)) > 1 for v in ranks) else 0.0
 
 

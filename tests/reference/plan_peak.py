@@ -47,7 +47,7 @@ def resident(which: str) -> float:
 
 
 def job(argv: list[str]) -> None:
-    """Train; print the GB above those after the imports."""
+    """Train a little, then as asked; print the GB by which the second run rises above what the first one left."""
     import train
 
     train.guided_trajectory = lambda network, z_T, *_, steps=50: torch.zeros(steps + 1, *z_T.shape)
