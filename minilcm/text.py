@@ -6,6 +6,7 @@ three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse:
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from einops import rearrange
@@ -75,6 +76,12 @@ def sdxl_text() -> TextConfig:
     return TextConfig(big=(1280, 32, 20))
 
 
+@cache
+def tokenizer() -> SimpleTokenizer:
+    """CLIP's byte pairs: 20 MB of tables, the same for all models of a process."""
+    return SimpleTokenizer()
+
+
 class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
@@ -86,7 +93,7 @@ class TextEncoder(nn.Module):
     def __init__(self, cfg: TextConfig = TextConfig()):
         super().__init__()
         self.cfg = cfg
-        self.tokenizer = SimpleTokenizer(context_length=N_TOKENS)
+        self.tokenizer = tokenizer()
         self.tower = TextTransformer(
             N_TOKENS, VOCAB, cfg.width, cfg.heads, cfg.layers, output_dim=None, proj_type="none", act_layer=QuickGELU
         )
