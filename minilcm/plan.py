@@ -22,7 +22,7 @@ from .text import N_TOKENS, TextEncoder
 from .unet import Cond, UNet
 from .vae import VAE
 
-RUNTIME = {"cuda": 0.5, "cpu": 0.8}  # GB, about: CUDA's own; Python with its libraries
+RUNTIME = {"cuda": 0.5, "cpu": 0.9}  # GB, about: CUDA's own; Python, its libraries and the kernels they compile
 
 
 @contextmanager
