@@ -310,11 +310,7 @@ def combination(size: Size) -> dict:
         row["lost, equal"] = [(x["alone"] - x["equal"]).mean().item() for x in (right, kept)]
         row["overlap"], row["overlap by chance"], row["norm"] = overlap(tau.tau, tau_lcm.tau)
         row["blocks"] = blocks(tau.tau)
-        measurable = row["right"]["alone"][0] >= FLOOR and row["style"]["alone"][0] >= FLOOR
-        lost = max(row["lost accuracy"][0], row["lost style"][0])
-        row["outcome"] = "not measurable" if not measurable else "failed" if lost > ALLOWED else "works"
-        row["surely"] = measurable and max(row["lost accuracy"][1], row["lost style"][1]) > ALLOWED
-        row["failed, equal"] = measurable and max(row["lost, equal"]) > ALLOWED
+        row |= what_became(row)
         numbers["styles"][style] = row
         some = prompts_of(style, size.few // 4)
         for lambda1, lambda2 in product(size.grid, size.grid):
@@ -330,23 +326,40 @@ def combination(size: Size) -> dict:
     rows = list(numbers["styles"].values())
     numbers["reader"] = {"styles": mean(row["found in art"] for row in rows),
         "names": mean(row["right in art"] for row in rows), "plain names": named["plain"]}  # fmt: skip
-    outcomes = [row["outcome"] for row in rows]
-    numbers["failed"], numbers["measurable"] = outcomes.count("failed"), len(rows) - outcomes.count("not measurable")
-    numbers["failure rate"] = wilson(numbers["failed"], max(1, numbers["measurable"]))
-    numbers["surely failed"] = sum(row["surely"] for row in rows)
-    numbers["failed, equal"] = sum(row["failed, equal"] for row in rows)
-    lost = [r for r in rows if r["outcome"] != "not measurable"]  # those that have something to lose
-    causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in lost], "norm": [r["norm"] for r in lost]}
-    causes |= {f"share {part}": [r["blocks"][part] for r in lost] for part in ("down", "middle", "up")}
-    numbers["causes"] = {cause: {loss: rank_correlation(values, [r[loss][0] for r in lost])
-        for loss in ("lost accuracy", "lost style")} for cause, values in causes.items()}  # fmt: skip
-    rng, order = random.Random(0), list(range(len(lost)))
-    by_chance = sorted(abs(rank_correlation(order, rng.sample(order, len(order)))) for _ in range(2000))
-    numbers["by chance"] = by_chance[1980]  # one correlation in a hundred is larger
+    numbers |= failures(rows)
     numbers["lowest accuracy"] = min(mean(cell["right"]) for cell in numbers["grid"].values())
     product_of = lambda cell: sum(a * b for a, b in zip(cell["right"], cell["style"]))  # noqa: E731
     numbers["best lambdas"] = max(numbers["grid"], key=lambda k: product_of(numbers["grid"][k]))
     return numbers
+
+
+def what_became(row: dict) -> dict:
+    """Of a style in the sum: did it fail, does its interval say so too, and would it with lambda1 = 1?"""
+    if min(row["right"]["alone"][0], row["style"]["alone"][0]) < FLOOR:
+        return {"outcome": "not measurable", "surely": False, "failed, equal": False}
+    lost = row["lost accuracy"], row["lost style"]
+    outcome = "failed" if max(x for x, _, _ in lost) > ALLOWED else "works"
+    surely = max(low for _, low, _ in lost) > ALLOWED
+    return {"outcome": outcome, "surely": surely, "failed, equal": max(row["lost, equal"]) > ALLOWED}
+
+
+def failures(rows: list[dict]) -> dict:
+    """How many styles failed, of those with something to lose, and what goes with their losses."""
+    lost = [row for row in rows if row["outcome"] != "not measurable"]
+    failed = sum(row["outcome"] == "failed" for row in lost)
+    numbers = {"failed": failed, "measurable": len(lost), "failure rate": wilson(failed, max(1, len(lost)))}
+    numbers |= {"surely failed": sum(r["surely"] for r in lost), "failed, equal": sum(r["failed, equal"] for r in lost)}
+    causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in lost], "norm": [r["norm"] for r in lost]}
+    causes |= {f"share {part}": [r["blocks"][part] for r in lost] for part in ("down", "middle", "up")}
+    numbers["causes"] = {cause: {loss: rank_correlation(values, [r[loss][0] for r in lost])
+        for loss in ("lost accuracy", "lost style")} for cause, values in causes.items()}  # fmt: skip
+    return numbers | {"by chance": correlation_by_chance(len(lost))}
+
+
+def correlation_by_chance(n: int) -> float:
+    """The size that one in a hundred rank correlations of `n` unrelated pairs surpasses, from 2,000 shuffles."""
+    rng, order = random.Random(0), list(range(n))
+    return sorted(abs(rank_correlation(order, rng.sample(order, n))) for _ in range(2000))[1980]
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:

@@ -1,5 +1,6 @@
 """What paper/ measures with: intervals, distances and overlaps in closed form, and a report that misses nothing."""
 
+import json
 import subprocess
 import sys
 
@@ -133,6 +134,65 @@ def test_rank_correlation():
     assert run.rank_correlation([1, 2, 3], [5, 5, 5]) == 0
     # ranks 0 1 2 3 and 0.5 0.5 2 3: sum of products of deviations 4.5, of squares 5 and 4.5
     assert run.rank_correlation([1, 2, 3, 4], [7, 7, 8, 9]) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
+
+
+def a_style(alone=(0.9, 0.8), accuracy=(0.0, -0.1, 0.1), style=(0.0, -0.1, 0.1), equal=(0.0, 0.0)) -> dict:
+    right, kept = ({"alone": [x, x - 0.1, x + 0.1]} for x in alone)
+    row = {"right": right, "style": kept, "lost accuracy": list(accuracy), "lost style": list(style)}
+    row |= {"lost, equal": list(equal), "overlap": 0.3, "overlap by chance": 0.1, "norm": 1.0}
+    return row | {"blocks": {"down": 0.2, "middle": 0.3, "up": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "row, outcome, surely, equal",
+    [
+        (a_style(), "works", False, False),
+        (a_style(accuracy=(0.09, 0.05, 0.99)), "works", False, False),  # neither by its upper end
+        (a_style(accuracy=(0.11, 0.09, 0.13)), "failed", False, False),
+        (a_style(accuracy=(0.20, 0.11, 0.30)), "failed", True, False),
+        (a_style(style=(0.20, 0.11, 0.30)), "failed", True, False),
+        (a_style(equal=(0.05, 0.2)), "works", False, True),
+        (a_style(alone=(0.9, 0.4), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)), "not measurable", False, False),
+        (a_style(alone=(0.4, 0.9), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)), "not measurable", False, False),
+    ],
+)
+def test_what_became_of_a_style(row, outcome, surely, equal):
+    assert run.what_became(row) == {"outcome": outcome, "surely": surely, "failed, equal": equal}
+
+
+def test_failures():
+    """Styles with nothing to lose are in no count and no correlation."""
+    losses = [(0.0, -0.1, 0.1), (0.05, 0.0, 0.1), (0.15, 0.05, 0.2), (0.3, 0.2, 0.4)]
+    rows = [a_style(accuracy=x) | {"norm": i, "overlap": 0.5 - 0.1 * i} for i, x in enumerate(losses)]
+    rows += [a_style(alone=(0.4, 0.9), accuracy=(0.9, 0.8, 1.0)) | {"norm": -9}]
+    found = run.failures([row | run.what_became(row) for row in rows])
+    counts = {"failed": 2, "measurable": 4, "surely failed": 1, "failed, equal": 0}
+    assert found | counts == found and found["failure rate"] == lab.wilson(2, 4)
+    assert found["causes"]["norm"]["lost accuracy"] == pytest.approx(1)
+    assert found["causes"]["overlap"]["lost accuracy"] == pytest.approx(-1)
+    assert found["causes"]["norm"]["lost style"] == 0  # all lost as much
+
+
+def test_correlation_by_chance():
+    """For many pairs a normal of deviation 1 / sqrt(n - 1), whose size is above 2.576 of it once in a hundred."""
+    assert run.correlation_by_chance(200) == pytest.approx(2.576 / 199**0.5, rel=0.1)
+
+
+def test_a_section_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
+    """A part that was read from the cache counts with what it took when it was made; one made now counts once."""
+
+    def section(size):
+        run.spent["kept from another day"] = 1000.0
+        run.spent["made now"] = 200.0
+        run.spent_now.append(200.0)
+        return {"planned": {}}
+
+    clock = iter([0.0, 207.0])
+    monkeypatch.setattr(run, "CACHE", tmp_path)
+    monkeypatch.setitem(run.SECTIONS, "memory", section)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    run.measure_section("memory", quick=True, seed=0)
+    assert json.loads((tmp_path / "quick/memory.json").read_text())["seconds"] == 1207
 
 
 def test_changed_leaves_no_trace():
