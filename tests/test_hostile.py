@@ -54,7 +54,6 @@ from minilcm.safefile import read_header, read_tensors
 # ---- reading within bounds
 
 HEADER = 10_000_000  # bytes of the longest header that is parsed
-MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", int)  # glibc's; other libraries keep no such heap
 
 
 def allowed(path: Path) -> int:
@@ -99,7 +98,7 @@ def measured(reader, path: Path) -> tuple[str | None, float]:
     """(refusal, the highest rise of the resident set while reading, as a share of `allowed`)."""
     gc.collect(0)
     gc.disable()  # what an earlier test left must not be freed meanwhile: it would hide as much,
-    MALLOC_TRIM(0)  # and so would what was freed already and is still resident: malloc gives it out again
+    ctypes.CDLL(None).malloc_trim(0)  # and so would what was freed but is still resident: malloc gives it out again
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
         before = status("VmRSS")

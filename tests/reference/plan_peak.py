@@ -1,7 +1,7 @@
 """The plan against the memory that training really takes, on this processor; not in CI.
 
     python tests/reference/plan_peak.py emoji     some minutes
-    python tests/reference/plan_peak.py sd15      some minutes; a random SD1.5 (2 GB) is written under TMPDIR first
+    python tests/reference/plan_peak.py sd15      half an hour; a random SD1.5 (2 GB) is written under TMPDIR first
 
 Each run is a process of its own: two steps of train.py on eight pictures, twice. `process` is the highest resident set
 of the first run, all in, against the plan's total and what it says Python takes beside it. `run` is by how much the
@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMOJI = ROOT / "weights/emoji/model.safetensors"
 RUNS = {
     "emoji": [
         ["--objective", "lcm", "--rank", "32", "--batch", "32"],
@@ -86,7 +85,7 @@ def main(name: str, folder: Path) -> None:
         pixels = torch.randint(0, 256, (600, 600, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
         Image.fromarray(pixels).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"picture {i}")
-    model = EMOJI
+    model = ROOT / "weights/emoji/model.safetensors"
     if name == "sd15":
         from full_size import make_files
 
