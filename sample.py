@@ -20,16 +20,16 @@ import torch
 from tqdm import tqdm
 
 from minilcm import __version__
-from minilcm.checkpoint import load_model
+from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import parse_lora, read_recipe, read_tau
 from minilcm.lcm import K, guidance_embedding, lcm_grid, sample_lcm
-from minilcm.lora_io import parse_lora, read_recipe, read_tau
-from minilcm.memory import default_dtype, resident
 from minilcm.merge import check_fit, combine, merge_into, split_parts
-from minilcm.pictures import contact_sheet, read_image, save_png, to_images
+from minilcm.model.precision import default_dtype, resident
+from minilcm.model.text import lora_weights
+from minilcm.model.unet import Cond
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import EpsFn, ddim_grid, dpmpp_grid, guided_eps, sample_ddim, sample_dpmpp_2m
-from minilcm.text import lora_weights
-from minilcm.unet import Cond
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
 STEPS = {"lcm": 4, "ddim": 25, "dpmpp": 20}

@@ -28,25 +28,30 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minilcm.art import art_batches, cache_art, is_art, read_art, split_art
-from minilcm.checkpoint import latest_state, load_model, load_state, read_run, save_model, save_state, state_tensors
-from minilcm.data import batches, buckets, cache_latents, cache_text, read_cond, read_pictures
-from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
+from minilcm.data.emoji import art_batches, cache_art, is_art, read_art, split_art
+from minilcm.data.folders import batches, buckets, cache_latents, cache_text, read_cond, read_pictures
+from minilcm.data.pictures import draw_sheet, save_png
+from minilcm.data.shards import stream_batches
+from minilcm.files.checkpoint import (
+    latest_state,
+    load_model,
+    load_state,
+    read_run,
+    save_model,
+    save_state,
+    state_tensors,
+)
+from minilcm.files.identify import Config, identify, sd15_config, sdxl_config, ssd1b_config
+from minilcm.files.lora_file import write_tau
+from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import T_SCALE, K, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
-from minilcm.lora_io import write_tau
-from minilcm.memory import default_dtype, peak_bytes
+from minilcm.model.precision import default_dtype, peak_bytes
+from minilcm.model.text import TextEncoder, with_sizes
+from minilcm.model.unet import Cond
+from minilcm.model.vae import VAE
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.pictures import draw_sheet, save_png
-from minilcm.plan import plan
-from minilcm.ranks import from_all_ranks, mean_over_ranks, start_ranks, sync_gradients, whole
-from minilcm.safefile import sha256
-from minilcm.schedule import T, make_schedule
-from minilcm.stream import stream_batches
-from minilcm.text import TextEncoder, with_sizes
-from minilcm.unet import Cond
-from minilcm.vae import VAE
-from minilcm.watch import (
+from minilcm.run.diagnostics import (
     append_metrics,
     consistency_along_trajectory,
     delta_norms,
@@ -58,6 +63,9 @@ from minilcm.watch import (
     loss_by_band,
     loss_by_index,
 )
+from minilcm.run.plan import plan
+from minilcm.run.processes import from_all_ranks, mean_over_ranks, start_ranks, sync_gradients, whole
+from minilcm.schedule import T, make_schedule
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 FAMILIES = {"sd15": sd15_config, "ssd1b": ssd1b_config, "sdxl": sdxl_config}

@@ -26,16 +26,16 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import places
-from .family import BIG_G, CLIP_L, UNET, VAE_, identify, part_of
+from .files.checkpoint import places
+from .files.identify import BIG_G, CLIP_L, UNET, VAE_, identify, part_of
+from .files.lora_file import parse_lora, read_recipe, read_tau, write_tau
+from .files.names import module_table
+from .files.safetensors_file import all_finite, atomic, read_header, rewrite
 from .lora import Tau
-from .lora_io import parse_lora, read_recipe, read_tau, write_tau
 from .merge import add_delta_, check_fit, combine, delta, extract_tau, no_kernel, reduce_rank, split_parts
-from .names import module_table
-from .plot import draw_run
-from .safefile import all_finite, atomic, read_header, rewrite
-from .unet import emoji, sd15, sdxl, ssd1b
-from .watch import delta_norms, read_metrics
+from .model.unet import emoji, sd15, sdxl, ssd1b
+from .run.diagnostics import delta_norms, read_metrics
+from .run.plot import draw_run
 
 FAMILIES = {"the emoji model": emoji, "SD1.x": sd15, "SSD-1B": ssd1b, "SDXL base": sdxl}
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds

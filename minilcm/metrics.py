@@ -12,8 +12,8 @@ from einops import rearrange
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .safefile import read_tensors
-from .text import EOS, TextEncoder
+from .files.safetensors_file import read_tensors
+from .model.text import EOS, TextEncoder
 
 
 class Judge(nn.Module):

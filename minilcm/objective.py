@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .lcm import K, Network, draw, guidance_embedding, lcd_loss
 from .lora import TARGETS, add_lora, lora_off, target_paths
-from .memory import add_checkpointing
-from .ranks import shard
+from .model.precision import add_checkpointing
+from .model.unet import Cond, UNet
+from .run.processes import shard
 from .schedule import Schedule, T, diffusion_loss, make_schedule
-from .unet import Cond, UNet
 
 W_DIM = 256  # sinusoids of a full LCM's guidance embedding
 

@@ -31,16 +31,16 @@ from evaluate import HALF, SCHEDULE, decode, interval  # noqa: E402, F401 (the o
 from styles import REAL, split_style  # noqa: E402
 
 from minilcm import lcm  # noqa: E402
-from minilcm.art import COLORS, Art, Cache, art_batches, article, cache_art, read_art, split_art  # noqa: E402
-from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.data.emoji import COLORS, Art, Cache, art_batches, article, cache_art, read_art, split_art  # noqa: E402
+from minilcm.data.pictures import to_images  # noqa: E402
+from minilcm.files.checkpoint import load_model  # noqa: E402
+from minilcm.files.lora_file import read_tau  # noqa: E402
+from minilcm.files.safetensors_file import read_tensors, sha256, write_tensors  # noqa: E402
 from minilcm.lora import TARGETS, Tau, get_tau, lora_layers  # noqa: E402
-from minilcm.lora_io import read_tau  # noqa: E402
 from minilcm.merge import combine, merge_into  # noqa: E402
 from minilcm.metrics import clip_score, load_judge, prompt_accuracy  # noqa: E402
+from minilcm.model.unet import UNet  # noqa: E402
 from minilcm.objective import W_DIM, Objective, loss_of, make_networks, run  # noqa: E402
-from minilcm.pictures import to_images  # noqa: E402
-from minilcm.safefile import read_tensors, sha256, write_tensors  # noqa: E402
-from minilcm.unet import UNet  # noqa: E402
 
 CACHE = HERE.parent / "runs/paper"
 spent: dict[Path, float] = {}  # seconds that each part took that this process has used, whenever it was made

@@ -66,22 +66,22 @@ from lab import (
 from styled import open_reader, read_latents
 from styles import KINDS, REAL
 
-from minilcm.art import compose, read_art, split_art
-from minilcm.family import Config, identify, sd15_config, sdxl_config, ssd1b_config
+from minilcm.data.emoji import compose, read_art, split_art
+from minilcm.data.pictures import contact_sheet, save_png
+from minilcm.files.identify import Config, identify, sd15_config, sdxl_config, ssd1b_config
+from minilcm.files.lora_file import write_tau
+from minilcm.files.safetensors_file import atomic
 from minilcm.lora import ATTENTION, TARGETS, Tau
-from minilcm.lora_io import write_tau
-from minilcm.memory import LiveBytes, peak_bytes, size_of
 from minilcm.merge import combine, delta, factorise, reduce_rank
+from minilcm.model.precision import LiveBytes, peak_bytes, size_of
+from minilcm.model.text import TextEncoder
+from minilcm.model.unet import UNet
+from minilcm.model.vae import VAE
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.pictures import contact_sheet, save_png
-from minilcm.plan import step_bytes
-from minilcm.safefile import atomic
+from minilcm.run.diagnostics import consistency_along_trajectory, delta_norms, guided_trajectory
+from minilcm.run.plan import step_bytes
 from minilcm.schedule import eps_from_x0
 from minilcm.solver import ddim_step, sample_ddim, sample_dpmpp_2m
-from minilcm.text import TextEncoder
-from minilcm.unet import UNet
-from minilcm.vae import VAE
-from minilcm.watch import consistency_along_trajectory, delta_norms, guided_trajectory
 
 TEACHER, FOUR = Draw("ddim", 50, W), Draw("lcm", 4)
 SOLVERS = {"ddim": "DDIM", "dpmpp": "DPM-Solver++"}

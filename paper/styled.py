@@ -16,7 +16,7 @@ from styles import KINDS, split_style
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minilcm.art import Art, compose, read_art, split_art
+from minilcm.data.emoji import Art, compose, read_art, split_art
 
 sys.path.insert(0, str(EMOJI))
 from train_clip import degrade  # noqa: E402

@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "weights/emoji")]
 from make_styles import blueprint, papercut  # noqa: E402
 
-from minilcm.art import Art, read_art, split_art  # noqa: E402
-from minilcm.pictures import contact_sheet, save_png  # noqa: E402
+from minilcm.data.emoji import Art, read_art, split_art  # noqa: E402
+from minilcm.data.pictures import contact_sheet, save_png  # noqa: E402
 
 
 def recolour(image: Image.Image, f) -> Image.Image:

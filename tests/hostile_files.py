@@ -23,10 +23,10 @@ from test_checkpoint import TEXT, UNET, VAE, koala, tiny_sd, unet_keys, vega, wi
 from tiny import CONFIG, write_model
 from torch import Tensor
 
-from minilcm.family import to_json
+from minilcm.files.identify import to_json
 from minilcm.lora import target_paths
-from minilcm.text import TextEncoder
-from minilcm.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+from minilcm.model.text import TextEncoder
+from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 REFUSALS = {
     "R1": "not safetensors",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import CONFIG, ROOT, drawing, png, tiny_vae, write_art, write_tar
 
-from minilcm.art import (
+from minilcm.data.emoji import (
     COLORS,
     STYLES,
     Art,

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tiny import CONFIG, TWO_TOWERS, random_tau, tiny_text, tiny_unet, tiny_vae, write_model
 from torch import nn
 
-from minilcm import safefile
-from minilcm.checkpoint import load_model, load_state, save_model, save_state, state_tensors
-from minilcm.family import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
-from minilcm.lora_io import write_tau
-from minilcm.safefile import read_tensors
-from minilcm.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+from minilcm.files import safetensors_file as safefile
+from minilcm.files.checkpoint import load_model, load_state, save_model, save_state, state_tensors
+from minilcm.files.identify import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
+from minilcm.files.lora_file import write_tau
+from minilcm.files.safetensors_file import read_tensors
+from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 
@@ -386,7 +386,7 @@ def test_failed_save_keeps_the_old_model(tmp_path, model, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("minilcm.safefile.save_file", full)
+    monkeypatch.setattr("minilcm.files.safetensors_file.save_file", full)
     with pytest.raises(OSError):
         write_model(path, seed=1)
     assert path.read_bytes() == model.read_bytes() and list(tmp_path.iterdir()) == [path]
@@ -476,7 +476,7 @@ def test_failed_save_keeps_the_old_state(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minilcm.safefile.os.replace", interrupt)
+    monkeypatch.setattr("minilcm.files.safetensors_file.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_state(path, state_tensors(dict(net.named_parameters()), optimizer), {"step": 2})
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import png, tiny_text
 from torch import Tensor
 
-from minilcm.data import (
+from minilcm.data.folders import (
     Example,
     Picture,
     batches,
@@ -30,9 +30,9 @@ from minilcm.data import (
     read_cond,
     read_pictures,
 )
-from minilcm.pictures import decode
-from minilcm.safefile import read_tensors, write_tensors
-from minilcm.text import TextConfig, TextEncoder
+from minilcm.data.pictures import decode
+from minilcm.files.safetensors_file import read_tensors, write_tensors
+from minilcm.model.text import TextConfig, TextEncoder
 
 # ---- folders
 
@@ -345,7 +345,7 @@ def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
     put(tmp_path / "in", {"3.png": pictures[2].file.read_bytes(), "3.txt": "copy"})
     pictures.append(Picture(tmp_path / "in/3.png", "copy"))
     assert encoded() == 0
-    monkeypatch.setattr("minilcm.data.decode", None)
+    monkeypatch.setattr("minilcm.data.folders.decode", None)
     assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == ["another", "copy"]
 
 

@@ -45,11 +45,11 @@ from test_checkpoint import header_file, unet_keys
 from tiny import ROOT, random_tau, tiny_unet, write_model
 
 from minilcm.__main__ import main, parse
-from minilcm.checkpoint import load_model
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.lora import ATTENTION
-from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import check_fit
-from minilcm.safefile import read_header, read_tensors
 
 # ---- reading within bounds
 

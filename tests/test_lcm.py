@@ -23,9 +23,9 @@ from minilcm.lcm import (
     update_ema,
 )
 from minilcm.lora import add_lora, get_tau, lora_off
+from minilcm.model.unet import Cond, UNet, UNetConfig, emoji
 from minilcm.schedule import add_noise, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step, guided_eps, sample_ddim
-from minilcm.unet import Cond, UNet, UNetConfig, emoji
 
 
 def noise(seed=0, shape=(2, 4, 8, 8)):

@@ -10,8 +10,8 @@ from tiny import random_tau, tiny_unet
 from torch import nn
 
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, load_tau, lora_layers, lora_off, target_paths
-from minilcm.memory import LiveBytes
-from minilcm.unet import Cond, UNet, emoji, sd15, sdxl, ssd1b
+from minilcm.model.precision import LiveBytes
+from minilcm.model.unet import Cond, UNet, emoji, sd15, sdxl, ssd1b
 
 RANK, LORA_ALPHA = 3, 7.5
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import random_tau, tiny_unet, write_model
 from torch import nn
 
-from minilcm import safefile
+from minilcm.files import safetensors_file as safefile
+from minilcm.files.lora_file import read_recipe, read_tau, split_key, write_tau
+from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.lora import Tau, target_paths
-from minilcm.lora_io import read_recipe, read_tau, split_key, write_tau
 from minilcm.merge import delta
-from minilcm.names import text_table, to_diffusers_path, to_ldm_path
-from minilcm.unet import UNet, emoji, sd15, sdxl, ssd1b
+from minilcm.model.unet import UNet, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = (emoji, sd15, ssd1b, sdxl)
 FLAT = "lora_unet_down_blocks_0_resnets_0_conv1"

@@ -6,11 +6,11 @@ from safetensors.torch import load_file, save_file
 from tiny import random_tau, tiny_unet, write_model
 
 from minilcm.__main__ import distance, main, parse
-from minilcm.checkpoint import load_model
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.safetensors_file import read_header
 from minilcm.lora import ATTENTION
-from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import combine, delta, merge_into, reduce_rank
-from minilcm.safefile import read_header
 
 UNET = "model.diffusion_model."
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from minilcm.lora import Tau, add_lora, load_tau
 from minilcm.merge import check_fit, combine, delta, merge_into, unmerge
-from minilcm.unet import Cond
+from minilcm.model.unet import Cond
 
 PATHS = ("to_q", "op")  # a Linear and a convolution
 LAMBDAS = [0.8, 1.0, -0.3]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_text
 
+from minilcm.files.safetensors_file import write_tensors
 from minilcm.lcm import train_grid
 from minilcm.metrics import Judge, clip_score, load_judge, prompt_accuracy, self_consistency
-from minilcm.safefile import write_tensors
 
 SIZES = dict(image_size=32, patch_size=8, width=32, layers=1, heads=2, embed_dim=16, text_width=32)
 

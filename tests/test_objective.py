@@ -6,8 +6,8 @@ from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet
 
 from minilcm.lcm import update_ema
 from minilcm.lora import get_tau
+from minilcm.model.unet import Cond, UNet
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.unet import Cond, UNet
 
 F32 = torch.float32
 Z_T, T_, W = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minilcm.pictures import contact_sheet, read_image, save_png, to_images
+from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
 
 
 def test_to_images_rounds_to_the_nearest_level():

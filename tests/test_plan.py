@@ -8,10 +8,10 @@ from tiny import CONFIG, ROOT, TWO_TOWERS, tiny_text, tiny_unet, tiny_vae
 
 import train
 from minilcm.lora import ATTENTION
-from minilcm.memory import LiveBytes, size_of
+from minilcm.model.precision import LiveBytes, size_of
+from minilcm.model.unet import UNet
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.plan import step_bytes, vae_and_text_bytes
-from minilcm.unet import UNet
+from minilcm.run.plan import step_bytes, vae_and_text_bytes
 
 F32 = torch.float32
 PARTS = "UNet", "LoRA", "gradients", "Adam's moments", "pictures to look at", "activations"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minilcm.files.lora_file import write_tau
 from minilcm.lora import target_paths
-from minilcm.lora_io import write_tau
-from minilcm.unet import UNet, sd15, sdxl, ssd1b
+from minilcm.model.unet import UNet, sd15, sdxl, ssd1b
 
 INSIDE = {  # a ResBlock: diffusers' name -> LDM's, flattened
     "norm1": "in_layers_0",

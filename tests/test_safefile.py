@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilcm.safefile import atomic, read_tensors, write_tensors
+from minilcm.files.safetensors_file import atomic, read_tensors, write_tensors
 
 
 def test_atomic_replaces_only_on_success(tmp_path):

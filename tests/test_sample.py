@@ -18,12 +18,12 @@ from PIL import Image
 from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
 
 import sample
-from minilcm.checkpoint import load_model
+from minilcm.data.pictures import read_image, to_images
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
-from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import merge_into
-from minilcm.pictures import read_image, to_images
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
 

@@ -5,11 +5,11 @@ from safetensors import safe_open
 from tiny import ROOT
 
 import sample
-from minilcm.checkpoint import load_model
-from minilcm.lora_io import read_recipe, read_tau
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.merge import check_fit
 from minilcm.metrics import load_judge
-from minilcm.unet import emoji
+from minilcm.model.unet import emoji
 
 WEIGHTS = ROOT / "weights/emoji"
 

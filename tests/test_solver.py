@@ -4,6 +4,7 @@ import pytest
 import torch
 from make_reference import STEPS, toy_eps
 
+from minilcm.model.unet import Cond
 from minilcm.schedule import Schedule, x0_from_eps
 from minilcm.solver import (
     ddim_grid,
@@ -14,7 +15,6 @@ from minilcm.solver import (
     sample_ddim,
     sample_dpmpp_2m,
 )
-from minilcm.unet import Cond
 
 
 def noise(seed=0, shape=(2, 4, 8, 8)):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tiny import png, write_tar
 
-import minilcm.stream
-from minilcm.stream import shuffled, stream, stream_batches
+import minilcm.data.shards
+from minilcm.data.shards import shuffled, stream, stream_batches
 
 TARGETS = [(8, 8)]
 
@@ -132,9 +132,9 @@ def test_skip_is_the_position(tmp_path, buffer, monkeypatch):
     for n in (1, 4, 9, 10, 11, 25, 50):
         for a, b in zip(islice(stream(shards, TARGETS, seed=1, skip=n, buffer=buffer), 10), whole[n:]):
             assert torch.equal(a.pixels, b.pixels) and a[1] == b[1] and torch.equal(a[2], b[2]) and a[3] == b[3]
-    decoded, read, decode, members = [], [], minilcm.stream.decode, minilcm.stream.members
-    monkeypatch.setattr(minilcm.stream, "decode", lambda data: decoded.append(1) or decode(data))
-    monkeypatch.setattr(minilcm.stream, "members", lambda shard: read.append(1) or members(shard))
+    decoded, read, decode, members = [], [], minilcm.data.shards.decode, minilcm.data.shards.members
+    monkeypatch.setattr(minilcm.data.shards, "decode", lambda data: decoded.append(1) or decode(data))
+    monkeypatch.setattr(minilcm.data.shards, "members", lambda shard: read.append(1) or members(shard))
     assert next(stream(shards, TARGETS, seed=1, skip=1_000_003, buffer=buffer)).position == 1_000_004
     assert len(decoded) == 1 and len(read) <= 4
 

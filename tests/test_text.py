@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import TWO_TOWERS, tiny_text
 
 from minilcm.merge import merge_into
-from minilcm.text import (
+from minilcm.model.text import (
     TextConfig,
     TextEncoder,
     clip_l_to_open_clip,

@@ -15,13 +15,13 @@ from PIL import Image
 from tiny import CONFIG, ROOT, TWO_TOWERS, drawing, png, write_art, write_model
 
 import train
-from minilcm.checkpoint import latest_state, load_model, read_run
+from minilcm.files.checkpoint import latest_state, load_model, read_run
+from minilcm.files.lora_file import read_recipe, read_tau
+from minilcm.files.safetensors_file import read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm
 from minilcm.lora import add_lora, get_tau, load_tau, target_paths
-from minilcm.lora_io import read_recipe, read_tau
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
-from minilcm.safefile import read_tensors
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 

@@ -7,10 +7,10 @@ from make_reference import about, filled
 from safetensors.torch import load_file
 from torch import nn
 
-from minilcm.layers import SpatialTransformer, timestep_embedding
 from minilcm.lcm import guidance_embedding
 from minilcm.lora import add_lora, target_paths
-from minilcm.unet import Cond, UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+from minilcm.model.layers import SpatialTransformer, timestep_embedding
+from minilcm.model.unet import Cond, UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b}
 

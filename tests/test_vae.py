@@ -7,7 +7,7 @@ from make_reference import about, filled
 from safetensors.torch import load_file
 from torch import nn
 
-from minilcm.vae import VAE, VAEConfig
+from minilcm.model.vae import VAE, VAEConfig
 
 KINDS = {
     "f8": VAEConfig(channels=(16, 16, 32, 32), res_blocks=2, groups=8, scale=1.0),

@@ -9,16 +9,13 @@ from test_lcm import M_NULL, M_W, M, W, affine_student, fixed_point
 from tiny import random_tau, tiny_unet
 
 from minilcm.__main__ import main, parse
+from minilcm.data.pictures import contact_sheet, draw_sheet
 from minilcm.lcm import draw, f_theta, lcd_loss
 from minilcm.lora import add_lora, get_tau
 from minilcm.merge import delta
 from minilcm.metrics import self_consistency
-from minilcm.pictures import contact_sheet, draw_sheet
-from minilcm.plot import draw_run
-from minilcm.schedule import add_noise
-from minilcm.solver import sample_ddim
-from minilcm.unet import Cond
-from minilcm.watch import (
+from minilcm.model.unet import Cond
+from minilcm.run.diagnostics import (
     INDICES,
     append_metrics,
     consistency_along_trajectory,
@@ -32,6 +29,9 @@ from minilcm.watch import (
     loss_by_index,
     read_metrics,
 )
+from minilcm.run.plot import draw_run
+from minilcm.schedule import add_noise
+from minilcm.solver import sample_ddim
 
 SHAPE = (3, 4, 8, 8)
 
@@ -273,7 +273,7 @@ def test_sheet_has_a_row_a_prompt_and_a_column_a_label(monkeypatch):
         seen.extend(labels)
         return contact_sheet(images, labels, count)
 
-    monkeypatch.setattr("minilcm.pictures.contact_sheet", spy)
+    monkeypatch.setattr("minilcm.data.pictures.contact_sheet", spy)
     sheet = draw_sheet(columns, ["cat", "dog"], lambda z0: z0[:, :3].repeat(1, 1, 16, 16))
     assert seen == ["c0\ncat", "c1\ncat", "c2\ncat", "c0\ndog", "c1\ndog", "c2\ndog"]
     assert sheet.size == (3 * 136, 2 * (128 + 2 * 13 + 6 + 8))

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from minilcm.checkpoint import save_model
-from minilcm.family import Config
+from minilcm.files.checkpoint import save_model
+from minilcm.files.identify import Config
 from minilcm.lora import TARGETS, Tau, target_paths
-from minilcm.text import TextConfig, TextEncoder
-from minilcm.unet import UNet, UNetConfig
-from minilcm.vae import VAE, VAEConfig
+from minilcm.model.text import TextConfig, TextEncoder
+from minilcm.model.unet import UNet, UNetConfig
+from minilcm.model.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(

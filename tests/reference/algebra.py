@@ -23,10 +23,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minilcm.__main__ import main, parse
+from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.safetensors_file import read_tensors, write_tensors
 from minilcm.lora import Tau
-from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import delta
-from minilcm.safefile import read_tensors, write_tensors
 
 failed = []
 

@@ -36,7 +36,7 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
     model, lora, dtype = folder / "model.safetensors", folder / "lora.safetensors", DTYPES[family]
     if who == "minilcm":
         from minilcm.__main__ import main, parse
-        from minilcm.checkpoint import load_model
+        from minilcm.files.checkpoint import load_model
 
         start = time.perf_counter()
         if what == "load":
@@ -72,7 +72,7 @@ def make(family: str, folder: Path) -> None:
     from full_size import make_files
     from other_programs import write_configs
 
-    from minilcm.safefile import read_tensors, write_tensors
+    from minilcm.files.safetensors_file import read_tensors, write_tensors
 
     model, _ = make_files(family, folder)
     if DTYPES[family] == torch.float32:

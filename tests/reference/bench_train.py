@@ -36,14 +36,14 @@ import torch
 from full_size import SIDE, make_files
 from torch import Tensor, nn
 
-import minilcm.memory
-from minilcm.checkpoint import load_strict, read_part
-from minilcm.family import UNET
+import minilcm.model.precision
+from minilcm.files.checkpoint import load_strict, read_part
+from minilcm.files.identify import UNET
+from minilcm.files.lora_file import read_tau
+from minilcm.files.safetensors_file import read_header
 from minilcm.lora import load_tau
-from minilcm.lora_io import read_tau
+from minilcm.model.unet import Cond, UNet, sd15
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.safefile import read_header
-from minilcm.unet import Cond, UNet, sd15
 
 W, RANK, LORA_ALPHA, LR = 7.5, 64, 8.0, 1e-4
 
@@ -194,7 +194,7 @@ def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
     """Print the table; -> whether all programs have the same loss."""
     files = Process(target=make_files, args=("sd15", folder))  # gives its memory back
     files.start(), files.join()
-    switch = (False, True) if hasattr(minilcm.memory, "add_checkpointing") else (False,)
+    switch = (False, True) if hasattr(minilcm.model.precision, "add_checkpointing") else (False,)
     results: dict[tuple[str, bool], list[dict]] = {}
     for _ in range(rounds):
         for checkpointing in switch:
@@ -235,7 +235,7 @@ if __name__ == "__main__":
         job(program, checkpointing == "True", getattr(torch, dtype), int(steps), Path(folder))
     else:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add, best = parser.add_argument, str(minilcm.memory.default_dtype("cpu")).removeprefix("torch.")
+        add, best = parser.add_argument, str(minilcm.model.precision.default_dtype("cpu")).removeprefix("torch.")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default=best,
             help=f"of the frozen base (default: what this processor does well, {best})")  # fmt: skip
         add("--rounds", type=int, default=2, help="processes of each program (default 2)")

@@ -22,11 +22,11 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.files.checkpoint import load_model  # noqa: E402
+from minilcm.files.lora_file import read_tau, write_tau  # noqa: E402
+from minilcm.files.safetensors_file import read_header, read_tensors, write_tensors  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
-from minilcm.lora_io import read_tau, write_tau  # noqa: E402
 from minilcm.merge import merge_into  # noqa: E402
-from minilcm.safefile import read_header, read_tensors, write_tensors  # noqa: E402
 from minilcm.schedule import make_schedule  # noqa: E402
 from minilcm.solver import guided_eps  # noqa: E402
 

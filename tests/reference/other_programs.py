@@ -40,9 +40,9 @@ import torch
 from full_size import HERE, PROMPT, SIDE, make_files
 from torch import Tensor, nn
 
-from minilcm.checkpoint import load_model
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import sample_lcm
-from minilcm.lora_io import read_tau, write_tau
 from minilcm.merge import delta
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps

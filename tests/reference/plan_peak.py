@@ -77,7 +77,7 @@ def planned(argv: list[str]) -> float:
 def main(name: str, folder: Path) -> None:
     from PIL import Image
 
-    from minilcm.plan import RUNTIME
+    from minilcm.run.plan import RUNTIME
 
     pictures = folder / "pictures"
     pictures.mkdir()

@@ -16,13 +16,13 @@ from torch import nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.checkpoint import load_model, save_model  # noqa: E402
-from minilcm.family import Config  # noqa: E402
-from minilcm.layers import ResBlock, SpatialTransformer  # noqa: E402
-from minilcm.safefile import read_tensors  # noqa: E402
-from minilcm.text import TextConfig, TextEncoder, clip_l_to_open_clip  # noqa: E402
-from minilcm.unet import UNet, emoji  # noqa: E402
-from minilcm.vae import VAE, VAEConfig  # noqa: E402
+from minilcm.files.checkpoint import load_model, save_model  # noqa: E402
+from minilcm.files.identify import Config  # noqa: E402
+from minilcm.files.safetensors_file import read_tensors  # noqa: E402
+from minilcm.model.layers import ResBlock, SpatialTransformer  # noqa: E402
+from minilcm.model.text import TextConfig, TextEncoder, clip_l_to_open_clip  # noqa: E402
+from minilcm.model.unet import UNet, emoji  # noqa: E402
+from minilcm.model.vae import VAE, VAEConfig  # noqa: E402
 
 
 def fresh_unet(seed: int) -> UNet:

@@ -25,15 +25,15 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from minilcm.art import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
-from minilcm.checkpoint import load_model  # noqa: E402
+from minilcm.data.emoji import COLORS, STYLES, article, compose, read_art, split_art  # noqa: E402
+from minilcm.data.pictures import contact_sheet, save_png, to_images  # noqa: E402
+from minilcm.files.checkpoint import load_model  # noqa: E402
+from minilcm.files.lora_file import read_tau  # noqa: E402
 from minilcm.lcm import sample_lcm  # noqa: E402
-from minilcm.lora_io import read_tau  # noqa: E402
-from minilcm.memory import default_dtype  # noqa: E402
 from minilcm.merge import combine, merge_into, unmerge  # noqa: E402
 from minilcm.metrics import load_judge, prompt_accuracy  # noqa: E402
+from minilcm.model.precision import default_dtype  # noqa: E402
 from minilcm.objective import run  # noqa: E402
-from minilcm.pictures import contact_sheet, save_png, to_images  # noqa: E402
 from minilcm.schedule import make_schedule  # noqa: E402
 from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m  # noqa: E402
 

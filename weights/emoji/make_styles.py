@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from make_data import add  # noqa: E402
 
-from minilcm.art import COLORS, article, read_art, split_art  # noqa: E402
+from minilcm.data.emoji import COLORS, article, read_art, split_art  # noqa: E402
 
 
 def blueprint(image: Image.Image) -> Image.Image:

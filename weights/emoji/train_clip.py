@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.art import Art, caption, compose, read_art, split_art  # noqa: E402
-from minilcm.memory import default_dtype  # noqa: E402
-from minilcm.safefile import read_tensors, write_tensors  # noqa: E402
-from minilcm.text import TextConfig, TextEncoder, open_clip_to_clip_l  # noqa: E402
-from minilcm.vae import VAE, VAEConfig  # noqa: E402
+from minilcm.data.emoji import Art, caption, compose, read_art, split_art  # noqa: E402
+from minilcm.files.safetensors_file import read_tensors, write_tensors  # noqa: E402
+from minilcm.model.precision import default_dtype  # noqa: E402
+from minilcm.model.text import TextConfig, TextEncoder, open_clip_to_clip_l  # noqa: E402
+from minilcm.model.vae import VAE, VAEConfig  # noqa: E402
 
 TEXT = TextConfig(width=128, layers=4, heads=4)
 IMAGE = dict(image_size=64, patch_size=8, width=192, layers=6, heads=6, embed_dim=128, text_width=TEXT.width)

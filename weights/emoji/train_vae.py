@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.art import compose, read_art, split_art  # noqa: E402
-from minilcm.memory import default_dtype  # noqa: E402
-from minilcm.safefile import write_tensors  # noqa: E402
-from minilcm.vae import VAE, VAEConfig  # noqa: E402
+from minilcm.data.emoji import compose, read_art, split_art  # noqa: E402
+from minilcm.files.safetensors_file import write_tensors  # noqa: E402
+from minilcm.model.precision import default_dtype  # noqa: E402
+from minilcm.model.vae import VAE, VAEConfig  # noqa: E402
 
 CONFIG = VAEConfig(channels=(32, 64, 128), res_blocks=1, groups=8, scale=1.0)
 

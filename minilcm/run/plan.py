@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .family import Config
-from .memory import LiveBytes, size_of
-from .objective import Objective, loss_of, make_networks
-from .text import N_TOKENS, TextEncoder
-from .unet import Cond, UNet
-from .vae import VAE
+from ..files.identify import Config
+from ..model.precision import LiveBytes, size_of
+from ..model.text import N_TOKENS, TextEncoder
+from ..model.unet import Cond, UNet
+from ..model.vae import VAE
+from ..objective import Objective, loss_of, make_networks
 
 RUNTIME = {"cuda": 0.5, "cpu": 0.9}  # GB, about: CUDA's own; Python, its libraries and the kernels they compile
 

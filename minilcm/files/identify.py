@@ -7,10 +7,10 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args
 
-from .safefile import Header, read_header
-from .text import TextConfig, sdxl_text
-from .unet import UNetConfig, sd15, sdxl, ssd1b
-from .vae import VAEConfig
+from ..model.text import TextConfig, sdxl_text
+from ..model.unet import UNetConfig, sd15, sdxl, ssd1b
+from ..model.vae import VAEConfig
+from .safetensors_file import Header, read_header
 
 # prefixes of each part in files; the first is the one written
 UNET = ("model.diffusion_model.", "diffusion_model.")

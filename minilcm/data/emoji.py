@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import plan
+from .folders import plan
 
 STYLES = ("noto", "twemoji", "fluent", "emojione")
 COLORS = {  # light enough that no drawing drowns in its background

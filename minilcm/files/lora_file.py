@@ -20,10 +20,10 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .lora import Tau
+from ..lora import Tau
+from ..model.unet import emoji, sd15, sdxl
 from .names import module_table, text_table, to_diffusers_path, to_ldm_path
-from .safefile import all_finite, read_header, read_tensors, write_tensors
-from .unet import emoji, sd15, sdxl
+from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
 
 PREFIXES = {  # of a file's key -> of a path in tau
     "lora_unet_": "",

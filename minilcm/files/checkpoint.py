@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .family import BIG_G, CLIP_L, NO_WEIGHT, UNET, VAE_, Config, identify, part_of, refuse_quantised, to_json
-from .ranks import share_of, whole
-from .safefile import Header, all_finite, read_header, read_tensors, write_tensors
-from .text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
-from .unet import UNet
-from .vae import VAE
+from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
+from ..model.unet import UNet
+from ..model.vae import VAE
+from ..run.processes import share_of, whole
+from .identify import BIG_G, CLIP_L, NO_WEIGHT, UNET, VAE_, Config, identify, part_of, refuse_quantised, to_json
+from .safetensors_file import Header, all_finite, read_header, read_tensors, write_tensors
 
 # ---- loading
 

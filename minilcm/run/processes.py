@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .layers import ResBlock, SpatialTransformer
+from ..model.layers import ResBlock, SpatialTransformer
 
 
 def start_ranks(device: str) -> tuple[int, int]:

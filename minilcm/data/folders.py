@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files.safetensors_file import all_finite, read_header, read_tensors, write_tensors
+from ..model.text import TextEncoder, add_size
+from ..model.unet import Cond
 from .pictures import decode
-from .safefile import all_finite, read_header, read_tensors, write_tensors
-from .text import TextEncoder, add_size
-from .unet import Cond
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .safefile import atomic
+from ..files.safetensors_file import atomic
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

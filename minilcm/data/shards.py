@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .data import PICTURES, crop, nearest
+from .folders import PICTURES, crop, nearest
 from .pictures import decode
 
 

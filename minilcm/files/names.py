@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from .unet import UNet, UNetConfig
+from ..model.unet import UNet, UNetConfig
 
 RES = {  # inside a ResBlock: LDM's name -> diffusers'
     "in_layers.0": "norm1",

@@ -13,11 +13,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .lcm import K, Network, draw, f_theta, lcd_loss, sample_lcm, train_grid
-from .lora import Tau
-from .schedule import Schedule, T, diffusion_loss
-from .solver import EpsFn, guided_eps, sample_ddim
-from .unet import Cond
+from ..lcm import K, Network, draw, f_theta, lcd_loss, sample_lcm, train_grid
+from ..lora import Tau
+from ..model.unet import Cond
+from ..schedule import Schedule, T, diffusion_loss
+from ..solver import EpsFn, guided_eps, sample_ddim
 
 INDICES = tuple(round(i * (K - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49: ten of the 50 grid indices
 STEPS = (1, 2, 4)  # of the student
