@@ -1,6 +1,6 @@
 """Parity at full size with diffusers, transformers and open_clip on the same random weights; not in CI.
 
-    python tests/reference/full_size.py sd15    (or sdxl, ssd1b; needs the `reference` extra, 20 GB of memory)
+    python -m benchmarks.full_size sd15    (or sdxl, ssd1b; needs the `reference` extra, 20 GB of memory)
 
 Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64, alpha 8), lets
 minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others, in float32, and prints the largest
@@ -17,19 +17,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from make_reference import fill
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.files.checkpoint import load_model  # noqa: E402
-from minilcm.files.lora_file import read_tau, write_tau  # noqa: E402
-from minilcm.files.safetensors_file import read_header, read_tensors, write_tensors  # noqa: E402
-from minilcm.lcm import sample_lcm  # noqa: E402
-from minilcm.merge import merge_into  # noqa: E402
-from minilcm.schedule import make_schedule  # noqa: E402
-from minilcm.solver import guided_eps  # noqa: E402
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.safetensors_file import read_header, read_tensors, write_tensors
+from minilcm.lcm import sample_lcm
+from minilcm.merge import merge_into
+from minilcm.schedule import make_schedule
+from minilcm.solver import guided_eps
+from tests.reference.make_reference import fill
 
+HERE = Path(__file__).resolve().parents[1] / "tests/reference"
 PROMPT = "a lighthouse in a storm, oil painting"
 SIDE = 32  # latents, 256 pixels
 

@@ -1,6 +1,6 @@
 """The arithmetic of many GPUs: time of a step, bytes over the wire, reading rate of shards, where it stops scaling.
 
-    python tests/reference/scale.py > tests/reference/scale.md    (no GPU, no weights; two minutes)
+    python -m benchmarks.scale > benchmarks/scale.md    (no GPU, no weights; two minutes)
 
 Operations are counted in the real step on fake tensors; what a GPU and its links do is assumed, and said. Ring
 all-reduce of S bytes over N ranks: each sends and receives 2 (N - 1) / N S. FSDP2 over N ranks: each gathers
@@ -53,7 +53,7 @@ def wire(full: bool, trained: int, teacher: int, n: int) -> float:
 
 PAGE = f"""# Many GPUs, by arithmetic
 
-Written by `python tests/reference/scale.py`. Nothing here was timed: no such machine was at hand. Floating-point
+Written by `python -m benchmarks.scale`. Nothing here was timed: no such machine was at hand. Floating-point
 operations are counted in the real step on tensors without memory, VAE encoding included, checkpointing on; all else is
 assumed.
 

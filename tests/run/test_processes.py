@@ -38,7 +38,7 @@ def start(files: Path, out: Path, world: int, batch: int, steps: int, *flags: st
     argv = [*flags, "--batch", batch, "--steps", steps, "--looks", 1, "--device", "cpu", "--lr", "0.001", "--out", out]
     argv += ["--model", files / "model.safetensors", "--data", files / "art"]
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -93,7 +93,6 @@ def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import train
 
     train.default_dtype = lambda device: torch.float32

@@ -1,6 +1,6 @@
 """Time and memory of loading a checkpoint and of merging an LCM-LoRA into it, beside diffusers; not in CI.
 
-    python tests/reference/bench_files.py    (needs the `reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
+    python -m benchmarks.files    (needs the `reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
 
 SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own, the two programs
 take turns. load: the file to a model that could run, in the file's dtype. merge: from the two files to the merged model
@@ -62,16 +62,16 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
 
 
 def run(*argv) -> dict[str, float]:
-    lines = subprocess.run([sys.executable, __file__, *map(str, argv)], check=True, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True).stdout.splitlines()  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.files", *map(str, argv)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    lines = done.stdout.splitlines()
     return json.loads(lines[-1])
 
 
 def make(family: str, folder: Path) -> None:
     """Run in a process of its own, which gives its memory back."""
-    from full_size import make_files
-    from other_programs import write_configs
-
+    from benchmarks.full_size import make_files
+    from benchmarks.other_programs import write_configs
     from minilcm.files.safetensors_file import read_tensors, write_tensors
 
     model, _ = make_files(family, folder)

@@ -1,6 +1,6 @@
 """Files of other programs that minilcm reads, and files of minilcm that other programs read; not in CI.
 
-    python tests/reference/other_programs.py all    (or kohya, peft, diffusers-old, merged, sdcpp, lists)
+    python -m benchmarks.other_programs all    (or kohya, peft, diffusers-old, merged, sdcpp, lists)
 
 Needs the `reference` extra; from PyPI also lycoris-lora for kohya, cyllama for sdcpp, pytest for lists; 16 GB of
 memory and, under TMPDIR, 8 GB of disk. Weights are random and full size, nothing is downloaded.
@@ -37,9 +37,9 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from full_size import HERE, PROMPT, SIDE, make_files
 from torch import Tensor, nn
 
+from benchmarks.full_size import HERE, PROMPT, SIDE, make_files
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import sample_lcm
@@ -392,9 +392,8 @@ def sdcpp(folder: Path) -> Iterator[Fact]:
 
 
 def lists(folder: Path) -> Iterator[Fact]:
-    """The rules of ComfyUI and A1111 on names: tests/test_readers.py holds them, and checks more."""
-    sys.path.insert(0, str(HERE.parent))
-    from test_readers import CASES, a1111_table, comfyui_table, read_names, write_numbered
+    """The rules of ComfyUI and A1111 on names: tests/files/test_readers.py holds them, and checks more."""
+    from tests.files.test_readers import CASES, a1111_table, comfyui_table, read_names, write_numbered
 
     unets = json.loads(gzip.decompress((HERE / "official_keys.json.gz").read_bytes()))
     to_diffusers = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))
@@ -421,7 +420,14 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "all"])
     part = parser.parse_args().part
     if part == "all":  # a process each, which gives its memory back
-        sys.exit(max([subprocess.run([sys.executable, __file__, part]).returncode != 0 for part in PARTS]))
+        sys.exit(
+            max(
+                [
+                    subprocess.run([sys.executable, "-m", "benchmarks.other_programs", part]).returncode != 0
+                    for part in PARTS
+                ]
+            )
+        )
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)

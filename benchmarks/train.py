@@ -1,6 +1,6 @@
 """Time and memory of one LCM-LoRA training step, beside diffusers and PEFT; not in CI.
 
-    python tests/reference/bench_train.py    (needs the `reference` extra; 14 GB of memory, 3 GB of disk under TMPDIR)
+    python -m benchmarks.train    (needs the `reference` extra; 14 GB of memory, 3 GB of disk under TMPDIR)
 
 SD1.5 at 256x256, batch 1, a LoRA of rank 64, random weights, on the CPU. A step is forward, backward, clipping, AdamW.
 
@@ -33,10 +33,10 @@ from statistics import median
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from full_size import SIDE, make_files
 from torch import Tensor, nn
 
 import minilcm.model.precision
+from benchmarks.full_size import SIDE, make_files
 from minilcm.files.checkpoint import load_strict, read_part
 from minilcm.files.identify import UNET
 from minilcm.files.lora_file import read_tau
@@ -186,7 +186,7 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
 
 
 def run(*argv) -> dict:
-    command = [sys.executable, __file__, "--job", *map(str, argv)]
+    command = [sys.executable, "-m", "benchmarks.train", "--job", *map(str, argv)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 

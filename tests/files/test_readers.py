@@ -2,7 +2,7 @@
 
 ComfyUI looks a module's flattened name up in a table of all modules, in LDM's and in diffusers' spelling. A1111 turns
 diffusers' names into LDM's by arithmetic on the numbers of blocks, and takes LDM's as they are. Neither is a
-package; programs that are one are run by tests/reference/other_programs.py.
+package; programs that are one are run by benchmarks/other_programs.py.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The algebra of `python -m minilcm` at full size, on files with random weights; not in CI.
 
-    python tests/reference/algebra.py sd15    (or sdxl, ssd1b; 20 GB of disk, some minutes)
+    python -m benchmarks.algebra sd15    (or sdxl, ssd1b; 20 GB of disk, some minutes)
 
 combine against the sum of deltas, and against averaging A and B; merge then unmerge of a float32 and of a float16
 checkpoint; the residual that resize prints against the one measured on the file it wrote; extract(base, merged)
@@ -17,16 +17,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from full_size import make_files
-from make_reference import fill
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.full_size import make_files
 from minilcm.__main__ import main, parse
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.files.safetensors_file import read_tensors, write_tensors
 from minilcm.lora import Tau
 from minilcm.merge import delta
+from tests.reference.make_reference import fill
 
 failed = []
 

@@ -1,7 +1,7 @@
 """The plan against the memory that training really takes, on this processor; not in CI.
 
-    python tests/reference/plan_peak.py emoji     some minutes
-    python tests/reference/plan_peak.py sd15      half an hour; a random SD1.5 (2 GB) is written under TMPDIR first
+    python -m benchmarks.plan_peak emoji     some minutes
+    python -m benchmarks.plan_peak sd15      half an hour; a random SD1.5 (2 GB) is written under TMPDIR first
 
 Each run is a process of its own: two steps of train.py on eight pictures, twice. `process` is the highest resident set
 of the first run, all in, against the plan's total and what it says Python takes beside it. `run` is by how much the
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
     "emoji": [
         ["--objective", "lcm", "--rank", "32", "--batch", "32"],
@@ -87,7 +87,7 @@ def main(name: str, folder: Path) -> None:
         (pictures / f"{i}.txt").write_text(f"picture {i}")
     model = ROOT / "weights/emoji/model.safetensors"
     if name == "sd15":
-        from full_size import make_files
+        from benchmarks.full_size import make_files
 
         model, _ = make_files("sd15", folder)
     print(f"{'flags':72} {'plan':>8} {'allocator':>9} {'process':>17} {'run':>17}")
@@ -96,7 +96,7 @@ def main(name: str, folder: Path) -> None:
         run = ["--data", str(pictures), "--out", str(folder / f"run{i}"), "--steps", "2", "--looks", "1"]
         plan = planned(argv)
         for allocator, environment in {"as it is": {}, "no gaps": {"MALLOC_MMAP_THRESHOLD_": "65536"}}.items():
-            command = [sys.executable, __file__, "--job", *argv, *run]
+            command = [sys.executable, "-m", "benchmarks.plan_peak", "--job", *argv, *run]
             job = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
             shutil.rmtree(folder / f"run{i}")
             process, rise = map(float, job.stdout.splitlines()[-1].split())
@@ -107,7 +107,6 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["--job"]:
         job([*sys.argv[2:], "--device", "cpu"])
     elif sys.argv[1:] in (["emoji"], ["sd15"]):
