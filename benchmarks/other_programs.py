@@ -420,14 +420,8 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "all"])
     part = parser.parse_args().part
     if part == "all":  # a process each, which gives its memory back
-        sys.exit(
-            max(
-                [
-                    subprocess.run([sys.executable, "-m", "benchmarks.other_programs", part]).returncode != 0
-                    for part in PARTS
-                ]
-            )
-        )
+        command = [sys.executable, "-m", "benchmarks.other_programs"]
+        sys.exit(max([subprocess.run([*command, part]).returncode != 0 for part in PARTS]))
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
