@@ -18,6 +18,13 @@ sys.path[:0] = [str(REFERENCE), str(REFERENCE.parent.parent)]  # make_reference;
 from minilcm.schedule import Schedule, make_schedule  # noqa: E402
 
 
+def pytest_addoption(parser, pluginmanager):
+    """Without pytest-xdist, take the flags of setup.cfg that are xdist's and run in one process."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--numprocesses", help="ignored: pytest-xdist is not installed")
+        parser.addoption("--dist", help="ignored: pytest-xdist is not installed")
+
+
 class Gaussian(NamedTuple):
     """Data N(m, s^2) in every pixel: everything a network has to learn is known.
 
