@@ -6,7 +6,7 @@
     python sample.py "cat face" --sampler ddim --steps 25 --guidance 3
 
 With an LCM-LoRA the guidance is distilled into the weights: --guidance 1 (off) is right, at most 2. The paper's w is
-guidance - 1. Several --lora add up exactly: tau' = lambda1 tau_style + lambda2 tau_lcm.
+guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2 tau_lcm.
 """
 
 import argparse
@@ -14,26 +14,31 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from minilcm import __version__
 from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
-from minilcm.files.checkpoint import load_model
-from minilcm.files.lora_file import parse_lora, read_recipe, read_tau
-from minilcm.lcm import K, guidance_embedding, lcm_grid, sample_lcm
-from minilcm.merge import check_fit, combine, merge_into, split_parts
-from minilcm.model.precision import default_dtype, resident
-from minilcm.model.text import lora_weights
-from minilcm.model.unet import Cond
-from minilcm.schedule import add_noise, make_schedule
-from minilcm.solver import EpsFn, ddim_grid, dpmpp_grid, guided_eps, sample_ddim, sample_dpmpp_2m
+from minilcm.files.checkpoint import load_checkpoint, weight_shapes
+from minilcm.files.identify import open_checkpoint
+from minilcm.files.lora_file import check_lora, parse_lora, read_recipe, read_tau
+from minilcm.files.names import split_parts
+from minilcm.files.tools import Lora
+from minilcm.generate import SAMPLERS, generate, timesteps
+from minilcm.lcm import GRID, guidance_embedding
+from minilcm.lora import Tau
+from minilcm.merge import combine, merge_into
+from minilcm.model.precision import DTYPES, default_dtype, resident
+from minilcm.model.text import TextEncoder, lora_weights
+from minilcm.model.unet import Cond, UNet
+from minilcm.solver import EpsFn, guided_eps
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
-STEPS = {"lcm": 4, "ddim": 25, "dpmpp": 20}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,24 +47,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw: NAME[, STYLE style][, on a COLOR background]")
     add("--list", action="store_true", help="print the names the model knows, one a line, and stop")
-    add("--count", type=int, default=1, metavar="N", help="pictures a prompt (default 1)")
-    add(
-        "--seed", type=int, default=0, help="picture i of the run, prompts first, then count, uses seed + i (default 0)"
-    )
-    add("--steps", type=int, help="sampling steps: lcm 1-50 (default 4), ddim (25) and dpmpp (20) 1-1000")
-    add("--sampler", choices=STEPS, default="lcm", help="lcm needs an LCM-LoRA to be sharp (default lcm)")
-    add(
-        "--guidance", type=float, help="1 is off; 2 evaluations a step above (default: 1 for lcm, else the model's own)"
-    )
-    add("--negative", default="", metavar="PROMPT", help="steer away from this; needs guidance above 1")
+    add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
+    add("--seed", type=int, default=0, help="picture i of all, counted prompt by prompt, has seed + i (default 0)")
+    steps = ", ".join(f"{name} 1-{way.most} (default {way.steps})" for name, way in SAMPLERS.items())
+    add("--steps", type=int, help=f"sampling steps: {steps}")
+    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA to be sharp (default lcm)")
+    guidance = "1 is off; above, a step takes 2 network evaluations (default: 1 for lcm, else the model's own)"
+    add("--guidance", type=float, help=guidance)
+    add("--negative", default="", metavar="PROMPT", help="steer away from this prompt; needs guidance above 1")
     add(
         "--lora",
         action="append",
         metavar="FILE[:LAMBDA]",
         help="add a LoRA, times LAMBDA (default 1); repeatable. The word lcm means the shipped LCM-LoRA, which the "
-        "shipped model uses for --sampler lcm when no --lora is given; other models need their own",
+        "shipped model uses with --sampler lcm if no --lora is given; other models need their own",
     )
-    add("--image", type=Path, metavar="FILE", help="start from this picture (image to image, --sampler lcm)")
+    from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
+    add("--image", type=Path, metavar="FILE", help=f"start from this picture (image to image, --sampler {from_image})")
     add("--strength", type=float, default=0.5, help="with --image: how much to redraw, 0-1 (default 0.5)")
     add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
     add(
@@ -69,46 +73,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="checkpoint: SD1.x, SDXL, SSD-1B, or by minilcm (default: the shipped emoji model)",
     )
     add("--vae", type=Path, metavar="FILE", help="take the VAE from this file (for checkpoints without one)")
-    add(
-        "--dtype", choices=DTYPES, help="number format of UNet and text encoder (default: what the processor does well)"
-    )
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if there)",
-    )
-    add(
-        "--out",
-        default="pictures/",
-        metavar="FILE.png|DIR/",
-        help="one picture's file, or a folder (default pictures/)",
-    )
+    add("--dtype", choices=DTYPES, help="number format of UNet and text encoder (default: the fastest safe one)")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=cuda, help="cpu or cuda (default: cuda if available)")
+    where = "one picture's file, or a folder (default pictures/)"
+    add("--out", default="pictures/", metavar="FILE.png|DIR/", help=where)
     add("--sheet", type=Path, metavar="FILE.png", help="also write one labelled sheet of all pictures")
     args = parser.parse_args(argv)
+    check_values(args, parser.error)
+    return args
 
-    args.steps = STEPS[args.sampler] if args.steps is None else args.steps
+
+def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
+    """Call `error` for the first flag whose value makes no sense; fill in what depends on other flags."""
+    args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
     args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each, in the PNG and on the sheet
     args.negative = " ".join(args.negative.split())
     if not args.prompts and not args.list:
-        parser.error('no prompt; try: python sample.py "a slice of pizza"')
+        error('no prompt; try: python sample.py "a slice of pizza"')
     if args.count < 1:
-        parser.error(f"--count is {args.count}; give 1 or more")
+        error(f"--count is {args.count}; give 1 or more")
     if args.out.endswith(".png") and len(args.prompts) * args.count > 1:
-        parser.error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
+        error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
     if re.search(r"\.(jpe?g|webp|gif|bmp|tiff?)$", args.out, re.IGNORECASE):
-        parser.error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
+        error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
     if args.sheet and args.sheet.suffix != ".png":
-        parser.error(f"--sheet {args.sheet}: give a file that ends in .png")
-    if args.image and args.sampler != "lcm":
-        parser.error("--image needs --sampler lcm")
+        error(f"--sheet {args.sheet}: give a file that ends in .png")
+    if args.image and not SAMPLERS[args.sampler].stochastic:
+        error("--image needs --sampler lcm")
     if args.guidance is not None and not math.isfinite(args.guidance):
-        parser.error(f"--guidance is {args.guidance}; give a number, 1 for none")
-    if not 1 / K <= args.strength <= 1:
-        parser.error(f"--strength is {args.strength}; give a number from {1 / K:g} to 1")
+        error(f"--guidance is {args.guidance}; give a number, 1 for none")
+    if not 1 / GRID <= args.strength <= 1:
+        error(f"--strength is {args.strength}; give a number from {1 / GRID:g} to 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
-    return args
+        error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
 
 
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
@@ -130,112 +128,146 @@ def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
 
 
 def speeds_up(path: Path) -> bool:
-    """Does this LoRA file of minilcm say that it holds an LCM-LoRA, alone or combined with others?"""
+    """Whether the recipe in this LoRA file says that it holds an LCM-LoRA, alone or combined with others."""
     recipe = read_recipe(path)
     return recipe.get("objective") == "lcm" or "combined" in recipe
 
 
-@torch.no_grad()
-def main(args: argparse.Namespace) -> None:
-    schedule = make_schedule()
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
-    unet, vae, text, config = load_model(args.model, dtype, args.vae)
-    if args.list:
-        return print("\n".join(config.names))
-    full_lcm = config.unet.w_dim is not None  # takes w through an embedding, and no LCM-LoRA
-    if args.guidance is None:  # an LCM-LoRA has its guidance in the weights
-        args.guidance = 1.0 if args.sampler == "lcm" and not full_lcm else config.guidance
-    w = args.guidance - 1
-    multiple = vae.factor * 2 ** (len(config.unet.channels) - 1)
-    width, height = parse_size(args.size, config.size, multiple)
-    strength = args.strength if args.image else 1.0
-    if args.sampler == "lcm":
-        grid = lcm_grid(args.steps, strength)
-    else:
-        grid = dpmpp_grid(args.steps) if args.sampler == "dpmpp" else [t for t, _ in ddim_grid(args.steps)]
-    image = vae.encode_mean(read_image(args.image, (width, height))) if args.image else None
+# ---- the steps of main
 
-    # tau' = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32
+
+def read_loras(args: argparse.Namespace, shapes: dict[str, Tensor], full_lcm: bool) -> tuple[list[Lora], list[Tau]]:
+    """What --lora names, or else the shipped LCM-LoRA where it belongs; `shapes` is of the model that it must fit."""
+    needs_lcm = SAMPLERS[args.sampler].needs_lcm_lora
     shipped = args.model.resolve() == (WEIGHTS / "model.safetensors").resolve()
-    words = args.lora or (["lcm"] if shipped and args.sampler == "lcm" else [])
+    words = args.lora or (["lcm"] if shipped and needs_lcm else [])
     loras = [parse_lora(word) for word in words]
     loras = [(WEIGHTS / "lcm_lora.safetensors" if str(path) == "lcm" else path, lam) for path, lam in loras]
-    if args.sampler == "lcm" and not loras and not full_lcm:
-        print("no --lora: few steps are blurred, unless an LCM-LoRA is merged into this model")
+    if needs_lcm and not loras and not full_lcm:
+        print("no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model")
     taus = [read_tau(path) for path, _ in loras]
-    if args.sampler == "lcm" and shipped and not any(speeds_up(path) for path, _ in loras):
-        print("no LCM-LoRA among these --lora: few steps are blurred; add --lora lcm")
-    weights = lora_weights(text)
+    if needs_lcm and shipped and not any(speeds_up(path) for path, _ in loras):
+        print("no LCM-LoRA among these --lora: few steps will be blurred; add --lora lcm")
     for (path, _), tau in zip(loras, taus):
-        for model, part in zip((unet, weights), split_parts(tau)):
-            check_fit(model, part, str(path))
+        check_lora(shapes, tau, str(path))
+    return loras, taus
+
+
+def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau]) -> None:
+    """tau_mix = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32."""
     of_unet, of_text = split_parts(combine(taus, [lam for _, lam in loras]))
     merge_into(unet, of_unet)
-    merge_into(weights, of_text)
+    merge_into(lora_weights(text), of_text)
 
-    out = Path(args.out)
-    for folder in [out.parent if args.out.endswith(".png") else out] + ([args.sheet.parent] if args.sheet else []):
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong path costs none
 
-    for prompt in args.prompts:
-        if config.names and (near := nearest_names(prompt, config.names)):
-            print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
+def encode(args: argparse.Namespace, text: TextEncoder, size: tuple[int, int]) -> tuple[list[Cond], Cond]:
+    """(the Cond of each prompt, that of --negative or the null condition), on the CPU."""
     with resident(text, args.device):
-        # one at a time too: a batch rounds differently
-        conds = [text.encode([prompt], (width, height)).to("cpu") for prompt in args.prompts]
-        neg_cond = (
-            text.encode([args.negative], (width, height)) if args.negative else text.null_cond(1, (width, height))
-        )
-    print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
+        # one at a time: a batch rounds differently
+        conds = [text.encode([prompt], size).to("cpu") for prompt in args.prompts]
+        neg_cond = text.encode([args.negative], size) if args.negative else text.null_cond(1, size)
+    return conds, neg_cond.to("cpu")
+
+
+def draw_all(
+    args: argparse.Namespace,
+    unet: UNet,
+    conds: list[Cond],
+    neg_cond: Cond,
+    w: float,
+    shape: tuple[int, ...],
+    image: Tensor | None,
+) -> list[Tensor]:
+    """The latents of each prompt's --count pictures; on Ctrl-C those that are drawn."""
+    jobs = [cond for cond in conds for _ in range(args.count)]
+    latents = []
 
     def network(cond: Cond) -> EpsFn:
-        if full_lcm:
-            w_emb = guidance_embedding(torch.tensor([w]), config.unet.w_dim).to(args.device)
+        if unet.cfg.w_dim is not None:  # a full LCM takes w itself, as an input
+            w_emb = guidance_embedding(torch.tensor([w]), unet.cfg.w_dim).to(args.device)
             return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
         return guided_eps(unet, cond, neg_cond.to(args.device), w)
 
-    jobs = [(i, prompt) for i, prompt in enumerate(args.prompts) for _ in range(args.count)]
-    latents = []
     with resident(unet, args.device):
         # one picture at a time: its bytes cannot depend on its neighbours
-        for k, (i, _) in enumerate(tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)):
-            generator = torch.Generator().manual_seed(args.seed + k)
-            shape = (1, 4, height // vae.factor, width // vae.factor)
-            z_T = torch.randn(shape, generator=generator).to(args.device)
-            eps_fn = network(conds[i].to(args.device))
+        for i, cond in enumerate(tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)):
+            eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
+            strength = args.strength if args.image else 1.0
+            how = dict(image=image, strength=strength, device=args.device)
             try:
-                if args.sampler == "lcm":
-                    start = z_T if image is None else add_noise(image.to(args.device), z_T, grid[0], schedule)
-                    z0 = sample_lcm(eps_fn, start, schedule, args.steps, [generator], strength)
-                elif args.sampler == "ddim":
-                    z0 = sample_ddim(eps_fn, z_T, schedule, args.steps)
-                else:
-                    z0 = sample_dpmpp_2m(eps_fn, z_T, schedule, args.steps)
-            except KeyboardInterrupt:  # keep what is drawn
-                print(f"stopped after {k} of {len(jobs)} pictures")
+                latents.append(generate(eps_fn, seeds, shape, args.sampler, args.steps, **how))
+            except KeyboardInterrupt:
+                print(f"stopped after {i} of {len(jobs)} pictures")
                 break
-            latents.append(z0)
-    decode = vae.decode if width * height <= 1024 * 1024 else vae.decode_tiled
-    with resident(vae, args.device):
-        images = [to_images(decode(z0))[0] for z0 in latents]
+    return latents
 
+
+def write_pictures(args: argparse.Namespace, images: list[Image.Image], settings: dict[str, str]) -> None:
+    """A PNG for each image, with its recipe in A1111's form, and the sheet."""
+    out = Path(args.out)
     there = out.glob("[0-9][0-9][0-9][0-9]_*.png") if out.is_dir() else []  # of earlier runs, which are kept
     first = max((int(path.name[:4]) + 1 for path in there), default=0)
-    for k, ((_, prompt), picture) in enumerate(zip(jobs, images)):
-        lora = ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras)
+    jobs = [prompt for prompt in args.prompts for _ in range(args.count)]
+    for i, (prompt, picture) in enumerate(zip(jobs, images)):
+        recipe = settings | {"Seed": str(args.seed + i)}
+        order = "Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "Lora", "Version"
         parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
-        parameters += f"Steps: {args.steps}, Sampler: {args.sampler}, CFG scale: {1 + w:g}, Seed: {args.seed + k}, "
-        parameters += (
-            f"Size: {width}x{height}, Model: {args.model.stem}, Lora: {lora or 'none'}, Version: minilcm {__version__}"
-        )
+        parameters += ", ".join(f"{key}: {recipe[key]}" for key in order)
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        path = out if args.out.endswith(".png") else out / f"{first + k:04d}_{slug}_seed{args.seed + k}.png"
+        path = out if args.out.endswith(".png") else out / f"{first + i:04d}_{slug}_seed{args.seed + i}.png"
         save_png(path, picture, parameters)
         print(path)
     if args.sheet and images:
-        labels = [f"{prompt} ({args.seed + k})" for k, (_, prompt) in enumerate(jobs[: len(images)])]
+        labels = [f"{prompt} ({args.seed + i})" for i, prompt in enumerate(jobs[: len(images)])]
         save_png(args.sheet, contact_sheet(images, labels, min(6, len(images))), " ".join(sys.argv[1:]))
         print(args.sheet)
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    # ---- what is asked for, checked against the header before a tensor is read
+    checkpoint = open_checkpoint(args.model)
+    config = checkpoint.config
+    if args.list:
+        return print("\n".join(config.names))
+    full_lcm = config.unet.w_dim is not None  # takes w as an input, and no LCM-LoRA
+    in_weights = SAMPLERS[args.sampler].needs_lcm_lora and not full_lcm  # an LCM-LoRA has its guidance there
+    guidance = args.guidance if args.guidance is not None else 1.0 if in_weights else config.guidance
+    factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
+    size = width, height = parse_size(args.size, config.size, factor * 2 ** (len(config.unet.channels) - 1))
+    grid = timesteps(args.sampler, args.steps, args.strength if args.image else 1.0)
+    pixels = read_image(args.image, size) if args.image else None
+    loras, taus = read_loras(args, weight_shapes(checkpoint.header), full_lcm)
+    for path in [args.out] + ([args.sheet] if args.sheet else []):  # before the work, so that a wrong path costs none
+        (Path(path).parent if str(path).endswith(".png") else Path(path)).mkdir(parents=True, exist_ok=True)
+    for prompt in args.prompts:
+        if config.names and (near := nearest_names(prompt, config.names)):
+            print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
+
+    # ---- the model, with the LoRA in its weights
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
+    unet, vae, text, _ = load_checkpoint(checkpoint, dtype, args.vae)
+    add_loras(unet, text, loras, taus)
+
+    # ---- prompts -> latents -> pictures
+    conds, neg_cond = encode(args, text, size)
+    image = None if pixels is None else vae.encode_mean(pixels)
+    print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
+    shape = (4, height // factor, width // factor)
+    latents = draw_all(args, unet, conds, neg_cond, guidance - 1, shape, image)
+    decode = vae.decode if width * height <= 1024 * 1024 else vae.decode_tiled
+    with resident(vae, args.device):
+        images = [to_images(decode(z0))[0] for z0 in latents]
+    settings = {
+        "Steps": str(args.steps),
+        "Sampler": args.sampler,
+        "CFG scale": f"{guidance:g}",
+        "Size": f"{width}x{height}",
+        "Model": args.model.stem,
+        "Lora": ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras) or "none",
+        "Version": f"minilcm {__version__}",
+    }
+    write_pictures(args, images, settings)
 
 
 if __name__ == "__main__":

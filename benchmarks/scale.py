@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilcm.files.identify import sd15_config, sdxl_config, ssd1b_config
-from minilcm.model.precision import size_of
 from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet
 from minilcm.model.vae import VAE
 from minilcm.objective import Objective, loss_of, make_networks
+from minilcm.run.plan import size_of
 
 # an H100 in a node of eight, and its links, per GPU and direction; pictures as they lie in shards
 FLOPS, SHARE = 989e12, 0.4  # dense bfloat16; what training reaches of it

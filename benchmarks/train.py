@@ -41,9 +41,9 @@ from minilcm.files.checkpoint import load_strict, read_part
 from minilcm.files.identify import UNET
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import read_header
-from minilcm.lora import load_tau
 from minilcm.model.unet import Cond, UNet, sd15
 from minilcm.objective import Objective, loss_of, make_networks
+from tests.tiny import load_tau
 
 W, RANK, LORA_ALPHA, LR = 7.5, 64, 8.0, 1e-4
 

@@ -1,8 +1,14 @@
-"""Arithmetic on taus: tau' = lambda1 tau_style + lambda2 tau_lcm (2311.05556 eq. 1), exactly, and into weights.
+"""Arithmetic on taus: tau_mix = lambda1 tau_style + lambda2 tau_lcm, exactly, and into weights.
 
-A tau is {path: (up, down, lora_alpha)}. It is added as what it does, the delta of a weight: averaging B and A
+2311.05556 ("the paper" in this file) eq. 1 writes it tau'_LCM = lambda1 tau' + lambda2 tau_LCM. Two LoRA may be added
+because each is a small change of the same weights, W + dW1 + dW2, and the two were trained for different ends: that
+the sum does both is what the paper observed, not a theorem.
+
+A tau is {path: (up, down, lora_alpha)}. What is added is what it does, the delta of a weight: averaging B and A
 separately, as some tools do, adds the cross terms B1 A2 + B2 A1, which are as large as the signal.
 """
+
+import re
 
 import torch
 from einops import einsum, rearrange
@@ -21,15 +27,24 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
-def add_delta_(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float) -> None:
-    """W <- W + (lora_alpha / r) B A in place, W float32: one matrix product that starts from W."""
-    up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")
-    # (out, in k k) <- (out, in k k) + (out, r) (r, in k k)
-    weight.flatten(1).addmm_(up, rearrange(down.float(), "r ... -> r (...)"))
+@torch.no_grad()
+def add_delta_(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float, block: int | None = None) -> None:
+    """W <- W + (lora_alpha / r) B A in place, summed in float32 and rounded once to W's dtype.
+
+    `block`: about so many values at a time, for large weights: as many as a processor's cache holds are fastest.
+    """
+    up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r)
+    down = rearrange(down.float(), "r ... -> r (...)")  # (r, in k k)
+    n = len(weight) if block is None else max(1, block // weight[0].numel())
+    for i in range(0, len(weight), n):
+        wide = weight[i : i + n].float()  # itself, if it is float32
+        # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
+        wide.flatten(1).addmm_(up[i : i + n], down)
+        weight[i : i + n] = wide
 
 
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
-    """sum_i lambda_i tau_i as one tau, exact by concatenation of ranks; order does not matter.
+    """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter.
 
     B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank, s_i = lora_alpha_i / r_i.
     Raises ValueError if the taus' shapes differ at a path, or the lists' lengths.
@@ -48,10 +63,33 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     return mix
 
 
-def split_parts(tau: Tau) -> tuple[Tau, Tau]:
-    """(modules of the UNet, modules of text encoders: te1., te2.)."""
-    text = {path: parts for path, parts in tau.items() if path.startswith(("te1.", "te2."))}
-    return {path: parts for path, parts in tau.items() if path not in text}, text
+def distance(a: Tau, b: Tau) -> float:
+    """||a - b||_F / ||b||_F over all modules of both."""
+    total = norm = 0.0
+    for path in a.keys() | b.keys():
+        da, db = (delta(*tau[path]) if path in tau else 0.0 for tau in (a, b))
+        total += float(torch.as_tensor(da - db).square().sum())
+        norm += float(torch.as_tensor(db).square().sum())
+    return (total / norm) ** 0.5 if norm else 0.0
+
+
+@torch.no_grad()
+def delta_norms(tau: Tau) -> dict[str, float]:
+    """{block: ||dW||_F over all its modules}: input_blocks.i, middle_block, output_blocks.i, then layers of text
+    encoders; no dW is formed.
+    """
+    squares = {}
+    for path, (up, down, lora_alpha) in tau.items():
+        block = re.match(r"(?:in|out)put_blocks\.\d+|te\d\.encoder\.layers\.\d+|\w+", path)[0]
+        B = rearrange(up.double(), "out r ... -> out (r ...)")  # (out, r)
+        A = rearrange(down.double(), "r ... -> r (...)")  # (r, in k k)
+        # ||s B A||_F^2 = s^2 tr((B^T B)(A A^T)), s = lora_alpha / r; both factors are symmetric
+        squares[block] = squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
+    in_order = sorted(squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)])
+    return {block: squares[block].clamp(min=0).sqrt().item() for block in in_order}
+
+
+# ---- into weights
 
 
 def weights_of(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,21 +97,17 @@ def weights_of(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 kernel is a matrix: (out, in, 1, 1) and (out, in) fit each other."""
+    """(out, in) for (out, in, 1, 1), which fit each other: a 1x1 kernel is a matrix."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA") -> None:
-    """Raises ValueError, one line beginning with `name`, unless every path and shape of tau is the model's.
+    """Raises ValueError, one line beginning with `name`, unless the model has every path of tau, in its shape.
 
-    `model`: a UNet, or {path + ".weight": weight}, as `text.lora_weights` gives it.
+    `model`: a UNet, or {path + ".weight": weight}, as `text.lora_weights` and `checkpoint.weight_shapes` give it.
     """
     weights = weights_of(model)
     absent = [path for path in tau if f"{path}.weight" not in weights]
-    for te, tower in (("te1.", "CLIP-L"), ("te2.", "bigG")):
-        if te in {path[:4] for path in absent} and not any(key.startswith(te) for key in weights):
-            first = next(path for path in absent if path.startswith(te))
-            raise ValueError(f"{name}: changes {tower}, a text encoder that is not here, first: {first}")
     if absent:
         raise ValueError(
             f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}"
@@ -88,15 +122,13 @@ def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA"
 def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
     """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's dtype.
 
-    Raises ValueError if a path or shape is not the model's; then nothing has changed.
+    Raises ValueError if the model lacks a path or its shape differs; nothing has changed then.
     """
     check_fit(model, tau)
     weights = weights_of(model)
     for path, (up, down, lora_alpha) in tau.items():
         weight = weights[f"{path}.weight"]
-        changed = weight.float()  # itself, if it is float32
-        add_delta_(changed, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
-        weight.copy_(changed)
+        add_delta_(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
 
 
 def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
@@ -122,8 +154,8 @@ def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tens
 def reduce_rank(tau: Tau, rank: int | None = None, energy: float | None = None) -> tuple[Tau, dict[str, float]]:
     """The best tau of a lower rank (Eckart-Young), and what it loses: {path: ||dW - dW'||_F / ||dW||_F}.
 
-    `rank`: at most this rank in each module; `energy`: the least that keeps this share of the sum of squared singular
-    values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
+    `rank`: at most this rank in each module; `energy`: the lowest rank that keeps this share of the sum of squared
+    singular values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
     """
     small, residual = {}, {}
     for path, (up, down, lora_alpha) in tau.items():

@@ -4,75 +4,89 @@ Algorithm 1 of 2310.04378 asks for a student, a teacher and a target. For an LCM
 with its LoRA on, off, and on without gradient; for a full LCM they are three. The loss cannot tell the two apart.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .lcm import K, Network, draw, guidance_embedding, lcd_loss
+from .lcm import GRID, Network, draw, guidance_embedding, lcd_loss
 from .lora import TARGETS, add_lora, lora_off, target_paths
-from .model.precision import add_checkpointing
+from .model.precision import add_checkpointing, autocast
 from .model.unet import Cond, UNet
-from .run.processes import shard
 from .schedule import Schedule, T, diffusion_loss, make_schedule
 
-W_DIM = 256  # sinusoids of a full LCM's guidance embedding
+W_DIM = 256  # width of a full LCM's guidance embedding
 
 
 class Objective(NamedTuple):
-    """A loss, and the weights that are to lower it."""
+    """A loss, and the weights that are trained to lower it."""
 
     kind: str  # "diffusion": eps_hat. "lcm": the consistency function
     rank: int | None  # of the LoRA; None: all weights of the UNet
     lora_alpha: float | None = None
     targets: tuple[str, ...] = TARGETS
     w_range: tuple[float, float] = (7.5, 7.5)  # lcm: guidance distilled in
-    k: int = T // K  # lcm: skipping interval
+    k: int = T // GRID  # lcm: skipping interval
     checkpointing: bool = False
-    narrow: bool = False  # frozen weights of the adapted layers stay in float16, and are widened one by one in use
+    narrow: bool = False  # frozen weights of the adapted layers stay in float16 and are widened where they are used
 
 
 class Networks(NamedTuple):
-    """(z_t, t, cond, w) -> eps_hat, three times; those with a LoRA take no notice of w."""
+    """(z_t, t, cond, w) -> eps_hat, three times; those with a LoRA ignore w."""
 
     student: Network
     teacher: Network
     target: Network
-    net: nn.Module  # what the student runs: the UNet, over several ranks in DDP or FSDP2
+    net: nn.Module  # what the student runs: the UNet, as `wrap` returned it
+    schedule: Schedule  # on the UNet's device
     target_unet: UNet | None = None  # of a full LCM: the student's average
 
 
+Wrap = Callable[[nn.Module], nn.Module]  # prepares a UNet for many processes; by default there is one
+
+
+def one_process(unet: nn.Module) -> nn.Module:
+    return unet
+
+
 def run(net: nn.Module, half: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor) -> Tensor:
-    """The network in mixed precision; around it all is float32."""
-    with torch.autocast(z_t.device.type, dtype=half, enabled=half != torch.float32):
+    """The network in mixed precision; everything around it is float32."""
+    with autocast(z_t.device, half):
         return net(z_t, t, cond, *w_emb)
 
 
-def make_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int = 0, world: int = 1) -> Networks:
-    """Prepare the UNet for training, in place, and say what student, teacher and target are. `half`: of the forward.
+def make_networks(
+    objective: Objective, unet: UNet, half: torch.dtype, seed: int = 0, wrap: Wrap = one_process
+) -> Networks:
+    """Prepare the UNet for training, in place, and say what student, teacher and target are.
 
-    Over `world` ranks a LoRA is trained by DDP and all weights by FSDP2. Raises ValueError as `lora.check_rank` does.
+    `half` is the dtype of the forward pass; `wrap` gets every UNet that is run and returns what to run instead.
+    Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
-        return lora_networks(objective, unet, half, seed, world)
+        return lora_networks(objective, unet, half, seed, wrap)
     if objective.kind == "lcm":
-        return full_lcm_networks(objective, unet, half, world)
+        return full_lcm_networks(objective, unet, half, wrap)
     unet.requires_grad_(True)
     if objective.checkpointing:
         add_checkpointing(unet)
-    if world > 1:
-        shard(unet, unet.out[2].weight.device.type)
+    net = wrap(unet)
 
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(unet, half, z_t, t, cond)
+        return run(net, half, z_t, t, cond)
 
-    return Networks(student, student, student, unet)
+    return Networks(student, student, student, net, make_schedule().to(device_of(unet)))
 
 
-def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int, world: int) -> Networks:
-    """One UNet: LoRA on, off, on. What is frozen takes no more bits than the forward pass looks at."""
+def device_of(unet: UNet) -> torch.device:
+    return unet.out[2].weight.device
+
+
+def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int, wrap: Wrap) -> Networks:
+    """One UNet: LoRA on, off, on. Frozen weights are stored in the dtype of the forward pass."""
     adapted = set(target_paths(unet, objective.targets))
     for path, layer in unet.named_modules():
         dtype = torch.float16 if objective.narrow and path in adapted else half
@@ -82,7 +96,7 @@ def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int
     add_lora(unet, objective.rank, objective.lora_alpha, objective.targets, generator)
     if objective.checkpointing:
         add_checkpointing(unet)
-    net = DistributedDataParallel(unet) if world > 1 else unet
+    net = wrap(unet)
 
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         return run(net, half, z_t, t, cond)
@@ -92,9 +106,9 @@ def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int
             return run(unet, half, z_t, t, cond)
 
     def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(unet, half, z_t, t, cond)  # not `net`: DDP counts forward passes
+        return run(unet, half, z_t, t, cond)  # not `net`: DDP expects one forward pass per backward pass
 
-    return Networks(student, teacher, target, net)
+    return Networks(student, teacher, target, net, make_schedule().to(device_of(unet)))
 
 
 def frozen_copy(unet: UNet, dtype: torch.dtype) -> UNet:
@@ -104,31 +118,30 @@ def frozen_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     return copy
 
 
-def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, world: int) -> Networks:
+def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap: Wrap) -> Networks:
     """Three UNets: a student with an input for w, a frozen teacher, and an average of the student as target."""
+    device = device_of(unet)
     teacher_unet = frozen_copy(unet, half)
-    with torch.device(unet.out[2].weight.device):
+    with torch.device(device):
         unet.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(W_DIM, unet.cfg.channels[0], bias=False)})
-    nn.init.zeros_(unet.time_embedding["cond_proj"].weight)  # the student begins as the teacher, whatever w
+    nn.init.zeros_(unet.time_embedding["cond_proj"].weight)  # the student begins as its teacher, whatever w is
     unet.cfg = replace(unet.cfg, w_dim=W_DIM)
     target_unet = frozen_copy(unet, torch.float32)
     unet.requires_grad_(True)
     if objective.checkpointing:
         add_checkpointing(unet)
-    if world > 1:
-        for each in (unet, teacher_unet, target_unet):
-            shard(each, unet.out[2].weight.device.type)
+    net, teacher_net, target_net = wrap(unet), wrap(teacher_unet), wrap(target_unet)
 
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
-        return run(unet, half, z_t, t, cond, guidance_embedding(w, W_DIM))
+        return run(net, half, z_t, t, cond, guidance_embedding(w, W_DIM))
 
     def teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(teacher_unet, half, z_t, t, cond)
+        return run(teacher_net, half, z_t, t, cond)
 
     def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
-        return run(target_unet, half, z_t, t, cond, guidance_embedding(w, W_DIM))
+        return run(target_net, half, z_t, t, cond, guidance_embedding(w, W_DIM))
 
-    return Networks(student, teacher, target, unet, target_unet)
+    return Networks(student, teacher, target, net, make_schedule().to(device), target_unet)
 
 
 def loss_of(
@@ -138,20 +151,26 @@ def loss_of(
     cond: Cond,
     null_cond: Cond,
     generator: torch.Generator,
-    rank: int = 0,
+    process: int = 0,
     world: int = 1,
 ) -> Tensor:
     """The objective on clean latents z0 (b, 4, h, w) -> scalar.
 
-    What is random is drawn for the batches of all ranks, by a generator that is the same on each; each takes its rows.
+    Of `world` processes, every one draws the whole global batch's randomness (`generator` is the same on all of them)
+    and keeps its own rows, so the result does not depend on how many processes there are.
     """
-    schedule, b = Schedule(*(table.to(z0.device) for table in make_schedule())), len(z0)
-    rows, shape = slice(rank * b, (rank + 1) * b), (world * b, *z0.shape[1:])
+    b = len(z0)
+    rows, shape = slice(process * b, (process + 1) * b), (world * b, *z0.shape[1:])
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
-        together = not objective.checkpointing  # where there is memory for it
+        together = not objective.checkpointing  # checkpointing means that memory is short
         networks = nets.student, nets.teacher, nets.target
-        return lcd_loss(*networks, z0, cond, null_cond, schedule, n, w, eps, objective.k, together)
+        return lcd_loss(*networks, z0, cond, null_cond, nets.schedule, n, w, eps, objective.k, together)
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
-    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, schedule)
+    return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: int = 100, floor: float = 0.0) -> float:
+    """At step 0 ... steps - 1: a linear warm-up, times a cosine from 1 to `floor`."""
+    return peak * min(1, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -2,10 +2,11 @@
 
     z_t = alpha(t) z0 + sigma(t) eps,    alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
-One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Terminal SNR is not zero (sigma_hat at t = 999 is 14.6),
-and t = 0 is already slightly noisy (sigma 0.029): there is no entry with alpha_bar = 1.
+One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Even at t = 999 some signal is left: sigma/alpha is 14.6.
+And t = 0 is already slightly noisy (sigma is 0.029): there is no entry with alpha_bar = 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ class Schedule(NamedTuple):
         shape = (-1, *[1] * (like.ndim - 1)) if t.ndim else ()
         return self.alpha[t].reshape(shape).to(like.device), self.sigma[t].reshape(shape).to(like.device)
 
+    def to(self, device: str | torch.device) -> "Schedule":
+        return Schedule(*(table.to(device) for table in self))
+
 
 def make_schedule() -> Schedule:
     """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of CompVis/stable-diffusion).
@@ -46,7 +50,7 @@ def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> T
 
 
 def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """The network's estimate of z0, in float32: at t = 999 the division magnifies eps_hat's error 14.6 times."""
+    """The network's estimate of z0, in float32: at t = 999 an error of eps_hat grows by sigma/alpha = 14.6."""
     alpha, sigma = schedule.at(t, z_t)
     # x0 = (z_t - sigma eps_hat) / alpha
     return (z_t.float() - sigma * eps_hat.float()) / alpha
@@ -66,7 +70,14 @@ def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
     return snr.clamp(max=gamma) / snr
 
 
-def diffusion_loss(eps_fn, z0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule, gamma: float | None = 5.0) -> Tensor:
+def diffusion_loss(
+    eps_fn: Callable[[Tensor, Tensor], Tensor],
+    z0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    schedule: Schedule,
+    gamma: float | None = 5.0,
+) -> Tensor:
     """Mean squared error of eps_fn(z_t, t) against the noise drawn, weighted by Min-SNR; gamma None: not weighted.
 
     z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14.

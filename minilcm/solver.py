@@ -1,10 +1,11 @@
-"""Solvers of the probability-flow ODE: DDIM (the teacher's step Psi and a baseline) and DPM-Solver++(2M) (a baseline).
+"""Solvers of the probability-flow ODE: DDIM (the teacher's step Psi, and a baseline) and DPM-Solver++(2M) (a baseline).
 
 A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidance, text and LoRA are already inside
 eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the network is float32.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,14 +14,17 @@ from tqdm import tqdm
 
 from .schedule import Schedule, T, x0_from_eps
 
-EpsFn = Callable[[Tensor, int | Tensor], Tensor]
+if TYPE_CHECKING:
+    from .model.unet import Cond
+
+EpsFn = Callable[[Tensor, int | Tensor], Tensor]  # (z_t, t) -> eps_hat
 
 
-def guided_eps(unet, cond, null_cond, w: float) -> EpsFn:
-    """eps_fn with classifier-free guidance: eps_cond + w (eps_cond - eps_null), both in one batch of 2b; w = 0 is off.
+def guided_eps(unet: Callable[..., Tensor], cond: "Cond", null_cond: "Cond | None", w: float) -> EpsFn:
+    """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of 2b; w = 0 is off.
 
-    The w of 2310.04378 section 4.2; the ecosystem's "guidance scale" is 1 + w. Ho & Salimans (2207.12598) eq. 6.
-    cond and null_cond are `Cond` with b rows; a negative prompt's takes null's place.
+    The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho & Salimans
+    (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may take null_cond's place.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
@@ -42,8 +46,8 @@ def check_steps(steps: int, most: int = T) -> None:
 def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
     """Pairs (t_start, t_end), descending; t_end = -1 stands for the end of the schedule.
 
-    trailing starts at 999, where pure noise is (2305.08891 table 2): the fair few-step baseline. leading is what
-    SD1.5's own config says: 4 steps start at 751. t_end = t_start - T//steps always, as diffusers computes it.
+    trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for few steps. leading
+    is what SD1.5's own config says: 4 steps start at 751. t_end = t_start - T // steps always, as in diffusers.
     """
     check_steps(steps)
     r = T // steps
@@ -59,8 +63,8 @@ def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
 def ddim_step(z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule) -> Tensor:
     """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12 with eta = 0.
 
-    The paper's increment is Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0 goes to t = 0: alpha_bar there is
-    0.99915, not 1 (set_alpha_to_one = False).
+    The Psi of 2310.04378 is the increment: Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0 means t = 0, where
+    alpha_bar is 0.99915, not 1 (diffusers' set_alpha_to_one = False).
     """
     alpha, sigma = schedule.at(torch.as_tensor(t_end).clamp(min=0), z_start)
     # z_end = alpha' x0 + sigma' eps_hat
@@ -81,9 +85,10 @@ def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spac
 def dpmpp_2m_step(z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_next, schedule: Schedule) -> Tensor:
     """One step of DPM-Solver++(2M) from t to t_next. DPM-Solver++ (2211.01095) algorithm 2.
 
-    half_logsnr = lambda_t = log(alpha/sigma). x0_last is the estimate at t_last; without it the step is of first order.
+    x0 is the estimate at t, x0_last the one at t_last; without x0_last the step is of first order.
     """
     (a0, s0), (a1, s1) = schedule.at(t, z_t), schedule.at(t_next, z_t)
+    # h = lambda' - lambda, with lambda = log(alpha / sigma)
     h = torch.log(a1 / s1) - torch.log(a0 / s0)
     d = x0
     if x0_last is not None:
@@ -96,7 +101,7 @@ def dpmpp_2m_step(z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_
 
 
 def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
-    """Timesteps of DPM-Solver++, descending. trailing as DDIM; linspace is what diffusers runs for SD1.5 by default."""
+    """Timesteps of DPM-Solver++, descending: trailing as for DDIM; linspace is diffusers' default for SD1.5."""
     if spacing == "linspace":
         check_steps(steps)
         return [int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[:0:-1]]
@@ -107,10 +112,9 @@ def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
 
 @torch.no_grad()
 def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler, final sigma
-    zero.
+    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler that ends at 0.
 
-    At sigma' = 0 the step returns its x0, so the last step is x0 itself.
+    A step to sigma' = 0 returns its x0, so the last step is x0 itself.
     """
     grid = dpmpp_grid(steps, spacing)
     z_t, x0_last, t_last = z_T, None, None

@@ -72,14 +72,13 @@ from minilcm.files.identify import Config, identify, sd15_config, sdxl_config, s
 from minilcm.files.lora_file import write_tau
 from minilcm.files.safetensors_file import atomic
 from minilcm.lora import ATTENTION, TARGETS, Tau
-from minilcm.merge import combine, delta, factorise, reduce_rank
-from minilcm.model.precision import LiveBytes, peak_bytes, size_of
+from minilcm.merge import combine, delta, delta_norms, factorise, reduce_rank
 from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet
 from minilcm.model.vae import VAE
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.run.diagnostics import consistency_along_trajectory, delta_norms, guided_trajectory
-from minilcm.run.plan import step_bytes
+from minilcm.run.diagnostics import consistency_along_trajectory, guided_trajectory
+from minilcm.run.plan import LiveBytes, Step, peak_bytes, size_of, step_bytes
 from minilcm.schedule import eps_from_x0
 from minilcm.solver import ddim_step, sample_ddim, sample_dpmpp_2m
 
@@ -150,7 +149,7 @@ def memory(size: Size) -> dict:
     for family, (config, side) in list(families.items())[: 1 if size.quick else 3]:
         for label, rank in (("LCM-LoRA", 64), ("full LCM", None)):
             objective = Objective("lcm", rank, w_range=(7.5, 7.5) if rank else (2.0, 14.0), checkpointing=True)
-            parts, count = step_bytes(objective, config, 1, side, "cuda", torch.bfloat16)
+            parts, count = step_bytes(objective, config, Step(1, side, "cuda", torch.bfloat16))
             parts = {k: v / 1e9 for k, v in parts.items() if k != "pictures to look at"}
             planned.setdefault(family, {})[label] = {"parts": parts, "total": sum(parts.values()), "trained": count}
         lora, full = planned[family]["LCM-LoRA"], planned[family]["full LCM"]
@@ -436,7 +435,7 @@ def rank(size: Size) -> dict:
 
     for (r, vector), seconds in zip(trained.items(), step_times(ranks)):
         row, objective = quality(vector), Objective("lcm", r, checkpointing=True)
-        parts, row["trained"] = step_bytes(objective, config, 1, 512, "cuda", torch.bfloat16)
+        parts, row["trained"] = step_bytes(objective, config, Step(1, 512, "cuda", torch.bfloat16))
         total = sum(v for part, v in parts.items() if part != "pictures to look at")
         numbers["trained"][str(r)] = row | {"memory": total / 1e9, "time": seconds}
         small, residual = reduce_rank(largest.tau, rank=r)

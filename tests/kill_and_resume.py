@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tiny import ROOT, write_art, write_model
 
-from minilcm.files.checkpoint import latest_state, read_run
 from minilcm.files.safetensors_file import read_tensors
+from minilcm.run.state import latest_state, read_run
 
 STEPS = 80
 

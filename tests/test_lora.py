@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny import random_tau, tiny_unet
+from tiny import load_tau, random_tau, tiny_unet
 from torch import nn
 
-from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, load_tau, lora_layers, lora_off, target_paths
-from minilcm.model.precision import LiveBytes
+from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_layers, lora_off, target_paths
 from minilcm.model.unet import Cond, UNet, emoji, sd15, sdxl, ssd1b
+from minilcm.run.plan import LiveBytes
 
 RANK, LORA_ALPHA = 3, 7.5
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from tiny import random_tau, tiny_unet
+from tiny import load_tau, random_tau, tiny_unet
 from torch import nn
 
-from minilcm.lora import Tau, add_lora, load_tau
+from minilcm.lora import Tau, add_lora
 from minilcm.merge import check_fit, combine, delta, merge_into, unmerge
 from minilcm.model.unet import Cond
 

@@ -21,6 +21,7 @@ import sample
 from minilcm.data.pictures import read_image, to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.generate import SAMPLERS
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.merge import merge_into
@@ -87,7 +88,7 @@ def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
             raise KeyboardInterrupt
         return sample_lcm(*args)
 
-    monkeypatch.setattr(sample, "sample_lcm", interrupted)
+    monkeypatch.setitem(SAMPLERS, "lcm", SAMPLERS["lcm"]._replace(sample=interrupted))
     kept = draw("pizza", "--count", "4", "--steps", "1")
     assert len(kept) == 2 and kept.items() <= whole.items()
     assert "stopped after 2 of 4 pictures" in capsys.readouterr().out

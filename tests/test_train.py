@@ -12,16 +12,19 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG, ROOT, TWO_TOWERS, drawing, png, write_art, write_model
+from tiny import CONFIG, ROOT, TWO_TOWERS, drawing, load_tau, png, write_art, write_model
 
 import train
-from minilcm.files.checkpoint import latest_state, load_model, read_run
+from minilcm.data.emoji import art_batches
+from minilcm.data.shards import stream_batches
+from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.files.safetensors_file import read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm
-from minilcm.lora import add_lora, get_tau, load_tau, target_paths
+from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
+from minilcm.run.state import latest_state, read_run
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
@@ -311,7 +314,7 @@ def test_shards_are_streamed_and_resumed(files, tmp_path, monkeypatch):
     """
     write_shards(tmp_path / "shards", 2, 5)
     more = ["--data", str(tmp_path / "shards"), "--workers", "2", "--batch", "2"]
-    seen, original = [], train.stream_batches
+    seen, original = [], stream_batches
 
     def spy(*args, **kwargs):
         for i, data in enumerate(original(*args, **kwargs)):
@@ -321,7 +324,7 @@ def test_shards_are_streamed_and_resumed(files, tmp_path, monkeypatch):
                     signal.raise_signal(signal.SIGINT)
             yield data
 
-    monkeypatch.setattr(train, "stream_batches", spy)
+    monkeypatch.setattr("minilcm.data.open.stream_batches", spy)
     stop_at = None
     run(files, tmp_path / "whole", "attention", 5, *more)
     captions, seen[:] = list(seen), []
@@ -365,7 +368,7 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
         seen.extend((a.name, a.style) for a in art)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "cache_art", spy)
+    monkeypatch.setattr("minilcm.data.open.cache_art", spy)
     with pytest.raises(KeyboardInterrupt):
         run(files, tmp_path, "lcm", 2)
     assert sorted(seen) == sorted(
@@ -378,15 +381,15 @@ def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypa
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C while `step` fetches its batch."""
-    original = train.art_batches
+    original = art_batches
 
-    def interrupted(cache, batch, seed, start, **ranks):
-        for i, data in enumerate(original(cache, batch, seed, start, **ranks), start):
+    def interrupted(cache, batch, seed, start, *place):
+        for i, data in enumerate(original(cache, batch, seed, start, *place), start):
             if i == step and seed >= 0:
                 signal.raise_signal(signal.SIGINT)
             yield data
 
-    monkeypatch.setattr(train, "art_batches", interrupted)
+    monkeypatch.setattr("minilcm.data.open.art_batches", interrupted)
 
 
 def contents(folder) -> dict:
@@ -459,7 +462,7 @@ def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_p
 def test_a_new_run_does_not_write_over_an_old_one(files, finished):
     """The same --out without --resume is refused, and the old state stays byte for byte."""
     before = latest_state(finished).read_bytes()
-    assert "holds a run already; go on with --resume" in refused(flags(files, finished, "attention", 1))
+    assert "already holds a run; continue it with --resume" in refused(flags(files, finished, "attention", 1))
     assert latest_state(finished).read_bytes() == before
 
 
@@ -520,7 +523,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
     [
         ([], "required: --objective"),
         (["--objective", "lcm"], "--rank --full is required"),
-        (["--objective", "lcm", "--rank", "2", "--w", "2:14"], "--w is 2:14: an LCM-LoRA takes no w"),
+        (["--objective", "lcm", "--rank", "2", "--w", "2:14"], "--w is 2:14: an LCM-LoRA has no input for w"),
         (["--objective", "lcm", "--full", "--w", "14:2"], "--w is 14:2; give a number, or LOW:HIGH"),
         (["--objective", "lcm", "--full", "--w", "high"], "--w is high; give a number, or LOW:HIGH"),
         (["--objective", "lcm", "--rank", "2", "--accumulate", "0"], "--accumulate is 0; give 1 or more"),

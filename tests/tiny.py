@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from minilcm.files.checkpoint import save_model
 from minilcm.files.identify import Config
-from minilcm.lora import TARGETS, Tau, target_paths
+from minilcm.lora import TARGETS, Tau, lora_layers, target_paths
 from minilcm.model.text import TextConfig, TextEncoder
 from minilcm.model.unet import UNet, UNetConfig
 from minilcm.model.vae import VAE, VAEConfig
@@ -74,6 +74,22 @@ def random_tau(
         down = size * torch.randn(rank, *fan_in, generator=generator)
         tau[path] = (up, down, lora_alpha)
     return tau
+
+
+def load_tau(model: torch.nn.Module, tau: Tau) -> None:
+    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the same."""
+    layers = lora_layers(model)
+    if set(layers) != set(tau):
+        odd = sorted(set(layers) ^ set(tau))
+        raise ValueError(f"{len(odd)} LoRA modules do not match, first: {odd[0]}")
+    for path, (up, down, lora_alpha) in tau.items():
+        layer = layers[path]
+        if layer.lora_down.weight.shape != down.shape or layer.lora_alpha != lora_alpha:
+            raise ValueError(
+                f"{path}: rank {layer.rank} alpha {layer.lora_alpha}, file has {down.shape[0]}, {lora_alpha}"
+            )
+        with torch.no_grad():
+            layer.lora_up.weight.copy_(up), layer.lora_down.weight.copy_(down)
 
 
 def drawing(seed: int) -> Image.Image:

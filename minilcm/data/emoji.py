@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from .folders import plan
+from .batches import batch_order
 
 STYLES = ("noto", "twemoji", "fluent", "emojione")
 COLORS = {  # light enough that no drawing drowns in its background
@@ -186,15 +186,15 @@ def cache_art(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu
 
 
 def art_batches(
-    cache: Cache, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    cache: Cache, batch: int, seed: int, start: int = 0, process: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; see `data.batches`.
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; see `batches.batches`.
 
     Captions are made anew each time.
     """
-    rows = slice(rank * batch, (rank + 1) * batch)
+    rows = slice(process * batch, (process + 1) * batch)
     size_ids = torch.tensor([[cache.size, cache.size, 0, 0, cache.size, cache.size]]).expand(batch, -1)
-    for index, rng, generator in plan([(0, 0)] * len(cache.art), batch * world, seed, start):
+    for index, rng, generator in batch_order([(0, 0)] * len(cache.art), batch * world, seed, start):
         noise = torch.randn(len(index), *cache.mean.shape[1:], generator=generator)
         z0 = cache.mean[index[rows]] + cache.std[index[rows]] * noise[rows]  # (b, 4, h, w)
         captions = [caption(cache.art[i], cache.color[i], rng)[0] for i in index]

@@ -1,6 +1,8 @@
-"""Pixels to pictures and files: one PNG an image with its recipe inside, and labelled contact sheets."""
+"""Pictures to pixels and back: files read, cut to size, written as PNG with their recipe inside, and contact sheets."""
 
 import io
+import math
+import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from ..files.safetensors_file import atomic
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels (b, 3, H, W) in [-1, 1], clamped -> b PIL images."""
@@ -22,27 +26,32 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(x) for x in rearrange(levels, "b c h w -> b h w c").cpu().numpy()]
 
 
-def decode(data: bytes) -> Image.Image:
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image -> pixels (3, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float() / 127.5 - 1
+
+
+def open_picture(data: bytes) -> Image.Image:
     """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is no picture."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
-        raise ValueError(f"not a picture that can be read ({type(error).__name__})") from None
+        raise ValueError(f"not a readable picture ({type(error).__name__})") from None
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and centre-cropped to (W, H).
 
-    Raises ValueError if there is no such file or it is no picture.
+    Raises ValueError if there is no such file, or it is no picture.
     """
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     try:
-        image = decode(Path(path).read_bytes())
+        image = open_picture(Path(path).read_bytes())
     except (OSError, ValueError):  # a folder, for one
-        raise ValueError(f"{path}: not a picture that can be read") from None
-    x = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
+        raise ValueError(f"{path}: not a readable picture") from None
+    x = to_pixels(image)[None]  # (1, 3, h, w)
     zoom = max(size[0] / image.width, size[1] / image.height)
     h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
     x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -50,8 +59,40 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     return x[:, :, top : top + size[1], left : left + size[0]]
 
 
+# ---- cut to size
+
+
+def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
+    """Targets (h, w) of about size^2 pixels: multiples of `multiple`, 90 to 100 % of the area, aspect 1:2 to 2:1.
+
+    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I), and also 704 x 1344 in landscape.
+    """
+    if size < 1 or size % multiple:
+        raise ValueError(f"size is {size}; give a multiple of {multiple}")
+    sides = range(multiple, 2 * size, multiple)
+    return [(h, w) for h in sides for w in sides if 0.9 * size**2 < h * w <= size**2 and h <= 2 * w and w <= 2 * h]
+
+
+def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The target (h, w) whose aspect ratio is nearest to the image's."""
+    return min(targets, key=lambda t: abs(math.log(t[1] * image.height / (t[0] * image.width))))
+
+
+def crop(image: Image.Image, target: tuple[int, int], rng: random.Random) -> tuple[Tensor, list[int]]:
+    """The image scaled to cover `target` (h, w) and cut at a random place: pixels (3, h, w), and the six size ids."""
+    (h, w), (H, W) = target, (image.height, image.width)
+    zoom = max(h / H, w / W)
+    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))  # as large as the scaled picture would be
+    top, left = rng.randint(0, tall - h), rng.randint(0, wide - w)
+    box = (left * W / wide, top * H / tall, (left + w) * W / wide, (top + h) * H / tall)  # the cut, in the original
+    return to_pixels(image.resize((w, h), Image.Resampling.BICUBIC, box)), [H, W, top, left, h, w]
+
+
+# ---- written
+
+
 def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
-    """Write a PNG with the text chunk `parameters` that A1111 introduced: first line the prompt. Atomic."""
+    """Write a PNG, atomically, with A1111's text chunk `parameters`, whose first line is the prompt."""
     info = PngInfo()
     info.add_text("parameters", parameters)
     with atomic(path) as part:
@@ -59,12 +100,13 @@ def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
 
 
 def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """All images in rows of `columns`, each above its label: its lines, wrapped to the image's width."""
+    """All images in rows of `columns`, each above its label, whose lines are wrapped to the image's width."""
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     letters = width // 6
-    # an empty line stays one
-    lines = [[y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels]
+    lines = [
+        [y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels
+    ]  # [""]: keep empty lines
     tall = 13 * max(map(len, lines)) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")
@@ -78,8 +120,8 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 
 
 @torch.no_grad()
-def draw_sheet(columns: dict[str, Tensor], prompts: list[str], to_pixels: Callable[[Tensor], Tensor]) -> Image.Image:
-    """One row a prompt, one column a label, from {label: z0 (b, c, h, w)}; to_pixels: (1, c, h, w) -> (1, 3, H, W)."""
-    pictures = [[to_images(to_pixels(z))[0] for z in z0.split(1)] for z0 in columns.values()]
+def draw_sheet(columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]) -> Image.Image:
+    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) -> (1, 3, H, W)."""
+    pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
     return contact_sheet([picture for row in zip(*pictures) for picture in row], labels, len(columns))

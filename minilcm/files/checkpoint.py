@@ -1,6 +1,5 @@
-"""One file, one model: UNet, VAE and text tower under the official prefixes; and the state of a training run."""
+"""One file, one model: UNet, VAE and text encoders under the official prefixes, loaded strictly, and written."""
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,24 +8,35 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l
+from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, qkv_rows
 from ..model.unet import UNet
 from ..model.vae import VAE
-from ..run.processes import share_of, whole
-from .identify import BIG_G, CLIP_L, NO_WEIGHT, UNET, VAE_, Config, identify, part_of, refuse_quantised, to_json
-from .safetensors_file import Header, all_finite, read_header, read_tensors, write_tensors
+from .identify import (
+    BIG_G,
+    CLIP_L,
+    NO_WEIGHT,
+    UNET,
+    VAE_,
+    Checkpoint,
+    Config,
+    open_checkpoint,
+    part_of,
+    refuse_quantised,
+    to_json,
+)
+from .safetensors_file import Header, all_finite, read_header, write_tensors
 
 # ---- loading
 
 
 def rename(key: str) -> str:
-    """Spellings of the wild -> official, within a part: VAE attention by diffusers' names, cond_proj."""
+    """Other programs' spellings -> the official ones, within a part: VAE attention by diffusers' names, cond_proj."""
     key = re.sub(r"^(.*mid\.attn_1\.)to_([qkv])\.", r"\1\2.", key).replace("attn_1.to_out.0.", "attn_1.proj_out.")
     return key.replace("time_embed.cond_proj.", "time_embedding.cond_proj.")
 
 
 def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one part under official names, one at a time into `dtype`. Raises ValueError on NaN."""
+    """The tensors of one part under official names, read one at a time into `dtype`. Raises ValueError on NaN."""
     out = {}
     with safe_open(path, "pt") as f:
         for key, (file_key, _) in part_of(header, prefixes).items():
@@ -40,22 +50,25 @@ def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype
 
 
 class Place(NamedTuple):
-    """Where a file keeps the weight of a tau's path."""
+    """Where a file has the weight of a path of tau."""
 
     key: str
-    rows: slice = slice(None)  # bigG's q, k and v are thirds of one matrix
+    rows: slice = slice(None)  # bigG's q, k and v are rows of one matrix
     transposed: bool = False  # bigG's text_projection
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight itself, (out, in, ...), in the file's tensor."""
+        return weight.T if self.transposed else weight[self.rows]
 
 
 def places(header: Header) -> dict[str, Place]:
-    """{path in a tau: Place} of all weights that a LoRA may change in a checkpoint."""
+    """{path in a tau: Place} of all weights in a checkpoint that a LoRA may change."""
     out = {}
     for prefixes, te in ((UNET, ""), (CLIP_L, "te1."), (BIG_G, "te2.")):
         for key, (file_key, shape) in part_of(header, prefixes).items():
             path = te + key.removesuffix(".weight")
             if fused := re.fullmatch(r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path):
-                for i, x in enumerate("qkv"):
-                    rows = slice(i * shape[0] // 3, (i + 1) * shape[0] // 3)
+                for x, rows in qkv_rows(shape[0]).items():
                     out[f"te2.encoder.layers.{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
             elif path == "te2.text_projection":
                 out[path] = Place(file_key, transposed=key == "text_projection")
@@ -67,10 +80,23 @@ def places(header: Header) -> dict[str, Place]:
     return out
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Put `state` into a module built on meta; 1x1 kernels may be matrices and the reverse.
+def weight_shapes(header: Header) -> dict[str, Tensor]:
+    """{path in a tau + ".weight": a tensor of the weight's shape, without data}: what `merge.check_fit` compares with.
 
-    Raises ValueError naming missing and misshapen keys; what is left over is named in one printed line.
+    So whether a LoRA fits can be known before a tensor is read.
+    """
+    shapes = {}
+    for path, place in places(header).items():
+        shape = header[place.key].shape
+        weight = torch.empty(shape, device="meta")
+        shapes[f"{path}.weight"] = place.view(weight) if shape else weight
+    return shapes
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Put `state` into a module built on meta; a 1x1 kernel may be stored as a matrix, and the reverse.
+
+    Raises ValueError naming missing and misshapen keys; keys that are left over are named in one printed line.
     """
     want, problems = module.state_dict(), []
     for key in want.keys() & state.keys():
@@ -98,38 +124,27 @@ def load_model(
     `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is one model in `dtype`.
     Raises ValueError with one line: no such file, damaged, another family, a part that is missing or does not fit.
     """
-    config = identify(path)
-    header, _ = read_header(path)
-    vae_path = Path(vae_path or path)
-    vae_header, _ = read_header(vae_path)
+    return load_checkpoint(open_checkpoint(path), dtype, vae_path)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None
+) -> tuple[UNet, VAE, TextEncoder, Config]:
+    """`load_model` for a checkpoint whose header has been read."""
+    path, header, _, config = checkpoint
+    vae_path, vae_header = (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
     refuse_quantised(vae_path, vae_header)
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
-        print(f"{path}: {len(narrow)} tensors are float8 and are widened: less exact than the file they were made from")
-    try:
-        with torch.device("meta"):
-            unet, vae, text = UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
-    except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
-        what = ascii(str(error)[:200])
-        raise ValueError(f"{path}: minilcm.config describes a network that cannot be built ({what})") from None
+        print(f"{path}: {len(narrow)} tensors are float8 and get widened: less exact than the original weights")
+    unet, vae = build(UNet, config.unet, path), build(VAE, config.vae, path)
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
     if not part_of(vae_header, VAE_):
         raise ValueError(f"{vae_path}: no VAE in the file; give one with --vae FILE")
     load_strict(vae, read_part(vae_path, vae_header, VAE_, torch.float32), f"{vae_path}: VAE")
-
-    def tower(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-        try:
-            return clip_l_to_open_clip(state)
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path}: {what}: a layer's q, k, v are not all there or do not fit ({error})") from None
-
     if not part_of(header, CLIP_L):
         raise ValueError(f"{path}: no text encoder in the file; give the whole checkpoint")
-    load_strict(text.tower, tower(read_part(path, header, CLIP_L, dtype), "text tower"), f"{path}: text tower")
-    if config.text.big:
-        state = read_part(path, header, BIG_G, dtype)
-        if "text_projection.weight" in state:  # Hugging Face multiplies from the left
-            state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
-        load_strict(text.big, tower(state, "second text tower"), f"{path}: second text tower")
+    text = build(TextEncoder, config.text, path)
+    load_text(text, checkpoint, dtype)
     parts = [part_of(header, prefixes).values() for prefixes in (UNET, VAE_, CLIP_L, BIG_G)]
     used = {file_key for part in parts for file_key, _ in part}
     if stray := sorted(k for k in header if k not in used and not NO_WEIGHT.fullmatch(k)):
@@ -137,6 +152,34 @@ def load_model(
     for module in (unet, vae, text):
         module.requires_grad_(False).eval()
     return unet, vae, text, config
+
+
+def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
+    """The network without memory for its weights. Raises ValueError if its config, from the file, is impossible."""
+    try:
+        with torch.device("meta"):
+            return cls(cfg)
+    except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
+        what = ascii(str(error)[:200])
+        raise ValueError(f"{path}: minilcm.config describes a network that cannot be built ({what})") from None
+
+
+def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Fill one tower or, for SDXL, two. Raises ValueError as `load_strict` does."""
+    path, header = checkpoint.path, checkpoint.header
+
+    def tower(prefixes: tuple[str, ...], what: str) -> dict[str, Tensor]:
+        state = read_part(path, header, prefixes, dtype)
+        if prefixes is BIG_G and "text_projection.weight" in state:  # Hugging Face multiplies from the left
+            state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
+        try:
+            return clip_l_to_open_clip(state)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: {what}: q, k, v of a layer are incomplete or do not fit ({error})") from None
+
+    load_strict(text.tower, tower(CLIP_L, "text tower"), f"{path}: text tower")
+    if text.cfg.big:
+        load_strict(text.big, tower(BIG_G, "second text tower"), f"{path}: second text tower")
 
 
 def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config) -> None:
@@ -147,68 +190,3 @@ def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEn
         parts[BIG_G[1]] = text.big.state_dict()
     tensors = {prefix + key: value.half() for prefix, state in parts.items() for key, value in state.items()}
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
-
-
-# ---- the state of a run
-
-
-def state_tensors(named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
-    """All a run needs to go on, on the CPU: trained tensors (and averages), and the optimizer's moments.
-
-    There is no generator to save: everything random in a step is drawn from (seed, step). Where ranks have shares of
-    the tensors, all must call this, and those that do not `keep` get {}.
-    """
-    moments = {
-        f"optimizer.{i}.{key}": value
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-    out = {}
-    for key, value in (named | moments).items():
-        value = whole(value).detach()
-        if keep:
-            out[key] = value.cpu().clone()
-    return out
-
-
-def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
-    """Write `state_tensors` and `run` (step, flags) as safetensors with JSON in the header, atomically."""
-    write_tensors(path, tensors, {"minilcm.run": json.dumps(run)})
-
-
-def latest_state(folder: str | Path) -> Path:
-    """The newest whole state of a run. Raises ValueError if there is none."""
-    for path in sorted(Path(folder).glob("state_*.safetensors"), reverse=True):
-        try:
-            read_run(path)
-            return path
-        except ValueError as error:
-            print(f"{error}; going on from the one before")
-    raise ValueError(f"{folder}: no state of a run to go on from; start one without --resume")
-
-
-def read_run(path: str | Path) -> dict:
-    """{"step", "flags"} of a state. Raises ValueError if the file is no whole state."""
-    _, metadata = read_header(path)
-    if "minilcm.run" not in metadata:
-        raise ValueError(f"{path}: not the state of a run")
-    return json.loads(metadata["minilcm.run"])
-
-
-@torch.no_grad()
-def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict:
-    """Fill `named` and the optimizer in place from `save_state`'s file; -> `run`. Raises ValueError on other keys."""
-    tensors, _ = read_tensors(path)
-    moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
-    if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):
-        raise ValueError(f"{path}: state of another model or objective; give another --out, or the flags of that run")
-    for key, value in named.items():
-        value.copy_(share_of(tensors[key], value))
-    parameters = optimizer.param_groups[0]["params"]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        _, i, name = key.split(".")
-        like = parameters[int(i)]
-        state.setdefault(int(i), {})[name] = share_of(value, like) if value.shape == like.shape else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_run(path)

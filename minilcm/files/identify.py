@@ -1,18 +1,19 @@
-"""Whose file is it? The family of a checkpoint, or what else a file is, from its header alone."""
+"""Which model is in a file? The family of a checkpoint, or what else the file is, from its header alone."""
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from ..model.text import TextConfig, sdxl_text
-from ..model.unet import UNetConfig, sd15, sdxl, ssd1b
+from ..model.unet import UNetConfig, emoji, sd15, sdxl, ssd1b
 from ..model.vae import VAEConfig
 from .safetensors_file import Header, read_header
 
-# prefixes of each part in files; the first is the one written
+# Key prefixes of each part of a checkpoint; the first is the one that is written
 UNET = ("model.diffusion_model.", "diffusion_model.")
 VAE_ = ("first_stage_model.", "vae.")
 CLIP_L = (
@@ -22,7 +23,7 @@ CLIP_L = (
 )
 BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
 QUANTISED = re.compile(r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*")
-NO_WEIGHT = re.compile(  # buffers and leftovers of training that no network needs
+NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|posterior_\w+"
     r"|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*|embedding_manager\..*|global_step)"
 )
@@ -30,14 +31,14 @@ NO_WEIGHT = re.compile(  # buffers and leftovers of training that no network nee
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a model that its tensors do not say; written into the file's metadata as JSON."""
+    """What a model's tensors do not tell about it; written into the file's metadata as JSON."""
 
     unet: UNetConfig
     vae: VAEConfig
     text: TextConfig
     size: int  # native width and height in pixels
     guidance: float  # default guidance (1 + w) for ddim and dpmpp
-    names: tuple[str, ...] = ()  # what the model was taught to draw, if that is a closed list
+    names: tuple[str, ...] = ()  # what the model can draw, if that is a closed list
 
 
 def to_json(config: Config) -> str:
@@ -45,7 +46,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError and the like unless each field is there and of its type."""
+    """The inverse of `to_json`. Raises ValueError and the like unless every field is there with the right type."""
 
     def tuples(x):
         return tuple(tuples(y) for y in x) if isinstance(x, list) else x
@@ -55,9 +56,8 @@ def from_json(text: str) -> Config:
         if isinstance(kind, UnionType):
             return any(fits(value, k) for k in args)
         if args:  # tuple[int, ...] or tuple[int, int, int]
-            return type(value) is tuple and all(fits(x, args[0]) for x in value) and args[1:] in (
-                (...,), args[:1] * (len(value) - 1)
-            )  # fmt: skip
+            fixed = args[:1] * (len(value) - 1) if type(value) is tuple else None
+            return fixed is not None and args[1:] in ((...,), fixed) and all(fits(x, args[0]) for x in value)
         if kind in (int, float):
             return type(value) in (int, kind) and 0 <= value <= 1 << 16
         return type(value) is kind
@@ -70,10 +70,8 @@ def from_json(text: str) -> Config:
         return out
 
     raw = json.loads(text)
-    parts = dict(
-        unet=build(UNetConfig, raw["unet"]), vae=build(VAEConfig, raw["vae"]), text=build(TextConfig, raw["text"])
-    )
-    return build(Config, raw | parts)
+    classes = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+    return build(Config, raw | {part: build(cls, raw[part]) for part, cls in classes.items()})
 
 
 def sd15_config() -> Config:
@@ -88,18 +86,33 @@ def ssd1b_config() -> Config:
     return replace(sdxl_config(), unet=ssd1b())
 
 
+class Family(NamedTuple):
+    """A known architecture: its name, its UNet, and the Config of its official checkpoints."""
+
+    title: str
+    unet: Callable[[], UNetConfig]
+    config: Callable[[], Config] | None = None  # None: the file has it in its metadata
+
+
+FAMILIES = {
+    "emoji": Family("the emoji model", emoji),
+    "sd15": Family("SD1.x", sd15, sd15_config),
+    "ssd1b": Family("SSD-1B", ssd1b, ssd1b_config),
+    "sdxl": Family("SDXL base", sdxl, sdxl_config),  # after SSD-1B, whose modules it all has, too
+}
+
+
+def is_large(config: Config) -> bool:
+    """Of the size of an official checkpoint, for which saving memory is worth time."""
+    return config.unet.channels[0] >= 320
+
+
 def count_blocks(config: Config) -> int:
-    """About how many blocks the networks have; each has some tensors."""
-    depths = [depth for level in (*config.unet.down, *config.unet.up) for depth in level]
+    """Roughly how many blocks the networks have, each of which needs tensors: a bound on what a header may claim."""
+    unet, text = config.unet, config.text
+    depths = [depth for level in (*unet.down, *unet.up) for depth in level]
     vae = 2 * len(config.vae.channels) * config.vae.res_blocks
-    return (
-        len(depths)
-        + sum(depths)
-        + (config.unet.middle or 0)
-        + vae
-        + config.text.layers
-        + (config.text.big or (0, 0))[1]
-    )
+    return len(depths) + sum(depths) + (unet.middle or 0) + vae + text.layers + (text.big or (0, 0))[1]
 
 
 # ---- the parts of a file
@@ -117,15 +130,35 @@ def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, t
     return {}
 
 
-# ---- whose file is it?
+# ---- which model is it?
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint file that has been opened: its header, read once, and what it says."""
+
+    path: Path
+    header: Header
+    metadata: dict[str, str]
+    config: Config
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the header and identify the family. Raises ValueError with one line that says what the file is instead."""
+    header, metadata = read_header(path)
+    return Checkpoint(Path(path), header, metadata, identify_header(path, header, metadata))
 
 
 def identify(path: str | Path) -> Config:
-    """The family of a checkpoint from its header alone: what `load_model` would build.
+    """The Config of a checkpoint, from its header alone: what `load_model` would build. Raises as `open_checkpoint`."""
+    return open_checkpoint(path).config
 
-    Raises ValueError with one line that says what the file is instead.
-    """
-    header, metadata = read_header(path)
+
+def is_lora(header: Header) -> bool:
+    return any(re.search(r"\.?lora[._]", key) for key in header)
+
+
+def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) -> Config:
+    """`identify` for a header that has been read; `path` is for messages."""
     if lora := [k for k in header if re.search(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.", k)]:
         raise ValueError(f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint ({min(lora)})")
     unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # names and shapes, no prefix
@@ -140,12 +173,16 @@ def identify(path: str | Path) -> Config:
         try:
             config = from_json(metadata["minilcm.config"])
             if count_blocks(config) > len(header):
-                raise ValueError("of a larger model than the file has tensors for")
+                raise ValueError("it describes a larger model than the file has tensors for")
             return config
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             what = ascii(str(error)[:200])
-            raise ValueError(f"{path}: minilcm.config is not one of this version ({what})") from None
+            raise ValueError(f"{path}: minilcm.config is not of this version ({what})") from None
+    return config_of_shapes(path, unet)
 
+
+def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Config:
+    """The official family whose UNet has these shapes. Raises ValueError if there is none."""
     matrices = {k: s for k, s in unet.items() if len(s) > 1}
     width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
     context = next((s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None)
@@ -157,7 +194,7 @@ def identify(path: str | Path) -> Config:
         i += 1
     middle = depth(unet, "middle_block.1") if "middle_block.2.in_layers.2.weight" in unet else None
     facts = width, channels, context, adm, tuple(depths), middle
-    for config in (sd15_config(), sdxl_config(), ssd1b_config()):
+    for config in (family.config() for family in FAMILIES.values() if family.config):
         u = config.unet
         if facts == (u.channels[0], 4, u.context_dim, u.adm, tuple(d for level in u.down for d in level), u.middle):
             w_keys = [k for k in unet if k.endswith("cond_proj.weight")]
@@ -167,7 +204,7 @@ def identify(path: str | Path) -> Config:
 
 
 def refuse_quantised(path: str | Path, header: Header) -> None:
-    """Raises ValueError, one line, if a part has tensors that are no floating-point numbers, or that others scale."""
+    """Raises ValueError, one line, if a part has tensors that are not floating-point, or that other tensors scale."""
     for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
@@ -177,7 +214,7 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
 
 
 def depth(unet: dict, block: str) -> int:
-    """How many transformer blocks lie under `block`."""
+    """The number of transformer blocks below `block`."""
     prefix = f"{block}.transformer_blocks."
     return len({k.removeprefix(prefix).split(".")[0] for k in unet if k.startswith(prefix)})
 
@@ -195,11 +232,11 @@ def what_else(header: Header) -> str:
     ):
         if found := [k for k in header if mark in k]:
             return f"this is {what} (key {min(found)})"
-    return f"no LDM checkpoint (first key: {min(header, default='none')})"
+    return f"not an LDM checkpoint (first key: {min(header, default='none')})"
 
 
 def refused_family(width: int, channels: int, context: int | None, adm: int | None, depths: tuple, middle) -> str:
-    """The name of a UNet that is none of the three, from its shapes. FORMATS.md section 2.2."""
+    """The name of a UNet that is not supported, from its shapes."""
     if width == 256:
         return "the x4 upscaler"
     if channels in (8, 9):
@@ -214,6 +251,5 @@ def refused_family(width: int, channels: int, context: int | None, adm: int | No
         return "SD2.x"
     if context in (768, 1024) and depths != (1, 1, 1, 1, 1, 1, 0, 0):
         return "a distilled small SD (BK-SDM, SDXS or the like)"
-    return (
-        f"an unknown UNet (width {width}, in {channels}, context {context}, adm {adm}, depths {depths}, mid {middle})"
-    )
+    shapes = f"width {width}, in {channels}, context {context}, adm {adm}, depths {depths}, middle {middle}"
+    return f"an unknown UNet ({shapes})"

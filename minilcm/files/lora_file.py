@@ -6,7 +6,7 @@
     G4  unet.down_blocks.1.attentions.0.proj_in.lora_A.weight            PEFT, diffusers today
     G5  unet.down_blocks.1.attentions.0.[...].processor.to_q_lora.down.weight    diffusers of 2023
 
-Paths in a tau are LDM's for the UNet, and `te1.` or `te2.` + Hugging Face's for text encoders; names.py has the map.
+names.py has the map from these names to the paths of a tau.
 """
 
 import json
@@ -21,8 +21,10 @@ from einops import einsum
 from torch import Tensor
 
 from ..lora import Tau
-from ..model.unet import emoji, sd15, sdxl
-from .names import module_table, text_table, to_diffusers_path, to_ldm_path
+from ..merge import check_fit
+from ..model.unet import sdxl, ssd1b
+from .identify import FAMILIES, Family
+from .names import TOWERS, module_table, text_table, to_diffusers_path, to_ldm_path
 from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
 
 PREFIXES = {  # of a file's key -> of a path in tau
@@ -30,7 +32,7 @@ PREFIXES = {  # of a file's key -> of a path in tau
     "lora_te_text_model_": "te1.",
     "lora_te1_text_model_": "te1.",
     "lora_te2_text_model_": "te2.",
-    "lora_te_": "te1.",  # of transformers 5, which has no text_model any more
+    "lora_te_": "te1.",  # transformers 5 has dropped text_model
     "lora_te1_": "te1.",
     "lora_te2_": "te2.",
     "text_encoder.text_model.": "te1.",
@@ -40,7 +42,7 @@ PREFIXES = {  # of a file's key -> of a path in tau
     "unet.": "",
     "": "",
 }
-REFUSED = {  # what looks like LoRA and is not: mark in a key -> kind
+REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
@@ -70,7 +72,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any of the five spellings -> (prefix in tau, module as written, "up" | "down" | "mid" | "alpha")."""
+    """A key in any of the five spellings -> (prefix in tau, module as spelled, "up" | "down" | "mid" | "alpha")."""
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
     if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
@@ -85,11 +87,14 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     return PREFIXES[prefix], match[1].removeprefix(prefix), part
 
 
-def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]):
-    """The family whose UNet has most of these modules, by name and then by shape. SSD-1B's are all among SDXL's."""
+def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]) -> Family:
+    """The family whose UNet has most of these modules, by name and then by shape.
 
-    def fit(family) -> tuple[int, int]:
-        table, named, shaped = module_table(family), 0, 0
+    SSD-1B's modules are all among SDXL's: a LoRA that has no other is said to be for SSD-1B, and fits both.
+    """
+
+    def fit(family: Family) -> tuple[int, int]:
+        table, named, shaped = module_table(family.unet), 0, 0
         for (prefix, flat), parts in modules.items():
             if prefix == "" and flat in table:
                 named += 1
@@ -97,7 +102,21 @@ def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]):
                 shaped += all(parts[x].shape[i] == shape[i] for x, i in (("up", 0), ("down", 1)) if parts[x].ndim > 1)
         return named, shaped
 
-    return max((emoji, sd15, sdxl), key=fit)
+    return max(FAMILIES.values(), key=fit)
+
+
+def family_of(tau: Tau) -> Family:
+    """`find_family` for a tau."""
+    return find_family({("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()})
+
+
+def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
+    """`merge.check_fit` for all parts of a model; a text encoder that is missing is named."""
+    for te, tower in TOWERS.items():
+        first = next((path for path in tau if path.startswith(te)), None)
+        if first and not any(key.startswith(te) for key in weights):
+            raise ValueError(f"{name}: changes {tower}, a text encoder that is not here, first: {first}")
+    check_fit(weights, tau, name)
 
 
 def read_tau(path: str | Path) -> Tau:
@@ -108,22 +127,51 @@ def read_tau(path: str | Path) -> Tau:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    modules, spelled = by_module(path, tensors)
+    family, settings = find_family(modules), peft_settings(path, metadata)
+    if not settings and any(key.startswith("base_model.model.") for key in tensors):
+        print(f"{path}: no adapter_config.json beside it: lora_alpha is taken as the rank; PEFT's default is 8")
+    paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
+    if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
+        first = ", ".join(unknown[:5])
+        raise ValueError(f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}")
+    tau: Tau = {}
+    for module, parts in modules.items():
+        target, up, down = module[0] + paths[module], parts["up"], parts["down"]
+        if target in tau:
+            raise ValueError(f"{path}: {target} is in the file twice, in LDM and in diffusers spelling")
+        if "mid" in parts:  # LoCon's Tucker form: down is 1x1, mid has the kernel
+            down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
+        if "alpha" in parts:
+            lora_alpha = parts["alpha"].item()
+        elif module[0] in settings:
+            lora_alpha = settings[module[0]].lora_alpha(spelled[module], down.shape[0])
+        else:
+            lora_alpha = float(down.shape[0])
+        tau[target] = up, down, lora_alpha
+    return tau
+
+
+Module = tuple[str, str]  # (prefix in tau, flattened name)
+
+
+def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict[str, Tensor]], dict[Module, str]]:
+    """({module: {"up", "down", ...: tensor}}, {module: its name as spelled}). Raises ValueError as `read_tau` does."""
     for key in sorted(tensors):
         for mark, kind in REFUSED.items():
             if re.search(mark, key):
                 raise ValueError(f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key})")
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("bundle_emb.")}
-    keys = {key: split_key(key) for key in sorted(tensors)}
+    keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith("bundle_emb.")}
     if not any(keys.values()):
-        what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in tensors) else "no LoRA file"
-        raise ValueError(f"{path}: this is {what} (first key: {min(tensors, default='none')})")
+        what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in keys) else "not a LoRA file"
+        raise ValueError(f"{path}: this is {what} (first key: {min(keys, default='none')})")
 
-    modules: dict[tuple[str, str], dict[str, Tensor]] = {}  # (prefix in tau, flattened module): its tensors
-    spelled: dict[tuple[str, str], str] = {}
+    modules: dict[Module, dict[str, Tensor]] = {}
+    spelled: dict[Module, str] = {}
     for key, split in keys.items():
         value = tensors[key]
         if split is None:
-            raise ValueError(f"{path}: key {key} is none of a LoRA")
+            raise ValueError(f"{path}: key {key} does not belong to a LoRA")
         if not value.is_floating_point() and split[2] != "alpha":
             raise ValueError(f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first")
         value = value.float()
@@ -138,33 +186,13 @@ def read_tau(path: str | Path) -> Tau:
         if "up" not in parts or "down" not in parts:
             raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")
         check_shapes(f"{path}: {prefix}{flat}", **parts)
-
-    family, settings = find_family(modules), peft_settings(path, metadata)
-    if not settings and any(key.startswith("base_model.model.") for key in keys):
-        print(f"{path}: no adapter_config.json beside it: lora_alpha is taken as the rank; PEFT's default is 8")
-    paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family) for m in modules}
-    if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
-        first = ", ".join(unknown[:5])
-        raise ValueError(f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}")
-    tau: Tau = {}
-    for module, parts in modules.items():
-        target, up, down = module[0] + paths[module], parts["up"], parts["down"]
-        if target in tau:
-            raise ValueError(f"{path}: {target} is in the file twice, in LDM and in diffusers spelling")
-        if "mid" in parts:  # LoCon Tucker: down is 1x1, mid has the kernel
-            down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
-        if "alpha" in parts:
-            lora_alpha = parts["alpha"].item()
-        elif module[0] in settings:
-            lora_alpha = settings[module[0]].lora_alpha(spelled[module], down.shape[0])
-        else:
-            lora_alpha = float(down.shape[0])
-        tau[target] = up, down, lora_alpha
-    return tau
+    return modules, spelled
 
 
 def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> None:
-    """Raises ValueError unless up (out, r), down (r, in), or both with a kernel, up's 1x1, fit; none of them empty."""
+    """Raises ValueError unless up (out, r) and down (r, in), for convolutions (out, r, 1, 1) and (r, in, k, k), fit and
+    are not empty.
+    """
     rank, ones = down.shape[:1], (1,) * (down.ndim - 2)
     if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):
         raise ValueError(f"{name} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
@@ -176,14 +204,14 @@ def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None,
 
 
 class PeftSettings(NamedTuple):
-    """What PEFT keeps beside the tensors of one network."""
+    """What PEFT stores beside the tensors of one network."""
 
-    default: float
+    default: float  # lora_alpha
     patterns: dict[str, float]  # {end of a module's name, or a regular expression of it: lora_alpha}
     rslora: bool  # scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
 
     def lora_alpha(self, module: str, rank: int) -> float:
-        """By the first pattern that fits the end of `module`'s name, at a dot."""
+        """By the first pattern that matches the end of `module`'s name, at a dot."""
         names = module, f"text_model.{module}"  # text encoders: patterns have it or not
         fits = (a for p, a in self.patterns.items() if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names))
         return next(fits, self.default) * (rank**0.5 if self.rslora else 1.0)
@@ -192,8 +220,8 @@ class PeftSettings(NamedTuple):
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
     """{prefix in tau: settings} from the header's `lora_adapter_metadata`, else adapter_config.json in the same folder.
 
-    Raises ValueError with one line if they are none of PEFT's. A pattern with repeats is refused: a file of unknown
-    origin could keep a regular expression busy for years.
+    Raises ValueError with one line if they are not PEFT's. A pattern with repeats is refused: in a malicious file such
+    a regular expression could run for years.
     """
     config, inside = path.parent / "adapter_config.json", "lora_adapter_metadata" in metadata
     if not inside and not config.is_file():
@@ -216,13 +244,16 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
                     raise ValueError("an alpha is not finite")
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, re.error) as error:
         what = ascii(f"{type(error).__name__} {error}"[:200])
-        raise ValueError(f"{path}: {where} is none of PEFT's settings ({what})") from None
+        raise ValueError(f"{path}: {where} does not hold PEFT's settings ({what})") from None
     return settings
 
 
 def read_recipe(path: str | Path) -> dict[str, str]:
     """What `write_tau` recorded: {"w": "7.5", "K": "50", ...}, without the `minilcm.` prefix."""
-    _, metadata = read_header(path)
+    return recipe_in(read_header(path)[1])
+
+
+def recipe_in(metadata: dict[str, str]) -> dict[str, str]:
     return {key.removeprefix("minilcm."): value for key, value in metadata.items() if key.startswith("minilcm.")}
 
 
@@ -234,11 +265,11 @@ def write_tau(
 ) -> None:
     """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata under `minilcm.*`.
 
-    style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). None is what most programs read: G1 for SD1.x, G2 for SDXL, of
-    which A1111 loses a module in G1. lora_alpha is rounded to `dtype` in kohya's styles.
+    style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1 for SD1.x, G2 for
+    SDXL, because A1111 ignores one of SDXL's modules in G1. lora_alpha is rounded to `dtype` in kohya's styles.
     """
-    family = find_family({("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()})
-    cfg, is_xl = family(), family is sdxl
+    family = family_of(tau)
+    cfg, is_xl = family.unet(), family.unet in (sdxl, ssd1b)
     style = style or ("ldm" if is_xl else "diffusers")
     tensors, settings = {}, {}
     for target, (up, down, lora_alpha) in tau.items():
@@ -262,8 +293,8 @@ def write_tau(
     write_tensors(path, tensors, metadata | {f"minilcm.{k}": v for k, v in recipe.items()})
 
 
-def lora_metadata(tau: Tau, family, settings: dict[str, dict[str, tuple[int, float]]]) -> dict[str, str]:
-    """What kohya's, A1111's and ComfyUI's lists read; A1111 hides an SDXL LoRA that does not say so. FORMATS 7.1."""
+def lora_metadata(tau: Tau, family: Family, settings: dict[str, dict[str, tuple[int, float]]]) -> dict[str, str]:
+    """What the lists of kohya, A1111 and ComfyUI read; A1111 hides an SDXL LoRA whose metadata does not say SDXL."""
     ranks = sorted({down.shape[0] for _, down, _ in tau.values()})
     alphas = sorted({lora_alpha for _, _, lora_alpha in tau.values()})
     metadata = {
@@ -274,13 +305,11 @@ def lora_metadata(tau: Tau, family, settings: dict[str, dict[str, tuple[int, flo
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.date": date.today().isoformat(),
     }
-    base = {
-        sd15: ("sd_v1", "stable-diffusion-v1/lora"),
-        sdxl: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    }
-    if family in base:
-        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base[family]
-    if settings:  # PEFT: one rank and lora_alpha for all of a network, and patterns for those that differ
+    sdxl_names = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"
+    base = {"SD1.x": ("sd_v1", "stable-diffusion-v1/lora"), "SSD-1B": sdxl_names, "SDXL base": sdxl_names}
+    if family.title in base:
+        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base[family.title]
+    if settings:  # PEFT: one rank and lora_alpha for a whole network, and patterns for the modules that differ
         raw = {}
         for name, modules in settings.items():
             r, lora_alpha = next(iter(modules.values()))

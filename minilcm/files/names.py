@@ -1,5 +1,7 @@
 """The names of modules, LDM <-> diffusers, and flattened: one of the two maps of this project, with its inverse.
 
+A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's paths for the text encoders.
+
     LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q        as in checkpoints and in a tau
     diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
     flattened  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
@@ -7,11 +9,13 @@
 A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module names of a known UNet.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import nn
 
+from ..lora import Tau
 from ..model.unet import UNet, UNetConfig
 
 RES = {  # inside a ResBlock: LDM's name -> diffusers'
@@ -24,8 +28,17 @@ RES = {  # inside a ResBlock: LDM's name -> diffusers'
 }
 
 
+TOWERS = {"te1.": "CLIP-L", "te2.": "bigG"}  # prefix in a tau -> text encoder
+
+
+def split_parts(tau: Tau) -> tuple[Tau, Tau]:
+    """(modules of the UNet, modules of text encoders)."""
+    text = {path: parts for path, parts in tau.items() if path.startswith(tuple(TOWERS))}
+    return {path: parts for path, parts in tau.items() if path not in text}, text
+
+
 def block_names(cfg: UNetConfig) -> dict[str, str]:
-    """{LDM block: diffusers block}, in running order. LDM counts blocks through, diffusers level by level."""
+    """{LDM block: diffusers block}, in running order. LDM numbers all blocks in one series, diffusers by level."""
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -67,10 +80,10 @@ def to_diffusers_path(path: str, cfg: UNetConfig) -> str:
 
 
 @cache
-def module_table(family) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{flattened name: (LDM path, shape of the weight)} of a family's Linear and Conv2d modules, in both spellings."""
+def module_table(config: Callable[[], UNetConfig]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{flattened name: (LDM path, shape of the weight)} of a UNet's Linear and Conv2d modules, in both spellings."""
     with torch.device("meta"):
-        unet = UNet(family())
+        unet = UNet(config())
     table = {}
     for path, m in unet.named_modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
@@ -81,12 +94,12 @@ def module_table(family) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @cache
 def text_table() -> dict[str, str]:
-    """{flattened name: Hugging Face's path} below `text_model.`, of up to 32 layers, and bigG's text_projection."""
+    """{flattened name: Hugging Face's path below `text_model.`}, for 32 layers, and bigG's text_projection."""
     parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
     paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + ["text_projection"]
     return {path.replace(".", "_"): path for path in paths}
 
 
-def to_ldm_path(flat: str, family) -> str | None:
+def to_ldm_path(flat: str, config: Callable[[], UNetConfig]) -> str | None:
     """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` -> `input_blocks.1.0.in_layers.2`."""
-    return module_table(family).get(flat, (None,))[0]
+    return module_table(config).get(flat, (None,))[0]

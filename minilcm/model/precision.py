@@ -1,18 +1,17 @@
-"""Where a network sits, in which number format, and how many bytes a training step will take."""
+"""Where a network sits, and in which number format it computes and is stored."""
 
 import functools
-import resource
-import sys
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import ResBlock, TransformerBlock
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -25,9 +24,14 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Inside the block, matrix products and convolutions run in `dtype`; float32 switches it off."""
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 @contextmanager
 def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """The module on `device` for one block, then back on the CPU: of three networks, only one is on the card."""
+    """The module on `device` for one block, then back on the CPU: only one of three networks is on the GPU."""
     try:
         yield module.to(device)
     finally:
@@ -38,58 +42,56 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
 def add_checkpointing(unet: nn.Module) -> None:
     """Gradient checkpointing (1604.06174): keep only the inputs of each ResBlock and transformer block.
 
-    The backward pass computes the inside once more: about a third more work, a fraction of the activations. Without
-    gradients, as for teacher and target, nothing changes.
+    The backward pass recomputes what is inside: about a third more work, a fraction of the activations. A forward
+    pass without gradients, as the teacher's and the target's, is not changed.
     """
     for block in unet.modules():
         if isinstance(block, ResBlock | TransformerBlock):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def tensors_in(x) -> Iterator[torch.Tensor]:
-    """The tensors among an operation's arguments or results: torch's own tree_leaves takes several times as long."""
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for part in x:
-            yield from tensors_in(part)
+# ---- a frozen float16 weight under float32 arithmetic
 
 
-class LiveBytes(TorchDispatchMode):
-    """Inside the block: bytes of the tensors that were made in it and are alive, `now` and at the `peak`.
+def is_narrow(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
+    """Whether x, outside autocast, is float32 while the layer's frozen weight is stored in float16."""
+    return x.dtype == torch.float32 and layer.weight.dtype == torch.float16
 
-    Sees every operation below autograd, so temporaries and what the graph keeps count; views share their storage. On
-    real tensors and on fake ones, which have shapes and no memory (FakeTensorMode).
+
+def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """The layer's output in float32, from a weight that is widened where it is used, in both directions.
+
+    A plain `weight.float()` would be kept by autograd from the forward to the backward pass, for every layer at once.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, int] = {}  # {storage: bytes}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {x.untyped_storage()._cdata for x in tensors_in((args, *(kwargs or {}).values()))}
-        for x in tensors_in(out):
-            storage = x.untyped_storage()
-            if storage._cdata not in old and storage._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage._cdata)
-        return out
-
-    def free(self, storage: int) -> None:
-        self.now -= self.alive.pop(storage)
+    if isinstance(layer, nn.Linear):
+        return WidenedLinear.apply(x, layer.weight, layer.bias)
+    return WidenedConv2d.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
 
-def peak_bytes(device: str) -> int:
-    """The most that this process has held so far, on the card or in main memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+class WidenedLinear(torch.autograd.Function):
+    """W x + b with a frozen float16 W, b and a float32 x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
 
 
-def size_of(tensors) -> int:
-    """Bytes of an iterable of tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors)
+class WidenedConv2d(torch.autograd.Function):
+    """The same for a convolution."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.sizes = x.shape, stride, padding
+        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,), (shape, stride, padding) = ctx.saved_tensors, ctx.sizes
+        return nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding), None, None, None, None

@@ -1,25 +1,29 @@
-"""The text encoders: prompts -> Cond, on open_clip's tower class and tokenizer, from the official key names.
+"""The text encoders: prompts -> Cond, by open_clip's tower and tokenizer, from the official key names.
 
-Official SD1.x files keep the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the
+Official SD1.x files have the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the
 three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse: one of the two maps of this project.
+open_clip takes longer to import than torch, so it is imported when a tower or tokenizer is built.
 """
 
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from .layers import timestep_embedding
 from .unet import Cond
 
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.transformer import TextTransformer
+
 BOS, EOS, N_TOKENS, VOCAB = 49406, 49407, 77, 49408
 
-RENAMED = {  # CLIP-L's name -> open_clip's, one level each
+RENAMED = {  # part of a CLIP-L key -> of open_clip's
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm.": "ln_final.",
@@ -32,11 +36,15 @@ RENAMED = {  # CLIP-L's name -> open_clip's, one level each
 }
 
 
-def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys; q, k, v become rows of in_proj in that
-    order.
+def qkv_rows(n: int) -> dict[str, slice]:
+    """Where q, k and v are in the n rows of open_clip's fused in_proj."""
+    return {x: slice(i * n // 3, (i + 1) * n // 3) for i, x in enumerate("qkv")}
 
-    `embeddings.position_ids` is no weight and is left out. Raises KeyError if a layer lacks one of q, k, v.
+
+def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys, with q, k, v fused.
+
+    `embeddings.position_ids` is not a weight and is left out. Raises KeyError if a layer lacks one of q, k, v.
     """
     out = {}
     for key, value in state.items():
@@ -55,8 +63,8 @@ def open_clip_to_clip_l(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state.items():
         if fused := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key):
-            for x, rows in zip("qkv", value.chunk(3)):
-                out[f"encoder.layers.{fused[1]}.self_attn.{x}_proj.{fused[2]}"] = rows
+            for x, rows in qkv_rows(len(value)).items():
+                out[f"encoder.layers.{fused[1]}.self_attn.{x}_proj.{fused[2]}"] = value[rows]
         else:
             for theirs, ours in RENAMED.items():
                 key = key.replace(ours, theirs)
@@ -77,8 +85,10 @@ def sdxl_text() -> TextConfig:
 
 
 @cache
-def tokenizer() -> SimpleTokenizer:
-    """CLIP's byte pairs: 20 MB of tables, the same for all models of a process."""
+def tokenizer() -> "SimpleTokenizer":
+    """CLIP's byte pairs: 20 MB of tables, shared by all models of a process."""
+    from open_clip.tokenizer import SimpleTokenizer
+
     return SimpleTokenizer()
 
 
@@ -86,34 +96,36 @@ class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
     SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "".
-    SDXL (2307.01952 section 2.1): context = both towers' last but one layer, no final norm, (b, 77, 768 + 1280);
+    SDXL (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm, (b, 77, 768 + 1280);
     vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each, (b, 2816); null is zeros for text.
     """
 
     def __init__(self, cfg: TextConfig = TextConfig()):
+        from open_clip.transformer import QuickGELU, TextTransformer
+
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer()
         self.tower = TextTransformer(
             N_TOKENS, VOCAB, cfg.width, cfg.heads, cfg.layers, output_dim=None, proj_type="none", act_layer=QuickGELU
         )
-        self.tower.attn_mask = None  # built in `hidden`, so that a tower on meta needs its weights only
+        self.tower.attn_mask = None  # built in `hidden`, so that a tower made on meta needs only its weights
         if cfg.big:
             width, layers, heads = cfg.big
             self.big = TextTransformer(N_TOKENS, VOCAB, width, heads, layers, output_dim=width)  # exact GELU
             self.big.attn_mask = None
-        self.cut: set[str] = set()  # prompts that were too long
+        self.cut: set[str] = set()  # prompts reported as too long
 
     def tokenize(self, prompts: list[str], pad: int = EOS) -> Tensor:
         """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (EOS for CLIP-L, 0 for bigG).
 
-        Longer prompts are cut, with one line that says what is ignored.
+        Longer prompts are cut, and one printed line says what is ignored.
         """
         ids = torch.full((len(prompts), N_TOKENS), pad)
         for row, prompt in zip(ids, prompts):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > N_TOKENS - 2 and pad == EOS and prompt not in self.cut:
-                self.cut.add(prompt)  # said once
+                self.cut.add(prompt)
                 print(f"prompt cut after 75 tokens; ignored: {self.tokenizer.decode(tokens[N_TOKENS - 2 :])!r}")
             tokens = [BOS, *tokens[: N_TOKENS - 2], EOS]
             row[: len(tokens)] = torch.tensor(tokens)
@@ -136,13 +148,13 @@ class TextEncoder(nn.Module):
         # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and text_projection
         at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
         pooled = at_eos @ self.big.text_projection
-        return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, whole(size)))
+        return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, uncut_ids(size)))
 
     def encode_captions(self, captions: list[str]) -> Cond:
-        """As `encode`, but an empty caption, dropped for guidance, is the null condition that sampling will ask for."""
+        """`encode`, but an empty caption, dropped for guidance, gets the null condition that sampling will use."""
         cond = self.encode(captions)
         if cond.vector is None:
-            return cond  # for SD1.x "" is it
+            return cond  # SD1.x: "" is the null condition
         null = self.null_cond(len(captions))
         empty = torch.tensor([caption == "" for caption in captions], device=cond.context.device)  # (b,)
         context = torch.where(empty[:, None, None], null.context, cond.context)
@@ -150,16 +162,16 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:
-        """The empty condition of classifier-free guidance, b rows: "" for SD1.x; zeros, but the size, for SDXL."""
+        """The null condition of classifier-free guidance, b rows: "" for SD1.x; for SDXL zeros, except the size."""
         if not self.cfg.big:
             return Cond(self.encode([""]).context.expand(b, -1, -1))
         weight, width = self.tower.positional_embedding, self.cfg.big[0]
         context = weight.new_zeros(b, N_TOKENS, self.cfg.width + width)
-        return Cond(context, add_size(weight.new_zeros(b, width), whole(size)))
+        return Cond(context, add_size(weight.new_zeros(b, width), uncut_ids(size)))
 
 
-def whole(size: tuple[int, int]) -> Tensor:
-    """Size ids (1, 6) of a picture of `size` (W, H) that was neither scaled nor cut."""
+def uncut_ids(size: tuple[int, int]) -> Tensor:
+    """The size ids (1, 6) of a picture of `size` (W, H) that was neither scaled nor cut."""
     width, height = size
     return torch.tensor([[height, width, 0, 0, height, width]])
 
@@ -172,7 +184,7 @@ def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
 
 
 def with_sizes(cond: Cond, size_ids: Tensor) -> Cond:
-    """The same Cond for pictures of other size ids (b or 1, 6). SD1.x has none: as it was."""
+    """The same Cond with other size ids (b or 1, 6); unchanged for SD1.x, which has none."""
     return cond if cond.vector is None else Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
 
 
@@ -182,8 +194,8 @@ def lora_weights(text: TextEncoder) -> dict[str, Tensor]:
     for te, tower in (("te1", text.tower), ("te2", getattr(text, "big", None))):
         for i, block in enumerate(tower.transformer.resblocks if tower else []):
             layer = f"{te}.encoder.layers.{i}"
-            for x, rows in zip("qkv", block.attn.in_proj_weight.chunk(3)):
-                views[f"{layer}.self_attn.{x}_proj.weight"] = rows
+            for x, rows in qkv_rows(len(block.attn.in_proj_weight)).items():
+                views[f"{layer}.self_attn.{x}_proj.weight"] = block.attn.in_proj_weight[rows]
             views[f"{layer}.self_attn.out_proj.weight"] = block.attn.out_proj.weight
             views[f"{layer}.mlp.fc1.weight"] = block.mlp.c_fc.weight
             views[f"{layer}.mlp.fc2.weight"] = block.mlp.c_proj.weight
@@ -192,8 +204,8 @@ def lora_weights(text: TextEncoder) -> dict[str, Tensor]:
     return views
 
 
-def hidden(tower: TextTransformer, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs of the last and of the last but one layer, without final norm, (b, n, d) each."""
+def hidden(tower: "TextTransformer", ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of the last and of the penultimate layer, without final norm, (b, n, d) each."""
     n = ids.shape[1]
     x = tower.token_embedding(ids) + tower.positional_embedding[:n]  # (b, n, d)
     mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device).triu(1)  # causal: -inf above the diagonal

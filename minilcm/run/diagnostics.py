@@ -1,37 +1,65 @@
-"""Seeing a training run: what is measured at every save, on fixed latents, captions and noise.
+"""What is measured at every save of a training run, on fixed latents, captions and noise.
 
-No noise is drawn anew, so the numbers of two saves differ by the weights only. As in lcm.py, student, teacher, target
-are callables (z_t, t, cond, w) -> eps_hat. The teacher does not learn: its trajectory is walked once, before the loop.
+No noise is drawn anew, so the numbers of two saves differ only because the weights do. As in lcm.py, student, teacher
+and target are callables (z_t, t, cond, w) -> eps_hat. The teacher does not learn: its trajectory is computed once,
+before the loop.
 """
 
 import json
 import os
-import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..lcm import K, Network, draw, f_theta, lcd_loss, sample_lcm, train_grid
-from ..lora import Tau
+from ..generate import generate
+from ..lcm import GRID, Network, draw, f_theta, lcd_loss, train_grid
 from ..model.unet import Cond
 from ..schedule import Schedule, T, diffusion_loss
 from ..solver import EpsFn, guided_eps, sample_ddim
 
-INDICES = tuple(round(i * (K - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49: ten of the 50 grid indices
-STEPS = (1, 2, 4)  # of the student
+INDICES = tuple(round(i * (GRID - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49: ten of the 50 grid indices
+STEPS = (1, 2, 4)  # numbers of LCM steps that the student is sampled with
 
 
-def fixed_noise(shape: tuple[int, ...], device="cpu") -> tuple[Tensor, list[torch.Generator]]:
-    """z_T (b, c, h, w) and the generators that drew it, image i by seed i, as `sample.py --seed 0` does."""
-    generators = [torch.Generator().manual_seed(i) for i in range(shape[0])]
-    z_T = torch.stack([torch.randn(shape[1:], generator=g) for g in generators])  # (b, c, h, w)
-    return z_T.to(device), generators
+class Probe(NamedTuple):
+    """What every save is measured on."""
+
+    z0: Tensor  # (b, 4, h, w) of a batch, for the loss
+    cond: Cond  # of its captions
+    null_cond: Cond
+    prompts_cond: Cond  # of the eight prompts that are drawn, from seeds 0-7
+    prompts_null: Cond
+    w: float  # guidance
+    before: Tensor  # lcm: the teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) before training
+
+
+def lcm_record(
+    student: Network, teacher: Network, target: Network, probe: Probe, schedule: Schedule, k: int
+) -> tuple[dict, dict[str, Tensor]]:
+    """(measurements of an LCM, {label: z0 (8, 4, h, w)} for its sheet)."""
+    latents = probe.z0, probe.cond, probe.null_cond, schedule, probe.w
+    along = probe.before, probe.prompts_cond, schedule, probe.w
+    neighbours, to_end = consistency_along_trajectory(student, *along)
+    record = {
+        "loss_by_index": loss_by_index(student, teacher, target, *latents, k),
+        "self_consistency": neighbours,
+        "to_end": to_end,
+        "to_teacher": distance_to_teacher(student, *along),
+    }
+    return record, lcm_columns(student, teacher, *along)
+
+
+def diffusion_record(student: Network, probe: Probe, schedule: Schedule) -> tuple[dict, dict[str, Tensor]]:
+    """(measurements of a diffusion model, {label: z0 (8, 4, h, w)} for its sheet)."""
+    now = guided_ddim(student, probe.before, probe.prompts_cond, probe.prompts_null, schedule, probe.w)
+    record = {"loss_by_band": loss_by_band(student, probe.z0, probe.cond, schedule)}
+    return record, {"before, 20 DDIM": probe.before, "now, 20 DDIM": now}
 
 
 def bind(network: Network, cond: Cond, w: float) -> EpsFn:
-    """eps_fn(z_t, t) -> eps_hat of a network, the same cond and w at every call."""
+    """eps_fn(z_t, t) -> eps_hat of a network, with the same cond and w at every call."""
 
     def eps_fn(z_t: Tensor, t: int | Tensor) -> Tensor:
         t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))  # (b,)
@@ -41,7 +69,7 @@ def bind(network: Network, cond: Cond, w: float) -> EpsFn:
 
 
 def in_parts(network: Network, most: int) -> Network:
-    """The network on at most `most` images at a time: looking takes no more memory than a step of training."""
+    """The network on at most `most` images at a time, so that measuring needs no more memory than a training step."""
 
     def call(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
         parts = [slice(i, i + most) for i in range(0, len(z_t), most)]
@@ -67,10 +95,9 @@ def loss_by_index(
     null_cond: Cond,
     schedule: Schedule,
     w: float,
-    k: int = T // K,
+    k: int = T // GRID,
 ) -> dict[int, float]:
-    """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), the same noise at each."""
-
+    """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), with the same noise."""
     _, ws, eps = draw(z0.shape, torch.Generator().manual_seed(0), (w, w))
 
     def loss_at(n: int) -> float:
@@ -82,9 +109,9 @@ def loss_by_index(
 
 @torch.no_grad()
 def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -> dict[int, float]:
-    """{first t of a band of 100: mean squared error of eps_hat there}, not weighted: 1 is knowing nothing.
+    """{first t of a band of 100: mean squared error of eps_hat there}, unweighted: a network that says 0 has 1.
 
-    z0 (b, c, h, w): image i is at the same place (i + 1/2) / b of every band, with the same noise.
+    z0 (b, c, h, w): image i is at (i + 1/2) / b of every band, with the same noise.
     """
     b, losses = len(z0), {}
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
@@ -99,14 +126,13 @@ def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -
 
 @torch.no_grad()
 def guided_trajectory(
-    network: Network, z_T: Tensor, cond: Cond, null_cond: Cond, schedule: Schedule, w: float, steps: int = K
+    network: Network, z_T: Tensor, cond: Cond, null_cond: Cond, schedule: Schedule, w: float, steps: int = GRID
 ) -> Tensor:
     """All points of guided DDIM, (steps + 1, b, c, h, w): from z_T at t = 999 to z0 at t = 0.
 
-    With 50 steps these are the points of the training grid: [49 - n] is at t = 20 n + 19.
+    With 50 steps they are at the timesteps of the training grid: [49 - n] is at t = 20 n + 19.
     """
-    eps_fn = guided_eps(lambda z_t, t, cond: bind(network, cond, w)(z_t, t), cond, null_cond, w)
-    points = []
+    eps_fn, points = guided(network, cond, null_cond, w), []
 
     def record(z_t: Tensor, t: int) -> Tensor:
         points.append(z_t)
@@ -116,14 +142,26 @@ def guided_trajectory(
     return torch.stack([*points, z0])
 
 
+def guided(network: Network, cond: Cond, null_cond: Cond, w: float) -> EpsFn:
+    return guided_eps(lambda z_t, t, cond: bind(network, cond, w)(z_t, t), cond, null_cond, w)
+
+
+def guided_ddim(
+    network: Network, like: Tensor, cond: Cond, null_cond: Cond, schedule: Schedule, w: float, steps: int = 20
+) -> Tensor:
+    """z0 (b, c, h, w), of the shape and device of `like`, by guided DDIM from seeds 0 to b - 1."""
+    eps_fn, seeds = guided(network, cond, null_cond, w), range(len(like))
+    return generate(eps_fn, seeds, like.shape[1:], "ddim", steps, device=like.device, schedule=schedule)
+
+
 @torch.no_grad()
 def consistency_along_trajectory(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> tuple[dict[int, float], dict[int, float]]:
     """How far f is from constant along the teacher's 50-step trajectory (51, b, c, h, w), by grid index n.
 
-    {n: RMS of f(z_{t_{n+k}}) - f(z_{t_n})}, neighbours, k = 20; {n: RMS of f(z_{t_{n+k}}) - z0}, z0 the trajectory's
-    end. Both vanish if the student solves the teacher's ODE as 50 steps of DDIM do. 2303.01469 definition 1.
+    {n: RMS of f at index n minus f at its neighbour}, 20 timesteps below; {n: RMS of f at index n minus z0, the
+    trajectory's end}. Both are 0 if the student solves the teacher's ODE as 50 steps of DDIM do. 2303.01469 def. 1.
     """
     eps_fn, neighbours, end = bind(student, cond, w), {}, {}
 
@@ -132,24 +170,24 @@ def consistency_along_trajectory(
 
     for n in INDICES:
         t_start = int(train_grid()[n])
-        f_start = f(trajectory[K - 1 - n], t_start)  # (b, c, h, w)
-        f_end = f(trajectory[K - n], max(t_start - T // K, 0))
+        f_start = f(trajectory[GRID - 1 - n], t_start)  # (b, c, h, w)
+        f_end = f(trajectory[GRID - n], max(t_start - T // GRID, 0))
         neighbours[n], end[n] = rms(f_start - f_end), rms(f_start - trajectory[-1])
     return neighbours, end
 
 
-def few_steps(network: Network, z_T: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int) -> Tensor:
-    """z0 (b, c, h, w) of 1 to 50 LCM steps; the noise between steps is the same for every network and save."""
-    _, generators = fixed_noise(z_T.shape)  # each has drawn its z_T: the noise that follows is another
-    return sample_lcm(bind(network, cond, w), z_T, schedule, steps, generators)
+def few_steps(network: Network, like: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int) -> Tensor:
+    """z0 (b, c, h, w), of the shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b - 1."""
+    eps_fn, seeds = bind(network, cond, w), range(len(like))
+    return generate(eps_fn, seeds, like.shape[1:], "lcm", steps, device=like.device, schedule=schedule)
 
 
 def distance_to_teacher(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> dict[int, float]:
-    """{steps: RMS of the student's z0 in 1, 2, 4 steps minus the trajectory's end}, both from z_T = trajectory[0].
+    """{steps: RMS of the student's z0 in 1, 2, 4 steps minus the trajectory's end}, both from seeds 0 to b - 1.
 
-    One step alone can reach 0: the noise between steps leads more of them to another picture of the same prompt.
+    Only one step can reach 0: with more, the noise between them leads to another picture of the same prompt.
     """
     z0 = {steps: few_steps(student, trajectory[0], cond, schedule, w, steps) for steps in STEPS}
     return {steps: rms(z0[steps] - trajectory[-1]) for steps in STEPS}
@@ -158,56 +196,37 @@ def distance_to_teacher(
 def lcm_columns(
     student: Network, teacher: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> dict[str, Tensor]:
-    """{label: z0 (b, c, h, w)} for `pictures.draw_sheet`, all columns from the trajectory's z_T."""
+    """{label: z0 (b, c, h, w)} for `pictures.draw_sheet`, all from the same seeds."""
     columns = {"base, 4 steps": few_steps(teacher, trajectory[0], cond, schedule, w, 4)}
     for steps, label in zip(STEPS, ("student, 1 step", "student, 2 steps", "student, 4 steps")):
         columns[label] = few_steps(student, trajectory[0], cond, schedule, w, steps)
     return columns | {"teacher, 50 DDIM": trajectory[-1]}
 
 
-# ---- the LoRA
-
-
-@torch.no_grad()
-def delta_norms(tau: Tau) -> dict[str, float]:
-    """{block: ||dW||_F over all its modules}, input_blocks.i first, then middle_block, output_blocks.i and the text
-    encoders; no dW is formed.
-    """
-    squares = {}
-    for path, (up, down, lora_alpha) in tau.items():
-        block = re.match(r"(?:in|out)put_blocks\.\d+|te\d\.encoder\.layers\.\d+|\w+", path)[0]
-        B = rearrange(up.double(), "out r ... -> out (r ...)")  # (out, r)
-        A = rearrange(down.double(), "r ... -> r (...)")  # (r, in k k)
-        # ||s B A||_F^2 = s^2 tr((B^T B)(A A^T)), s = lora_alpha / r; both factors are symmetric
-        squares[block] = squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
-    in_order = sorted(squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)])
-    return {block: squares[block].clamp(min=0).sqrt().item() for block in in_order}
-
-
 # ---- the log
 
 
 def append_metrics(path: str | Path, record: dict) -> None:
-    """One more line of JSON, on the disk when this returns. A kill meanwhile leaves at most a torn last line."""
+    """Append a line of JSON, on the disk when this returns. A kill meanwhile leaves at most a truncated last line."""
     with open(path, "a+b") as f:
         f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)  # a torn line would swallow this one
+        f.truncate(f.read().rfind(b"\n") + 1)  # a truncated line would merge with this one
         f.write(json.dumps(record).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records by step, as appended. A torn last line is ignored; of a step written twice the later counts.
+    """The records by step. A truncated last line is ignored; of a step written twice, the later record counts.
 
-    Raises ValueError if there is no such file or a whole line is no record.
+    Raises ValueError if there is no such file, or a complete line is not a record.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     records = {}
-    for i, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):  # what follows the last break is torn
+    for i, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):  # what follows the last break is truncated
         try:
-            # JSON has names only: indices and numbers of steps become int again
+            # JSON's keys are strings: indices and numbers of steps become int again
             record = json.loads(line, object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
             records[record["step"]] = record
         except (ValueError, KeyError, TypeError):

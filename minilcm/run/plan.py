@@ -1,33 +1,103 @@
 """Will it fit? The memory of a training step, part by part, from shapes alone: before any weight is read.
 
-The real step runs on fake tensors, which have shapes and no memory. They are said to lie on the CPU, since autograd's
-backward asks for a real card; the shapes are the same.
+The real step runs on fake tensors, which have a shape but no memory. They are declared to be on the CPU, because
+autograd's backward pass asks for a real GPU; the shapes are the same.
 """
 
+import resource
+import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..files.identify import Config
-from ..model.precision import LiveBytes, size_of
 from ..model.text import N_TOKENS, TextEncoder
 from ..model.unet import Cond, UNet
 from ..model.vae import VAE
 from ..objective import Objective, loss_of, make_networks
 
-RUNTIME = {"cuda": 0.5, "cpu": 0.9}  # GB, about: CUDA's own; Python, its libraries and the kernels they compile
+RUNTIME = {"cuda": 0.5, "cpu": 0.9}  # GB, about: the CUDA context; Python, its libraries and the kernels they compile
+
+
+class Step(NamedTuple):
+    """What the memory of a training step depends on, besides objective and model."""
+
+    batch: int
+    size: int  # width and height of the pictures in pixels
+    device: str
+    half: torch.dtype  # of the forward pass
+    average: bool = False  # whether an average of the weights is kept
+    accumulate: int = 1  # batches a step
+
+
+# ---- counting bytes
+
+
+def tensors_in(x) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results; torch's own tree_leaves is several times slower."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from tensors_in(part)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside the block that are still alive: `now`, and at the `peak`.
+
+    It sees every operation below autograd, so temporaries and what the graph saves both count; views share their
+    storage and count once. Works on real tensors and on fake ones (FakeTensorMode), which have a shape but no memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, int] = {}  # {storage: bytes}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage()._cdata for x in tensors_in((args, *(kwargs or {}).values()))}
+        for x in tensors_in(out):
+            storage = x.untyped_storage()
+            if storage._cdata not in old and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return out
+
+    def free(self, storage: int) -> None:
+        self.now -= self.alive.pop(storage)
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory this process has held so far, on the GPU or in main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def size_of(tensors) -> int:
+    """Bytes of an iterable of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+# ---- the plan
 
 
 @contextmanager
 def norms_as_on_cuda() -> Iterator[None]:
-    """Autocast runs normalisations in float32 on a card, but not on a CPU: the wide inputs are kept, and count."""
+    """CUDA's autocast normalises in float32 and keeps the widened inputs, which therefore count; the CPU's does not."""
 
     def widened(norm):
         return lambda x, *args: norm(x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args))
@@ -36,45 +106,37 @@ def norms_as_on_cuda() -> Iterator[None]:
         yield
 
 
-def step_bytes(
-    objective: Objective,
-    config: Config,
-    batch: int,
-    size: int,
-    device: str,
-    half: torch.dtype,
-    average: bool = False,
-    accumulate: int = 1,
-) -> tuple[dict[str, int], int]:
-    """({part: bytes}, how many parameters are trained) of a step on `batch` pictures of `size` x `size` pixels."""
+def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[str, int], int]:
+    """({part: bytes}, number of trained parameters) of a training step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, vae = UNet(config.unet), VAE(config.vae)
         base = sum(x.numel() for x in unet.parameters())
-        nets = make_networks(objective, unet, half)
+        nets = make_networks(objective, unet, step.half)
         trained = [x for x in unet.parameters() if x.requires_grad]
-        z0 = torch.randn(batch, 4, size // vae.factor, size // vae.factor)
-        vector = torch.randn(batch, config.unet.adm) if config.unet.adm else None
-        cond = Cond(torch.randn(batch, N_TOKENS, config.unet.context_dim), vector)
-        with LiveBytes() as live, norms_as_on_cuda() if device == "cuda" else nullcontext():
-            for _ in range(min(2, accumulate)):  # in the second batch all gradients are there from the start
+        side = step.size // vae.factor
+        z0 = torch.randn(step.batch, 4, side, side)
+        vector = torch.randn(step.batch, config.unet.adm) if config.unet.adm else None
+        cond = Cond(torch.randn(step.batch, N_TOKENS, config.unet.context_dim), vector)
+        with LiveBytes() as live, norms_as_on_cuda() if step.device == "cuda" else nullcontext():
+            for _ in range(min(2, step.accumulate)):  # in the second batch all gradients are there from the start
                 loss_of(objective, nets, z0, cond, cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
     full = objective.rank is None
-    copies = size_of(nets.target_unet.parameters()) + base * half.itemsize if nets.target_unet else 0
+    copies = size_of(nets.target_unet.parameters()) + base * step.half.itemsize if nets.target_unet else 0
     return {
         "UNet": size_of(x for x in unet.parameters() if full or not x.requires_grad),
         "teacher and target": copies,
         "LoRA": 0 if full else size_of(trained),
         "gradients": gradients,
         "Adam's moments": 2 * size_of(trained),
-        "average": size_of(trained) if average else 0,
+        "average": size_of(trained) if step.average else 0,
         "pictures to look at": (51 if objective.kind == "lcm" else 1) * 8 * 4 * z0[0].numel(),
         "activations": live.peak - gradients,
     }, sum(x.numel() for x in trained)
 
 
 def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
-    """(VAE, text encoders, activations of encoding a picture, of decoding it in tiles), in float32."""
+    """Bytes in float32 of VAE, text encoders, and the activations of encoding a picture and decoding it in tiles."""
     with FakeTensorMode(), torch.no_grad():
         vae, text = VAE(config.vae), TextEncoder(config.text)
         with LiveBytes() as encoding:
@@ -84,36 +146,25 @@ def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
     return size_of(vae.parameters()), size_of(text.parameters()), encoding.peak, decoding.peak
 
 
-def plan(
-    objective: Objective,
-    config: Config,
-    batch: int,
-    size: int,
-    device: str,
-    half: torch.dtype,
-    average: bool = False,
-    accumulate: int = 1,
-    card: float = 0.0,
-) -> None:
-    """Print the bytes of a step by part, with the other choice of checkpointing, and whether `card` GB hold them."""
-    step = config, batch, size, device, half, average, accumulate
+def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0) -> None:
+    """Print the bytes of a step by part, with the other choice of checkpointing, and whether `capacity` GB suffice."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # fake tensors are slow: SDXL takes most of a minute
-        job = pool.submit(step_bytes, objective._replace(checkpointing=not objective.checkpointing), *step)
-        parts, count = step_bytes(objective, *step)
-        vae, text, encoding, decoding = vae_and_text_bytes(config, size)
+        job = pool.submit(step_bytes, objective._replace(checkpointing=not objective.checkpointing), config, step)
+        parts, count = step_bytes(objective, config, step)
+        vae, text, encoding, decoding = vae_and_text_bytes(config, step.size)
         other, _ = job.result()
-    aside = vae + text if device == "cpu" else 0  # on a card they come and go
-    rest = sum(parts.values()) - parts["activations"] + (aside or vae)
+    on_cpu = vae + text if step.device == "cpu" else 0  # on a GPU they come and go
+    without_activations = sum(parts.values()) - parts["activations"] + (on_cpu or vae)
     stages = {
-        "before: VAE, text encoders, encoding": vae + text + encoding,
-        "a step of training": sum(parts.values()) + aside,
-        "a sheet: VAE and decoding in place of activations": rest + decoding,
+        "before training: VAE, text encoders, encoding": vae + text + encoding,
+        "a training step": sum(parts.values()) + on_cpu,
+        "drawing a sheet: VAE and decoding in place of activations": without_activations + decoding,
     }
     total = max(stages.values()) / 1e9
 
     print(
-        f"{objective.kind}, {count:,} parameters to train, batch {batch} x {size}x{size}, {str(half)[6:]}, "
-        f"checkpointing {'on' if objective.checkpointing else 'off'}"
+        f"{objective.kind}, {count:,} parameters to train, batch {step.batch} x {step.size}x{step.size}, "
+        f"{str(step.half)[6:]}, checkpointing {'on' if objective.checkpointing else 'off'}"
     )
     for part, size_in_bytes in parts.items():
         if size_in_bytes:
@@ -122,10 +173,11 @@ def plan(
     print(f"  activations with {flag} would be {other['activations'] / 1e9:.2f} GB")
     for stage, size_in_bytes in stages.items():
         print(f"{stage}: {size_in_bytes / 1e9:.2f} GB")
-    if device == "cuda":
-        print(f"shards, encoded as they are read, keep VAE and text encoders there: {(vae + text) / 1e9:.2f} GB more")
-    if card:
-        room = card - total - RUNTIME[device]
-        fits = f"fits, {room:.2f} GB are left" if room >= 0 else f"does not fit, {-room:.2f} GB are missing"
-        print(f"in {card:g} GB, {RUNTIME[device]} for {'CUDA' if device == 'cuda' else 'Python'} itself: {fits}")
+    if step.device == "cuda":
+        print(f".tar shards are encoded while training, with VAE and text on the GPU: {(vae + text) / 1e9:.2f} GB more")
+    if capacity:
+        left = capacity - total - RUNTIME[step.device]
+        fits = f"fits, {left:.2f} GB are left" if left >= 0 else f"does not fit, {-left:.2f} GB are missing"
+        runtime = "CUDA" if step.device == "cuda" else "Python"
+        print(f"in {capacity:g} GB, {RUNTIME[step.device]} for {runtime} itself: {fits}")
     print(f"total {total:.2f} GB")

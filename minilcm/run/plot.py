@@ -1,7 +1,18 @@
-"""A training run on one page: the records of metrics.jsonl -> a figure. Needs matplotlib, the extra `plot`."""
+"""A training run on one page: RUN/metrics.jsonl -> RUN/plot.png. Needs matplotlib, the extra `plot`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files.safetensors_file import atomic
+from .diagnostics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 INDEX = "grid index n,  t = 20 n + 19"
-SAVES = {  # key in a record: title, axes of a panel with one line a save
+SAVES = {  # key in a record: title and axes of a panel with one line per save
     "loss_by_index": ("Loss by grid index", INDEX, "distillation loss, latent units"),
     "loss_by_band": ("Loss by timestep", "timestep t, first of a band of 100", "mean squared error of the noise"),
     "self_consistency": ("Self-consistency: f at neighbours\non the teacher's trajectory", INDEX, "RMS, latent units"),
@@ -10,8 +21,16 @@ SAVES = {  # key in a record: title, axes of a panel with one line a save
 }
 
 
-def draw_run(records: list[dict], title: str):
-    """A matplotlib Figure with a panel for each thing that the records, sorted by step, have measured.
+def plot_run(run: Path) -> Path:
+    """Write RUN/plot.png and return its path. Raises ValueError as `read_metrics` and `draw_run` do."""
+    figure, out = draw_run(read_metrics(run / "metrics.jsonl"), str(run)), run / "plot.png"
+    with atomic(out) as part:
+        figure.savefig(part, format="png", dpi=120)
+    return out
+
+
+def draw_run(records: list[dict], title: str) -> "Figure":
+    """A panel for each quantity that the records, sorted by step, contain.
 
     Raises ValueError if matplotlib is not installed, or there is no record.
     """
@@ -22,7 +41,7 @@ def draw_run(records: list[dict], title: str):
     except ImportError:
         raise ValueError('plot needs matplotlib: pip install -e ".[plot]"') from None
     if not records:
-        raise ValueError(f"{title}: no whole record in its metrics.jsonl yet")
+        raise ValueError(f"{title}: no complete record in its metrics.jsonl yet")
 
     saved = [key for key in SAVES if any(key in record for record in records)]
     far = [record for record in records if "to_teacher" in record]
@@ -34,39 +53,49 @@ def draw_run(records: list[dict], title: str):
     axes = {panel: figure.add_subplot(rows, columns, i) for i, panel in enumerate(panels, 1)}
     colour = ScalarMappable(Normalize(0, max(1, records[-1]["step"])), "viridis_r")
 
-    # ---- by step
-    ax = axes["loss"]
+    draw_loss(axes["loss"], records)
+    if far:
+        draw_distance(axes["to_teacher"], far)
+    for key in saved:
+        draw_saves(axes[key], key, records, colour)
+    if saved:
+        figure.colorbar(colour, ax=list(axes.values()), label="optimizer step of a save", shrink=0.6)
+    for ax in axes.values():
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def draw_loss(ax: "Axes", records: list[dict]) -> None:
+    """The training loss by step, and at each save the loss on fixed latents."""
     trained = [record for record in records if "loss" in record]
-    ax.plot([r["step"] for r in trained], [r["loss"] for r in trained], color="0.6", label="of the batch in hand")
+    ax.plot([r["step"] for r in trained], [r["loss"] for r in trained], color="0.6", label="of the current batch")
     for key in ("loss_by_index", "loss_by_band"):
         means = {r["step"]: sum(r[key].values()) / len(r[key]) for r in records if key in r}
         if means:
             ax.plot(*zip(*means.items()), "o-", color="black", markersize=4, label="of fixed latents, mean over t")
     ax.set(title="Training loss", xlabel="optimizer step", ylabel="loss", yscale="log")
     ax.legend()
-    if far:
-        ax = axes["to_teacher"]
-        for (steps, _), mark in zip(far[0]["to_teacher"].items(), "o^sDv"):
-            distance = [record["to_teacher"][steps] for record in far]
-            ax.plot([r["step"] for r in far], distance, f"{mark}-", label=f"{steps} step{'s' * (steps > 1)}")
-        ax.set(title="Student against the teacher's\nguided 50 steps", xlabel="optimizer step", yscale="log")
-        ax.set_ylabel("RMS, latent units")
-        ax.legend()
 
-    # ---- one line a save, its colour the step
-    for key in saved:
-        ax, (name, x, y) = axes[key], SAVES[key]
-        for record in records:
-            if key in record:
-                ax.plot(*zip(*record[key].items()), ".-", color=colour.to_rgba(record["step"]))
-        ax.set(title=name, xlabel=x, ylabel=y)
-        if key == "delta_norms":
-            ax.tick_params(axis="x", rotation=90, labelsize=7)
-            ax.set_ylim(bottom=0)
-        else:
-            ax.set_yscale("log")
-    if saved:
-        figure.colorbar(colour, ax=list(axes.values()), label="optimizer step of a save", shrink=0.6)
-    for ax in axes.values():
-        ax.grid(alpha=0.3)
-    return figure
+
+def draw_distance(ax: "Axes", records: list[dict]) -> None:
+    """The student's distance to the teacher by step, a line per number of LCM steps."""
+    for (steps, _), mark in zip(records[0]["to_teacher"].items(), "o^sDv"):
+        distance = [record["to_teacher"][steps] for record in records]
+        ax.plot([r["step"] for r in records], distance, f"{mark}-", label=f"{steps} step{'s' * (steps > 1)}")
+    ax.set(title="Student against the teacher's\nguided 50 steps", xlabel="optimizer step", yscale="log")
+    ax.set_ylabel("RMS, latent units")
+    ax.legend()
+
+
+def draw_saves(ax: "Axes", key: str, records: list[dict], colour: "ScalarMappable") -> None:
+    """A line per save, its colour the step."""
+    title, x, y = SAVES[key]
+    for record in records:
+        if key in record:
+            ax.plot(*zip(*record[key].items()), ".-", color=colour.to_rgba(record["step"]))
+    ax.set(title=title, xlabel=x, ylabel=y)
+    if key == "delta_norms":
+        ax.tick_params(axis="x", rotation=90, labelsize=7)
+        ax.set_ylim(bottom=0)
+    else:
+        ax.set_yscale("log")

@@ -1,9 +1,10 @@
-"""Many processes, one run: torchrun's ranks, DDP where a LoRA is trained, FSDP2 where all weights are.
+"""Many processes, one run: DDP to train a LoRA, FSDP2 to train all weights.
 
     torchrun --nproc_per_node 8 train.py ...
 
-Every rank runs the same code on its own rows of the batch. DDP keeps the frozen base on each rank and averages the
-gradients of the LoRA; FSDP2 gives each rank a share of every weight, its gradient and its moments.
+`process` is what torchrun calls RANK, `world` the number of processes. Each runs the same code on its own rows of the
+batch. DDP keeps the frozen base on every process and averages the LoRA's gradients; FSDP2 (`shard`) gives each process
+a share of every weight, its gradient and its moments.
 """
 
 import os
@@ -13,13 +14,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..model.layers import ResBlock, SpatialTransformer
 
 
-def start_ranks(device: str) -> tuple[int, int]:
-    """(rank, world) as torchrun set them, and the process group; (0, 1) without torchrun."""
+def start_processes(device: str) -> tuple[int, int]:
+    """Join the process group; (process, world) as torchrun set them, (0, 1) without torchrun."""
     if "RANK" not in os.environ:
         return 0, 1
     if device == "cuda":
@@ -28,26 +28,34 @@ def start_ranks(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def shard(unet: nn.Module, device: str) -> None:
-    """FSDP2: the weights of a block are whole only while it runs; each rank keeps 1 / world of them."""
+def replicate(unet: nn.Module) -> nn.Module:
+    """DDP: every process has the whole UNet; the gradients of what is trained are averaged."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(unet)
+
+
+def shard(unet: nn.Module) -> nn.Module:
+    """FSDP2, in place: a block's weights are whole only while it runs; each process keeps 1 / world of them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(next(unet.parameters()).device.type, (dist.get_world_size(),))
     for block in unet.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
             fully_shard(block, mesh=mesh)
-    # also what belongs to no block: a target has no backward pass, after which it would be cut again
+    # also what belongs to no block. A target UNet has no backward pass to reshard it, so reshard after the forward pass
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+    return unet
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor of which each rank has a share; every rank must ask. Other tensors as they are."""
+    """The whole of a sharded tensor, for which every process must ask; other tensors as they are."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def share_of(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse: this rank's share of x, cut as `like` is."""
+    """The inverse: this process's share of x, sharded as `like` is."""
     if not hasattr(like, "full_tensor"):
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -55,8 +63,8 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
 
-def mean_over_ranks(*numbers: float) -> list[float]:
-    """The mean of each number over all ranks: the same on every rank, so all can decide alike."""
+def mean_over_processes(*numbers: float) -> list[float]:
+    """The mean of each number over all processes; all get the same, so they decide alike."""
     if not dist.is_initialized():
         return list(numbers)
     x = torch.tensor(numbers, dtype=torch.float64)
@@ -65,8 +73,8 @@ def mean_over_ranks(*numbers: float) -> list[float]:
     return (x / dist.get_world_size()).tolist()
 
 
-def from_all_ranks(x) -> list:
-    """[x of rank 0, x of rank 1, ...] of something small."""
+def from_all_processes(x: object) -> list:
+    """[x of process 0, x of process 1, ...], for something small."""
     if not dist.is_initialized():
         return [x]
     out = [None] * dist.get_world_size()
@@ -76,8 +84,8 @@ def from_all_ranks(x) -> list:
 
 @contextmanager
 def sync_gradients(net: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are averaged over the ranks in the last of the batches that are accumulated only."""
+    """Of the batches that are accumulated, only the last averages gradients over the processes."""
     if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
         net.set_requires_gradient_sync(last)
-    with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext():
+    with net.no_sync() if hasattr(net, "no_sync") and not last else nullcontext():  # DDP
         yield

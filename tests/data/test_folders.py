@@ -17,20 +17,10 @@ from PIL import Image
 from tiny import png, tiny_text
 from torch import Tensor
 
-from minilcm.data.folders import (
-    Example,
-    Picture,
-    batches,
-    buckets,
-    cache_latents,
-    cache_text,
-    crop,
-    nearest,
-    plan,
-    read_cond,
-    read_pictures,
-)
-from minilcm.data.pictures import decode
+from minilcm.data.batches import batch_order, batches
+from minilcm.data.folders import Picture, read_pictures
+from minilcm.data.latents import Example, cache_latents, cache_text, read_cond
+from minilcm.data.pictures import buckets, crop, nearest, open_picture
 from minilcm.files.safetensors_file import read_tensors, write_tensors
 from minilcm.model.text import TextConfig, TextEncoder
 
@@ -143,7 +133,7 @@ def test_exif_rotation_is_respected():
     exif[0x0112] = 6
     stored = upright.transpose(Image.Transpose.ROTATE_90)
     stored.save(file := io.BytesIO(), "PNG", exif=exif)
-    image = decode(file.getvalue())
+    image = open_picture(file.getvalue())
     assert image.size == (20, 40) and image.getpixel((10, 2)) == (255, 0, 0) and image.getpixel((10, 38)) == (0, 0, 255)
 
 
@@ -151,12 +141,12 @@ def test_alpha_is_laid_on_white():
     """Half-transparent black is grey, transparent is white, in RGBA as in a palette with transparency."""
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    assert [decode(png(image)).getpixel((x, 0)) for x in (0, 1)] == [(127, 127, 127), (255, 255, 255)]
+    assert [open_picture(png(image)).getpixel((x, 0)) for x in (0, 1)] == [(127, 127, 127), (255, 255, 255)]
     palette = Image.new("P", (1, 1))
     palette.info["transparency"] = 0
-    assert decode(png(palette)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_picture(png(palette)).getpixel((0, 0)) == (255, 255, 255)
     for mode in ("L", "1", "LA", "RGB"):
-        assert decode(png(Image.new(mode, (1, 1)))).mode == "RGB"
+        assert open_picture(png(Image.new(mode, (1, 1)))).mode == "RGB"
 
 
 def test_bad_pictures_are_refused(monkeypatch):
@@ -165,7 +155,7 @@ def test_bad_pictures_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (b"", b"no picture", whole[:1000], whole):
         with pytest.raises(ValueError, match="not a picture that can be read"):
-            decode(data)
+            open_picture(data)
 
 
 # (h, w) of SDXL's training, 2307.01952 appendix I, from 1:2 to 2:1
@@ -345,7 +335,7 @@ def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
     put(tmp_path / "in", {"3.png": pictures[2].file.read_bytes(), "3.txt": "copy"})
     pictures.append(Picture(tmp_path / "in/3.png", "copy"))
     assert encoded() == 0
-    monkeypatch.setattr("minilcm.data.folders.decode", None)
+    monkeypatch.setattr("minilcm.data.latents.open_picture", None)
     assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == ["another", "copy"]
 
 
@@ -457,7 +447,7 @@ def test_each_epoch_is_a_permutation_of_each_bucket(cache, batch):
     epochs = 6
     steps = sum(-(-epochs * m // batch) for m in sizes.values())
     drawn = {shape: [] for shape in sizes}
-    for index, _, _ in islice(plan(shapes, batch, 0, 0), steps):
+    for index, _, _ in islice(batch_order(shapes, batch, 0, 0), steps):
         assert len(index) == batch and len({shapes[i] for i in index}) == 1
         drawn[shapes[index[0]]] += index
     for shape, m in sizes.items():
@@ -472,7 +462,7 @@ def test_buckets_take_turns_at_random(cache):
     the next epoch and with another seed.
     """
     shapes = [x.shape for x in cache]
-    turns = [[shapes[index[0]] for index, _, _ in islice(plan(shapes, 1, seed, 0), 46)] for seed in (0, 1)]
+    turns = [[shapes[index[0]] for index, _, _ in islice(batch_order(shapes, 1, seed, 0), 46)] for seed in (0, 1)]
     assert len({tuple(x) for t in turns for x in (t[:23], t[23:])}) == 4
     assert sum(a != b for a, b in zip(turns[0], turns[0][1:])) > 12
 

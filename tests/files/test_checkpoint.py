@@ -16,11 +16,12 @@ from tiny import CONFIG, TWO_TOWERS, random_tau, tiny_text, tiny_unet, tiny_vae,
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
-from minilcm.files.checkpoint import load_model, load_state, save_model, save_state, state_tensors
+from minilcm.files.checkpoint import load_model, save_model
 from minilcm.files.identify import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
 from minilcm.files.lora_file import write_tau
 from minilcm.files.safetensors_file import read_tensors
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+from minilcm.run.state import load_state, save_state, state_tensors
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 
@@ -133,7 +134,7 @@ FOREIGN = [
     (lambda: {"clf.1.weight": [1]}, "Stable Cascade"),
     (lambda: {"first_stage_model.encoder.conv_in.weight": [1]}, "a VAE without UNet; pass it with --vae"),
     (lambda: {"text_model.encoder.layers.0.x": [1]}, "a text encoder without UNet"),
-    (lambda: {"a": [1]}, "no LDM checkpoint (first key: a)"),
+    (lambda: {"a": [1]}, "not an LDM checkpoint (first key: a)"),
     (lambda: {"lora_unet_x.lora_up.weight": [1]}, "this is a LoRA file"),
     (lambda: {"unet.x.lora_A.weight": [1]}, "this is a LoRA file"),
     (lambda: {"unet.x.processor.to_q_lora.down.weight": [1]}, "this is a LoRA file"),

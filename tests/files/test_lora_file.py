@@ -364,7 +364,7 @@ def test_not_a_lora(tmp_path):
     """A checkpoint is told where it belongs; any other safetensors file is named by its first key; an empty one too."""
     assert "this is a checkpoint; pass it with --model" in one_line(write_model(tmp_path / "model.safetensors"))
     save_file({"b": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "x.safetensors")
-    assert "no LoRA file (first key: a)" in one_line(tmp_path / "x.safetensors")
+    assert "not a LoRA file (first key: a)" in one_line(tmp_path / "x.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
     assert "first key: none" in one_line(tmp_path / "empty.safetensors")
 
@@ -398,7 +398,7 @@ def test_truncated_file(tmp_path, fraction):
             {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())},
             "te1.encoder_layers_0_mlp_fc1 has only",
         ),
-        ({f"{FLAT}.weight": torch.zeros(2)}, r"conv1.weight is none of a LoRA"),
+        ({f"{FLAT}.weight": torch.zeros(2)}, r"conv1.weight does not belong to a LoRA"),
         (
             {f"lora_unet_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")},
             "1 of 3 modules are in no.*: x",

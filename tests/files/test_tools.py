@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_tau, tiny_unet, write_model
 
-from minilcm.__main__ import distance, main, parse
+from minilcm.__main__ import main, parse
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.files.safetensors_file import read_header
 from minilcm.lora import ATTENTION
-from minilcm.merge import combine, delta, merge_into, reduce_rank
+from minilcm.merge import combine, delta, distance, merge_into, reduce_rank
 
 UNET = "model.diffusion_model."
 
@@ -72,7 +72,7 @@ def test_merge_then_unmerge(files, tmp_path):
 
 def test_blocks_of_rows_change_nothing(files, tmp_path, monkeypatch):
     """A weight merged in many blocks of rows is what merge_into makes of it whole."""
-    monkeypatch.setattr("minilcm.__main__.BLOCK", 700)
+    monkeypatch.setattr("minilcm.files.tools.BLOCK", 700)
     run("merge", files / "model.safetensors", f"{files}/a.safetensors:0.7", "-o", tmp_path / "m.safetensors")
     after, unet = load_file(tmp_path / "m.safetensors"), load_model(files / "model.safetensors")[0]
     tau = read_tau(files / "a.safetensors")
@@ -159,7 +159,7 @@ def test_resize_file(files, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     direct = distance(read_tau(out), read_tau(files / "a.safetensors"))
-    assert f"in all ||dW - dW'|| / ||dW|| = {direct:.4f}" in printed and "rank 4 -> 2" in printed
+    assert f"total ||dW - dW'|| / ||dW|| = {direct:.4f}" in printed and "rank 4 -> 2" in printed
     assert f"{distance(read_tau(files / 'b.safetensors'), read_tau(files / 'a.safetensors')):.4f}" in printed
 
 

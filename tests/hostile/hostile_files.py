@@ -239,7 +239,7 @@ def bad_loras() -> dict[str, Case]:
         ),
         "R15 unknown module": (module("lora_unet_x"), "1 of 2 modules are in no known UNet, first: x$"),
         "R15 unknown module of text": (module("lora_te_x"), "1 of 2 modules are in no known .*, first: te1.x$"),
-        "R15 another key": ({"hello": x}, "key hello is none of a LoRA"),
+        "R15 another key": ({"hello": x}, "key hello does not belong to a LoRA"),
         "R16 NaN": ({UP: up * torch.nan}, rf"conv1\.lora_up\.weight {finite}"),
         "R16 infinity": ({DOWN: down / 0}, rf"conv1\.lora_down\.weight {finite}"),
         "R16 NaN in float8": ({UP: (up * torch.nan).to(torch.float8_e4m3fn)}, rf"conv1\.lora_up\.weight {finite}"),
@@ -260,8 +260,8 @@ def bad_loras() -> dict[str, Case]:
         "R3 checkpoint": case(
             "lora", save({PLACE: x}), r"this is a checkpoint; pass it with --model \(first key: model\.diff"
         ),
-        "R3 empty": Case("lora", save({}), r"this is no LoRA file \(first key: none\)"),
-        "R3 textual inversion": Case("lora", save({"emb_params": x}), r"this is no LoRA file \(first key: emb_par"),
+        "R3 empty": Case("lora", save({}), r"this is not a LoRA file \(first key: none\)"),
+        "R3 textual inversion": Case("lora", save({"emb_params": x}), r"this is not a LoRA file \(first key: emb_par"),
         "R3 LoRA": case(
             "model", save(good_lora()), r"this is a LoRA file; pass it with --lora, not as the checkpoint \(", DOWN
         ),
@@ -389,9 +389,9 @@ def foreign_checkpoints() -> dict[str, Case]:
     for name, (key, what) in others.items():
         out[name] = case("model", partial(dict, {key: [1]}), f"this is {what} ", rf"\(key {key}\)", theirs)
     for name, key in (("a GAN", "model.0.weight"), ("ControlNet", "control_model.out.0.weight")):
-        line = rf"no LDM checkpoint \(first key: {key}\)"
+        line = rf"not an LDM checkpoint \(first key: {key}\)"
         out[f"R6 {name}"] = case("model", partial(dict, {key: [1]}), line, theirs)
-    out["R6 empty"] = case("model", save({}), r"no LDM checkpoint \(first key: none\)", theirs)
+    out["R6 empty"] = case("model", save({}), r"not an LDM checkpoint \(first key: none\)", theirs)
     for name, key in (("v-prediction", "v_pred"), ("zero terminal SNR", "ztsnr"), ("Playground v2.5", "edm_mean")):
         line = rf"a v-prediction or EDM checkpoint \(key {key}\); LCM-LoRA expects epsilon"
         out[f"R8 {name}"] = Case("model", lambda key=key: unet_keys(sdxl()) | {key: [1]}, line)

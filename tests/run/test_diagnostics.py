@@ -10,19 +10,18 @@ from tiny import random_tau, tiny_unet
 
 from minilcm.__main__ import main, parse
 from minilcm.data.pictures import contact_sheet, draw_sheet
+from minilcm.generate import noise
 from minilcm.lcm import draw, f_theta, lcd_loss
 from minilcm.lora import add_lora, get_tau
-from minilcm.merge import delta
+from minilcm.merge import delta, delta_norms
 from minilcm.metrics import self_consistency
 from minilcm.model.unet import Cond
 from minilcm.run.diagnostics import (
     INDICES,
     append_metrics,
     consistency_along_trajectory,
-    delta_norms,
     distance_to_teacher,
     few_steps,
-    fixed_noise,
     guided_trajectory,
     lcm_columns,
     loss_by_band,
@@ -51,7 +50,7 @@ def teacher(gaussian):
 
 @pytest.fixture(scope="module")
 def trajectory(teacher, schedule):
-    z_T, _ = fixed_noise(SHAPE)
+    z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     return guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
 
 
@@ -77,12 +76,12 @@ def wrong_students(gaussian, schedule):
 
 def test_fixed_noise_is_the_same_at_every_save_and_batch():
     """Image i has seed i: as sample.py draws it, whatever the batch; the noise that follows is not z_T again."""
-    z_T, generators = fixed_noise(SHAPE)
+    z_T, generators = noise(range(SHAPE[0]), SHAPE[1:])
     for i in range(len(z_T)):
         g = torch.Generator().manual_seed(i)
         assert torch.equal(z_T[i], torch.randn(SHAPE[1:], generator=g))
         assert torch.equal(g.get_state(), generators[i].get_state())
-    assert torch.equal(z_T[:2], fixed_noise((2, *SHAPE[1:]))[0])
+    assert torch.equal(z_T[:2], noise(range(2), SHAPE[1:])[0])
 
 
 # ---- the loss
@@ -151,7 +150,7 @@ def test_guided_trajectory_is_the_teachers_ddim(gaussian, schedule, trajectory, 
 
     (z_t - alpha m_w) / (z_start - alpha m_w) = (alpha' alpha s^2 + sigma' sigma) / V.
     """
-    z_T, _ = fixed_noise(SHAPE)
+    z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     assert trajectory.shape == (51, *SHAPE) and torch.equal(trajectory[0], z_T)
     data = gaussian._replace(m=M_W)
     torch.testing.assert_close(trajectory[-1], sample_ddim(data.eps, z_T, schedule, 50), rtol=0, atol=1e-4)
@@ -222,7 +221,7 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
     distance = distance_to_teacher(perfect, trajectory, COND, schedule, W)
     assert list(distance) == [1, 2, 4] and distance[1] < 1e-4
     for steps, grid in ((2, [499]), (4, [759, 499, 259])):
-        _, generators = fixed_noise(SHAPE)
+        _, generators = noise(range(SHAPE[0]), SHAPE[1:])
         z0 = trajectory[-1].double()
         for t in grid:
             eps = torch.stack([torch.randn(SHAPE[1:], generator=g) for g in generators])
@@ -238,7 +237,7 @@ def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedul
     point = gaussian._replace(s=0.0)
     teacher = lambda z_t, t, cond, w: point._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(z_t, t)  # noqa: E731
     student = lambda z_t, t, cond, w: point._replace(m=M + w[:, None, None, None] * (M - M_NULL)).eps(z_t, t)  # noqa: E731
-    z_T, _ = fixed_noise(SHAPE)
+    z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     trajectory = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
     trajectory[-1] = M_W  # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
     assert max(distance_to_teacher(student, trajectory, COND, schedule, W).values()) < 1e-4
@@ -439,6 +438,6 @@ def test_plot_errors(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     (tmp_path / "metrics.jsonl").write_text('{"step"')
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[plot]")
-    with pytest.raises(ValueError, match="no whole record"):
+    with pytest.raises(ValueError, match="no complete record"):
         main(parse(["plot", str(tmp_path)]))
     assert not (tmp_path / "plot.png").exists()

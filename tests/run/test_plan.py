@@ -8,10 +8,9 @@ from tiny import CONFIG, ROOT, TWO_TOWERS, tiny_text, tiny_unet, tiny_vae
 
 import train
 from minilcm.lora import ATTENTION
-from minilcm.model.precision import LiveBytes, size_of
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, loss_of, make_networks
-from minilcm.run.plan import step_bytes, vae_and_text_bytes
+from minilcm.run.plan import LiveBytes, Step, size_of, step_bytes, vae_and_text_bytes
 
 F32 = torch.float32
 PARTS = "UNet", "LoRA", "gradients", "Adam's moments", "pictures to look at", "activations"
@@ -50,7 +49,7 @@ def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
     z0, null_cond = torch.randn(3, 4, 16, 16), tiny_text().null_cond(3)
     with LiveBytes() as live:
         loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()
-    parts, trained = step_bytes(objective, CONFIG, 3, 64, "cpu", F32)
+    parts, trained = step_bytes(objective, CONFIG, Step(3, 64, "cpu", F32))
     gradients = size_of(x.grad for x in unet.parameters() if x.grad is not None)
     assert trained == sum(x.numel() for x in unet.parameters() if x.requires_grad)
     assert parts["gradients"] == gradients == 4 * trained
@@ -62,7 +61,7 @@ def test_accumulated_gradients_count():
     batch changes nothing.
     """
     one, two, three = (
-        step_bytes(Objective("diffusion", None), CONFIG, 4, 64, "cpu", F32, accumulate=n)[0]["activations"]
+        step_bytes(Objective("diffusion", None), CONFIG, Step(4, 64, "cpu", F32, accumulate=n))[0]["activations"]
         for n in (1, 2, 3)
     )
     assert one < two == three <= one + 4 * count(tiny_unet())
@@ -71,7 +70,7 @@ def test_accumulated_gradients_count():
 def test_norms_are_wide_on_a_card():
     """In bfloat16 a card normalises in float32 and keeps the wide input; a processor does not."""
     wide, card, processor = (
-        step_bytes(Objective("diffusion", 4), CONFIG, 4, 64, device, half)[0]["activations"]
+        step_bytes(Objective("diffusion", 4), CONFIG, Step(4, 64, device, half))[0]["activations"]
         for device, half in (("cuda", F32), ("cuda", torch.bfloat16), ("cpu", torch.bfloat16))
     )
     assert 0.6 * wide < card < wide
@@ -81,7 +80,7 @@ def test_norms_are_wide_on_a_card():
 def test_checkpointing_and_batch_move_activations_only():
     """Twice the batch takes about twice the activations, checkpointing less of them; nothing else changes."""
     wide, small, double = (
-        step_bytes(Objective("lcm", 4, checkpointing=c), CONFIG, b, 64, "cpu", F32)[0]
+        step_bytes(Objective("lcm", 4, checkpointing=c), CONFIG, Step(b, 64, "cpu", F32))[0]
         for c, b in ((False, 4), (True, 4), (False, 8))
     )
     assert small["activations"] < 0.8 * wide["activations"]
@@ -98,20 +97,23 @@ def test_parts_in_closed_form(config):
     an average in float32; a full LCM has a float32 student and target and a teacher in the forward's dtype.
     """
     base = count(tiny_unet(0, config.unet))
-    parts, trained = step_bytes(Objective("lcm", 4), config, 1, 64, "cuda", torch.bfloat16, average=True)
+    parts, trained = step_bytes(Objective("lcm", 4), config, Step(1, 64, "cuda", torch.bfloat16, average=True))
     assert parts["UNet"] == 2 * base and parts["teacher and target"] == 0
     assert [parts[k] for k in ("LoRA", "gradients", "Adam's moments", "average")] == [
         4 * trained * n for n in (1, 1, 2, 1)
     ]
-    few, fewer = step_bytes(Objective("diffusion", 4, targets=ATTENTION), config, 1, 64, "cuda", torch.bfloat16)
+    few, fewer = step_bytes(Objective("diffusion", 4, targets=ATTENTION), config, Step(1, 64, "cuda", torch.bfloat16))
     assert fewer < trained and few["LoRA"] == 4 * fewer and few["average"] == 0
-    narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, 1, 64, "cpu", F32)
+    narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, Step(1, 64, "cpu", F32))
     assert 2 * base < narrow["UNet"] < 3 * base  # embeddings, norms and first and last layer are wide
-    full, all_of_it = step_bytes(Objective("lcm", None), config, 1, 64, "cuda", torch.bfloat16)
+    full, all_of_it = step_bytes(Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16))
     w_input = config.unet.channels[0] * 256
     assert all_of_it == base + w_input and full["UNet"] == 4 * all_of_it and full["LoRA"] == 0
     assert full["teacher and target"] == 4 * all_of_it + 2 * base
-    assert step_bytes(Objective("diffusion", None), config, 1, 64, "cuda", torch.bfloat16)[0]["teacher and target"] == 0
+    assert (
+        step_bytes(Objective("diffusion", None), config, Step(1, 64, "cuda", torch.bfloat16))[0]["teacher and target"]
+        == 0
+    )
 
 
 def test_vae_and_text():
@@ -137,10 +139,10 @@ def test_sd15_from_its_name(capsys, monkeypatch):
     sizes = dict(re.fullmatch(r" *(.+?):? +(\d+\.\d\d) GB(?: more)?", line).groups() for line in lines[1:-2])
     sizes = {part: float(size) for part, size in sizes.items()}
     assert sizes["UNet"] == 1.72 and sizes["LoRA"] == 0.27 and sizes["Adam's moments"] == 0.54
-    step = sizes["a step of training"]
+    step = sizes["a training step"]
     assert step == pytest.approx(sum(size for part, size in sizes.items() if part in PARTS), abs=0.03)
     total = float(re.fullmatch(r"total (\d+\.\d\d) GB", lines[-1])[1])
-    assert total == max(size for part, size in sizes.items() if ": " in part or part == "a step of training")
+    assert total == max(size for part, size in sizes.items() if ": " in part or part == "a training step")
     assert lines[-2] == f"in 4 GB, 0.5 for CUDA itself: fits, {4 - total - 0.5:.2f} GB are left"
 
 

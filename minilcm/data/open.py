@@ -1,0 +1,110 @@
+"""What is behind --data: shards, a folder of pictures, or the emoji art; each gives the same stream of batches."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..files.identify import Config
+from ..model.text import TextEncoder, with_sizes
+from ..model.unet import Cond
+from ..model.vae import VAE
+from .batches import batches
+from .emoji import art_batches, cache_art, is_art, read_art, split_art
+from .folders import read_pictures
+from .latents import cache_latents, cache_text, read_cond
+from .pictures import buckets
+from .shards import stream_batches
+
+
+class Reading(NamedTuple):
+    """How pictures are cut, encoded and drawn in batches."""
+
+    size: int  # width and height in pixels; SDXL's buckets have this area
+    batch: int
+    looks: int  # how often a picture is cut, or a drawing composed, and encoded
+    workers: int  # processes that read shards
+    seed: int
+    drop: float  # share of captions replaced by "": for guidance the model must know the null condition, too
+    device: str
+    process: int = 0
+    world: int = 1
+
+
+class Data(NamedTuple):
+    """What is trained on."""
+
+    prompts: list[str]  # eight captions, for the sheet
+    batches: Callable[..., Iterator]  # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
+    cond_of: Callable[[list[str], Tensor], Cond]  # (captions, size ids)
+    positions: list[int]  # of each worker in its shards
+    idle: list[nn.Module]  # networks that are only needed again for sheets
+
+
+def open_data(
+    path: Path, vae: VAE, text: TextEncoder, config: Config, model_sha256: str, cache: Path, how: Reading
+) -> Data:
+    """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards while training.
+
+    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three do.
+    """
+    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    if shards and is_art(shards[0]):
+        return open_art(path, vae, text, config, how)
+    if shards:
+        return open_shards(shards, vae, text, how)
+    pictures = read_pictures(path)
+    captions = [p.caption for p in pictures]
+    targets = buckets(how.size) if config.unet.adm else [(how.size, how.size)]
+    latents = cache_latents(vae, model_sha256, pictures, cache, targets, how.looks, how.device)
+    texts = cache_text(text, model_sha256, captions, cache)
+
+    def drawn(seed: int, start: int = 0) -> Iterator:
+        return batches(latents, how.batch, seed, start, how.process, how.world, how.drop)
+
+    def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
+        return read_cond(texts, captions, size_ids).to(how.device)
+
+    return Data(eight(captions), drawn, cond_of, [], [vae, text])
+
+
+def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -> Data:
+    positions = [0] * how.workers
+
+    def streamed(seed: int, start: int = 0) -> Iterator:
+        at = positions if seed == how.seed else [0] * how.workers
+        place = how.process, how.world, at, how.drop
+        return stream_batches(vae, shards, how.size, how.batch, seed, start, *place)
+
+    return Data(eight(next(streamed(-1))[1]), streamed, encoder(text), positions, [])
+
+
+def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:
+    """The drawings that are not held out, of the names that the model knows; captions are made anew each time."""
+    art = read_art(path)
+    if (path / "held_out.txt").exists():
+        art, _ = split_art(art, path / "held_out.txt", list(config.names) or None)
+    elif config.names:
+        art = [a for a in art if a.name in config.names]
+    if not art:
+        raise ValueError(f"{path}: none of its drawings has a name that the model knows")
+    cache = cache_art(vae, art, how.size, how.looks, how.seed, how.device)
+    captions = [f"{a.name}, {a.style} style" if a.style else a.name for a in art]
+
+    def drawn(seed: int, start: int = 0) -> Iterator:
+        return art_batches(cache, how.batch, seed, start, how.process, how.world)
+
+    return Data(eight(captions), drawn, encoder(text), [], [vae])
+
+
+def encoder(text: TextEncoder) -> Callable[[list[str], Tensor], Cond]:
+    def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
+        return with_sizes(text.encode_captions(captions), size_ids)
+
+    return cond_of
+
+
+def eight(captions: list[str]) -> list[str]:
+    """Eight captions, spread evenly, some of them twice if there are fewer."""
+    return (captions[:: max(1, len(captions) // 8)] * 8)[:8]
