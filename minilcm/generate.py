@@ -70,7 +70,7 @@ def generate(
     """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, *shape), *shape = (4, h, w).
 
     eps_fn(z_t, t) -> eps_hat has text, guidance and LoRA in it, for the b rows. `image`: latents (1 or b, *shape) to
-    start from, redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps` does, or if the sampler cannot do that.
+    start from, redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`, or if the sampler takes no image.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     steps = way.steps if steps is None else steps

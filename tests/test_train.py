@@ -456,7 +456,7 @@ def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_p
     """Another rank, another objective, and a folder without a state."""
     assert "--rank was 2, is now 4" in refused(flags(files, finished, "lcm", 1, "--resume"))
     assert "--objective was lcm, is now diffusion" in refused(flags(files, finished, "full", 1, "--resume"))
-    assert "no state of a run to go on from" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
+    assert "no state of a run to continue from" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
 
 
 def test_a_new_run_does_not_write_over_an_old_one(files, finished):
@@ -536,7 +536,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         (["--objective", "lcm", "--rank", "33"], "rank is 33, but the weight of"),
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"], "empty: no pictures; put them there"),
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"], "cat.png: no caption; put its text into"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"], "none can be read; first: "),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"], "pictures can be read, first: "),
         (["--objective", "lcm", "--rank", "2", "--data", "none.tar"], "none.tar: no such file"),
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"], "broken.tar: not a .tar file"),
         (["--objective", "lcm", "--rank", "2", "--workers", "0"], "--workers is 0; give 1 or more"),

@@ -154,7 +154,7 @@ def test_bad_pictures_are_refused(monkeypatch):
     whole = png(Image.effect_noise((64, 64), 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (b"", b"no picture", whole[:1000], whole):
-        with pytest.raises(ValueError, match="not a picture that can be read"):
+        with pytest.raises(ValueError, match="not a readable picture"):
             open_picture(data)
 
 
@@ -349,7 +349,7 @@ def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 and lines[2] == "2 of 4 pictures skipped"
         assert all(line.startswith(f"{p.file}: skipped, ") for line, p in zip(lines, pictures[1:3]))
-    with pytest.raises(ValueError, match=f"2 pictures, and none can be read; first: {pictures[1].file}"):
+    with pytest.raises(ValueError, match=f"none of 2 pictures can be read, first: {pictures[1].file}"):
         cache_latents(CountingVAE(), "vae", pictures[1:3], tmp_path / "cache", TARGETS)
 
 

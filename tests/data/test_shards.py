@@ -132,8 +132,8 @@ def test_skip_is_the_position(tmp_path, buffer, monkeypatch):
     for n in (1, 4, 9, 10, 11, 25, 50):
         for a, b in zip(islice(stream(shards, TARGETS, seed=1, skip=n, buffer=buffer), 10), whole[n:]):
             assert torch.equal(a.pixels, b.pixels) and a[1] == b[1] and torch.equal(a[2], b[2]) and a[3] == b[3]
-    decoded, read, decode, members = [], [], minilcm.data.shards.decode, minilcm.data.shards.members
-    monkeypatch.setattr(minilcm.data.shards, "decode", lambda data: decoded.append(1) or decode(data))
+    decoded, read, decode, members = [], [], minilcm.data.shards.open_picture, minilcm.data.shards.members
+    monkeypatch.setattr(minilcm.data.shards, "open_picture", lambda data: decoded.append(1) or decode(data))
     monkeypatch.setattr(minilcm.data.shards, "members", lambda shard: read.append(1) or members(shard))
     assert next(stream(shards, TARGETS, seed=1, skip=1_000_003, buffer=buffer)).position == 1_000_004
     assert len(decoded) == 1 and len(read) <= 4
@@ -197,8 +197,8 @@ def test_errors(tmp_path):
     for message, arguments in {
         f"{tmp_path / 'no.tar'}: no such file": ([tmp_path / "no.tar"], TARGETS),
         "2 shards for 4 readers; give each reader one": (shards, TARGETS, 0, 2, 0, 2),
-        f"{nothing} and 0 more: not one sample can be read": ([nothing], TARGETS),
-        f"{empty} and 0 more: not one sample can be read": ([empty], TARGETS, 0, 1, 0, 1, 0, 5),
+        f"{nothing} and 0 more: no sample can be read": ([nothing], TARGETS),
+        f"{empty} and 0 more: no sample can be read": ([empty], TARGETS, 0, 1, 0, 1, 0, 5),
     }.items():
         with pytest.raises(ValueError) as caught:
             next(stream(*arguments))
@@ -206,7 +206,7 @@ def test_errors(tmp_path):
     for message, world, workers, files in (
         ("2 shards for 4 readers", 2, 2, shards),
         (f"{tmp_path / 'no.tar'}: no such file", 1, 1, [tmp_path / "no.tar"]),
-        (f"{nothing} and 0 more: not one sample can be read", 1, 1, [nothing]),
+        (f"{nothing} and 0 more: no sample can be read", 1, 1, [nothing]),
     ):
         with pytest.raises(ValueError) as caught:  # from a reading process, too
             next(stream_batches(Means(), files, 8, 1, 0, 0, 0, world, [0] * workers))

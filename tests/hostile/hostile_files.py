@@ -352,7 +352,7 @@ def foreign_checkpoints() -> dict[str, Case]:
     ours, theirs = "; supported: SD1.x, SDXL base, SSD-1B", "; supported are SD1.x, SDXL base and SSD-1B single files"
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
-    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, depths \(0, 0, 2, 2, 10, 10\), mid 10\)"
+    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
     unets = {
         "R4 SD2": (lambda: unet_keys(sd2()), "SD2.x"),
         "R4 SDXL refiner": (lambda: unet_keys(refiner()), "the SDXL refiner"),
@@ -438,7 +438,7 @@ def faulty_checkpoints() -> dict[str, Case]:
         "R9 UNet": (lambda x: {PLACE: one}, rf"UNet: {ours} is \(1,\), not \(32, 32, 3, 3\)"),
         "R9 VAE": (lambda x: {quant: one}, r"VAE: quant_conv.weight is \(1,\), not \(8, 8, 1, 1\)"),
         "R9 text": (lambda x: {token: one}, r"text tower: token_embedding.weight is \(1,\), not \(49408, 32\)"),
-        "R9 one of q, k, v": (lambda x: {query: one}, "text tower: a layer's q, k, v are not all there or do not fit"),
+        "R9 one of q, k, v": (lambda x: {query: one}, "text tower: q, k, v of a layer are incomplete or do not fit"),
         "R9 bigG": (lambda x: {norm: one}, r"second text tower: ln_final.bias is \(1,\), not \(64,\)"),
         "R16 NaN in the UNet": (lambda x: {PLACE: x[PLACE] * nan}, f"{PLACE} has values that are not finite"),
         "R16 infinity in the VAE": (lambda x: {quant: x[quant] / 0}, f"{quant} has values that are not finite"),

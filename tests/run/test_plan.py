@@ -151,6 +151,6 @@ def test_official_counts():
     expected = {"sd15": 67_252_224, "ssd1b": 104_902_656, "sdxl": 196_751_360}
     for name, number in expected.items():
         with torch.device("meta"):
-            unet = UNet(train.FAMILIES[name]().unet)
+            unet = UNet(train.FAMILIES[name].unet())
         make_networks(Objective("lcm", 64), unet, torch.bfloat16)
         assert sum(x.numel() for x in unet.parameters() if x.requires_grad) == number
