@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 REFERENCE = Path(__file__).parent / "reference"
-sys.path[:0] = [str(REFERENCE), str(REFERENCE.parent.parent)]  # make_reference; minilcm, also when it isn't installed
+# make_reference; what test_checkpoint.py shares; minilcm, also when it isn't installed
+sys.path[:0] = [str(REFERENCE), str(REFERENCE.parent / "files"), str(REFERENCE.parent.parent)]
 
 from minilcm.schedule import Schedule, make_schedule  # noqa: E402
 
