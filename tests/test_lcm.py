@@ -673,3 +673,24 @@ def test_teacher_in_one_batch_or_two(gaussian, schedule):
         losses.append(drawn_loss(network, network, network, *args, together=together))
     assert torch.equal(*losses) and losses[0] > 0
     assert calls == [6, 6, 6, 6, 6, 12, 6]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_teacher_is_widened_before_it_is_guided(schedule, together):
+    """eps_cond + w (eps_cond - eps_null) of a bfloat16 teacher is computed in float32: in bfloat16 the difference, w
+    times enlarged, would be rounded to 8 bits.
+    """
+    g = torch.Generator().manual_seed(0)
+    z0, eps = torch.randn((2, 4, 8, 8), generator=g), torch.randn((2, 4, 8, 8), generator=g)
+    n, w = torch.tensor([10, 40]), torch.tensor([7.5, 3.0])
+    cond, null_cond = Cond(torch.full((2, 1, 1), 0.3)), Cond(torch.zeros(2, 1, 1))
+
+    def loss(dtype):
+        def teacher(z_t, t, cond, w):
+            return (toy_eps(z_t, t) + cond.context.reshape(-1, 1, 1, 1)).bfloat16().to(dtype)
+
+        network = lambda z_t, t, cond, w: toy_eps(z_t, t)  # noqa: E731
+        args = network, teacher, network, z0, cond, null_cond, schedule, n, w, eps
+        return lcd_loss(*args, together=together)
+
+    assert torch.equal(loss(torch.bfloat16), loss(torch.float32))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet
 
-from minilcm.lcm import update_ema
+from minilcm.lcm import guidance_embedding, update_ema
 from minilcm.lora import get_tau
 from minilcm.model.unet import Cond, UNet
-from minilcm.objective import Objective, loss_of, make_networks
+from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks
 
 F32 = torch.float32
 Z_T, T_, W = (
@@ -92,3 +92,61 @@ def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
     z0 = torch.randn(2, 4, 8, 8, device="cuda")
     loss = loss_of(Objective(kind, rank, checkpointing=checkpointing), nets, z0, both, both, torch.Generator())
     assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", F32, (), True)
+
+
+def spied(schedule, eps_hat) -> tuple[Networks, dict[str, list]]:
+    """Networks that say eps_hat(z_t, t), and what each was called with: [(z_t, t, w)]."""
+    seen = {name: [] for name in ("student", "teacher", "target")}
+
+    def network(name):
+        def call(z_t, t, cond, w=None):
+            seen[name].append((z_t, t, w))
+            return eps_hat(z_t, t)
+
+        return call
+
+    return Networks(*map(network, seen), net=None, schedule=schedule), seen
+
+
+@pytest.mark.parametrize("k", [1, 20, 100])
+def test_k_is_the_length_of_the_skip(schedule, k):
+    """The target is asked k timesteps below the student, but not below 0: what --k says reaches the loss."""
+    nets, seen = spied(schedule, lambda z_t, t: z_t)
+    none = Cond(torch.zeros(64, 1, 1))
+    loss_of(Objective("lcm", 4, k=k), nets, torch.randn(64, 4, 2, 2), none, none, torch.Generator().manual_seed(0))
+    ((_, t_start, w),), ((_, t_end, _),) = seen["student"], seen["target"]
+    assert torch.equal(t_end, (t_start - k).clamp(min=0)), "the pair is (t, t - k)"
+    assert set(t_start.tolist()) <= set(range(19, 1000, 20)) and torch.equal(w, torch.full((64,), 7.5))
+
+
+def test_diffusion_draws_every_timestep_and_weighs_by_min_snr(schedule):
+    """t ~ U{0, ..., 999}; a network that says 0 has the loss min(SNR, 5) / SNR times eps^2, not eps^2."""
+    nets, seen = spied(schedule, lambda z_t, t: torch.zeros_like(z_t))
+    z0 = torch.zeros(2000, 4, 1, 1)  # so z_t = sigma eps
+    loss = loss_of(Objective("diffusion", None), nets, z0, Cond(z0), Cond(z0), torch.Generator().manual_seed(0))
+    ((z_t, t, _),) = seen["student"]
+    assert t.min() < 10 and t.max() > 990 and t.float().mean().item() == pytest.approx(499.5, abs=25)
+    alpha, sigma = schedule.alpha[t].double(), schedule.sigma[t].double()
+    snr = (alpha / sigma) ** 2
+    eps_squared = (z_t.double().flatten(1) / sigma[:, None]).square().mean(dim=1)
+    expected = (snr.clamp(max=5) / snr * eps_squared).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and expected < 0.95 * eps_squared.mean().item()
+
+
+def test_student_and_target_of_a_full_lcm_embed_the_same_w():
+    """With equal weights they are one function of w, that of the UNet given the embedding of w itself."""
+    unet = tiny_unet()
+    nets = make_networks(Objective("lcm", None), unet, F32)
+    torch.nn.init.normal_(unet.time_embedding["cond_proj"].weight, generator=torch.Generator().manual_seed(1))
+    nets.target_unet.load_state_dict(unet.state_dict())
+    expected = unet(Z_T, T_, cond(), guidance_embedding(W))
+    assert torch.equal(nets.student(Z_T, T_, cond(), W), expected), "the student's w is not the one given"
+    assert torch.equal(nets.target(Z_T, T_, cond(), W), expected), "the target's w is not the one given"
+    assert not torch.equal(nets.student(Z_T, T_, cond(), W + 1), expected)
+
+
+def test_learning_rate_ends_at_its_floor():
+    assert [learning_rate(2.0, step, 10**6, warmup=4) for step in (0, 1, 3)] == pytest.approx([0.5, 1.0, 2.0])
+    assert learning_rate(2.0, 5000, 10000) == pytest.approx(1.0)
+    assert learning_rate(2.0, 10**6, 10**6) == pytest.approx(0)
+    assert learning_rate(2.0, 10**6, 10**6, floor=0.01) == pytest.approx(0.02)

@@ -20,7 +20,7 @@ from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.files.safetensors_file import read_tensors
-from minilcm.lcm import lcd_loss, sample_lcm
+from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
@@ -170,6 +170,70 @@ def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch)
     assert seen == pytest.approx(
         [1e-4 * k * c for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))]
     )
+
+
+def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
+    """Of a full LCM: step, then target <- 0.95 target + 0.05 student, each time, with the weights of that step."""
+    events, step = [], torch.optim.AdamW.step
+
+    def step_spy(self, *args, **kwargs):
+        events.append("step")
+        return step(self, *args, **kwargs)
+
+    def ema_spy(target, student):
+        before, now = ({k: x.detach().clone() for k, x in net.named_parameters()} for net in (target, student))
+        update_ema(target, student)
+        right = all(torch.equal(x, before[k].lerp(now[k], 1 - 0.95)) for k, x in target.named_parameters())
+        events.append("average" if right else "wrong")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
+    monkeypatch.setattr(train, "update_ema", ema_spy)
+    run(files, tmp_path, "full lcm", 2)
+    assert events == ["step", "average"] * 2, "the target must be averaged once after each optimizer step"
+
+
+def test_average_is_of_the_weights_and_is_what_is_written(files, tmp_path):
+    """--average MU: after the first step average = 0.1 start + 0.9 weights (mu grows as (step + 1) / (step + 10)); the
+    state keeps both, the result has the average.
+    """
+    run(files, tmp_path, "full", 1, "--average", "0.9", "--lr", "0.1")
+    start = load_model(files / "model.safetensors")[0].state_dict()
+    state, _ = read_tensors(latest_state(tmp_path))
+    written = load_model(tmp_path / "model.safetensors")[0].state_dict()
+    moved = 0
+    for key, before in start.items():
+        average = 0.1 * before + 0.9 * state[key]
+        torch.testing.assert_close(state[f"average.{key}"], average, rtol=1e-5, atol=1e-6)
+        assert torch.equal(written[key], state[f"average.{key}"].half().float()), key
+        moved += not torch.equal(written[key], state[key].half().float())
+    assert moved > 0.8 * len(start), "the average must differ from the weights"
+
+
+def test_weights_do_not_decay(files, tmp_path):
+    """AdamW without decay: what has no gradient stays where it is."""
+    args = train.parse(flags(files, tmp_path, "full", 1))
+    unet = load_model(files / "model.safetensors")[0]
+    training = train.start_training(args, train.objective_of(args, CONFIG), unet, 1)
+    before = [x.detach().clone() for x in training.named.values()]
+    for x in training.named.values():
+        x.grad = torch.zeros_like(x)
+    training.optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(training.named.values(), before)), "weights decay without a gradient"
+
+
+@pytest.mark.parametrize("objective, drop", [("full", 0.1), ("style", 0.1), ("lcm", 0.0), ("full lcm", 0.0)])
+def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, objective, drop):
+    """A tenth of the captions becomes "", which guidance needs; a consistency loss has a null condition of its own."""
+    seen = []
+
+    def spy(*args):
+        seen.append(args[-1].drop)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_data", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, tmp_path, objective, 1)
+    assert seen == [drop]
 
 
 def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch):

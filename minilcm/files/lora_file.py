@@ -102,7 +102,12 @@ def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]) -> Family:
                 shaped += all(parts[x].shape[i] == shape[i] for x, i in (("up", 0), ("down", 1)) if parts[x].ndim > 1)
         return named, shaped
 
-    return max(FAMILIES.values(), key=fit)
+    best = {}
+    for family in FAMILIES.values():
+        best[family] = fit(family)
+        if min(best[family]) == sum(prefix == "" for prefix, _ in modules):
+            return family  # nothing can fit better: no need to build the larger UNets
+    return max(best, key=best.get)
 
 
 def family_of(tau: Tau) -> Family:

@@ -1,6 +1,6 @@
 """Damaged, foreign and malicious files: each ends in its one line, nothing is executed, and memory stays small.
 
-With PYTHONPATH=.:tests:tests/files, `python tests/hostile/test_hostile.py list FOLDER` writes the hostile set and prints
+With PYTHONPATH=.:tests:tests/files, `python tests/hostile/test_hostile.py list FOLDER` writes the files and prints
 each file's line; `fuzz N` mutates N headers and LoRA dictionaries; 20,000 take some minutes.
 """
 
