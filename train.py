@@ -20,10 +20,8 @@ import math
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,28 +29,18 @@ from tqdm import tqdm
 
 from minilcm.data.open import Data, Reading, open_data
 from minilcm.data.pictures import draw_sheet, save_png
-from minilcm.files.checkpoint import load_checkpoint, save_model
-from minilcm.files.identify import FAMILIES, Checkpoint, Config, is_large, open_checkpoint
-from minilcm.files.lora_file import write_tau
+from minilcm.files.checkpoint import Model, load_checkpoint
+from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_large, open_checkpoint
 from minilcm.files.safetensors_file import sha256
-from minilcm.generate import noise
-from minilcm.lcm import GRID, T_SCALE, Network, update_ema
+from minilcm.lcm import GRID, T_SCALE, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
 from minilcm.merge import delta_norms
-from minilcm.model.precision import default_dtype
-from minilcm.model.text import TextEncoder, with_sizes
-from minilcm.model.unet import Cond, UNet
+from minilcm.model.precision import forward_dtype
+from minilcm.model.text import with_sizes
+from minilcm.model.unet import UNet
 from minilcm.model.vae import VAE
-from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, one_process
-from minilcm.run.diagnostics import (
-    Probe,
-    append_metrics,
-    diffusion_record,
-    guided_ddim,
-    guided_trajectory,
-    in_parts,
-    lcm_record,
-)
+from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
+from minilcm.run.diagnostics import append_metrics, in_parts, loss_on, make_probe, measure
 from minilcm.run.plan import Step, peak_bytes, plan
 from minilcm.run.processes import (
     from_all_processes,
@@ -63,7 +51,15 @@ from minilcm.run.processes import (
     sync_gradients,
     whole,
 )
-from minilcm.run.state import latest_state, load_state, read_run, save_state, state_tensors
+from minilcm.run.state import (
+    Training,
+    check_flags,
+    latest_state,
+    load_state,
+    read_run,
+    save_run,
+    start_folder,
+)
 from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
@@ -151,13 +147,6 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
 # ---- set-up
 
 
-def forward_dtype(device: str) -> torch.dtype:
-    """Of the forward pass: bfloat16 where it is fast. Trained weights, loss and schedule are float32."""
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return torch.float32  # such a GPU emulates bfloat16
-    return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
-
-
 def objective_of(args: argparse.Namespace, config: Config) -> Objective:
     targets = ATTENTION if args.attention_only else TARGETS
     large = is_large(config)
@@ -166,75 +155,21 @@ def objective_of(args: argparse.Namespace, config: Config) -> Objective:
     return Objective(args.objective, args.rank, args.alpha, targets, args.w_range, args.k, checkpointing, narrow)
 
 
-def picture_size(args: argparse.Namespace, config: Config) -> int:
-    """Raises ValueError unless the lowest level of the UNet has a whole number of points."""
-    size = config.size if args.size is None else args.size
-    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point of the lowest level
-    if size < 1 or size % coarsest:
-        raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
-    return size
-
-
-def start_folder(args: argparse.Namespace) -> None:
-    """Make --out, and remove what a killed run left half written."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    if list(args.out.glob("state_*.safetensors")) and not args.resume:
-        raise ValueError(f"{args.out} already holds a run; continue it with --resume, or give another --out")
-    for part in args.out.glob(".*.part"):
-        part.unlink()
-
-
-def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
-    """Raises ValueError with both values of the first flag that would make the resumed run another run."""
-    for key, value in now.items():
-        if (was := then.get(key)) != value:
-            flag = key.replace("_", "-")
-            raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
-
-
-class Base(NamedTuple):
+def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
     """The model that training starts from."""
-
-    unet: UNet
-    vae: VAE
-    text: TextEncoder
-    config: Config
-    sha256: str  # of its file; the LoRA's metadata keeps it, so that its base can be told
-
-
-def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objective) -> Base:
     if checkpoint.config.unet.w_dim is not None:
         raise ValueError(f"{args.model}: a full LCM cannot be trained further; give the model that it was made from")
     # float16, in which most official checkpoints are stored, is enough for a frozen base
     frozen = args.rank is not None and is_large(checkpoint.config)
-    base = Base(*load_checkpoint(checkpoint, torch.float16 if frozen else torch.float32), sha256(args.model))
+    base = load_checkpoint(checkpoint, torch.float16 if frozen else torch.float32)
     if args.rank is not None:
         check_rank(base.unet, args.rank, objective.targets)  # before an hour of encoding
     return base
 
 
-class Training(NamedTuple):
-    """What is trained."""
-
-    unet: UNet
-    nets: Networks
-    named: dict[str, Tensor]  # the trained parameters
-    average: dict[str, Tensor]  # of them; empty without --average
-    optimizer: torch.optim.Optimizer
-
-    def saved(self) -> dict[str, Tensor]:
-        """All tensors of a state, but the optimizer's."""
-        saved = self.named | {f"average.{k}": v for k, v in self.average.items()}
-        if self.nets.target_unet is not None:
-            saved |= {f"target.{k}": v for k, v in self.nets.target_unet.named_parameters()}
-        return saved
-
-    @torch.no_grad()
-    def swap_average(self) -> None:
-        """Exchange weights and average; a second call undoes it."""
-        for x, y in zip(self.named.values(), self.average.values()):
-            kept = x.clone()
-            x.copy_(y), y.copy_(kept)
+def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Reading:
+    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know the null condition, too
+    return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, args.device, process, world)
 
 
 def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, world: int) -> Training:
@@ -246,74 +181,14 @@ def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, w
     return Training(unet, nets, named, average, optimizer)
 
 
-# ---- what every save measures and writes
+# ---- what every save writes
 
 
-def make_probe(
-    args: argparse.Namespace,
-    training: Training,
-    z0: Tensor,
-    conds: tuple[Cond, Cond],
-    prompts: tuple[Cond, Cond],
-    factor: int,
-    size: int,
-    config: Config,
-) -> Probe:
-    """Before the first step: the teacher's trajectories, or what the model draws."""
-    _, teacher, _ = in_parts_of(args, training.nets)
-    schedule, like = training.nets.schedule, z0.new_empty(8, 4, size // factor, size // factor)
-    if args.objective == "lcm":
-        w = sum(args.w_range) / 2
-        z_T, _ = noise(range(8), like.shape[1:], args.device)
-        before = guided_trajectory(teacher, z_T, *prompts, schedule, w)
-    else:
-        w = config.guidance - 1
-        before = guided_ddim(teacher, like, *prompts, schedule, w)
-    return Probe(z0, *conds, *prompts, w, before)
-
-
-@torch.no_grad()
-def loss_on(batches: list[tuple], batch_loss: Callable[..., Tensor]) -> float:
-    """The mean loss on batches; their generators are restored, so that every evaluation sees the same noise."""
-    states = [generator.get_state() for *_, generator in batches]
-    loss = sum(batch_loss(*batch).item() for batch in batches) / len(batches)
-    for (*_, generator), state in zip(batches, states):
-        generator.set_state(state)
-    return mean_over_processes(loss)[0]
-
-
-@torch.no_grad()
-def measurements(
-    args: argparse.Namespace, training: Training, probe: Probe, fixed_loss: Callable[[], float]
-) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements, {label: z0} for the sheet) of the weights that are written: the average, if there is one."""
-    if training.average:
-        training.swap_average()
-    student, teacher, target = in_parts_of(args, training.nets)
-    schedule = training.nets.schedule
-    record = {"fixed_loss": fixed_loss()}
-    if args.objective == "lcm":
-        more, columns = lcm_record(student, teacher, target, probe, schedule, args.k)
-    else:
-        more, columns = diffusion_record(student, probe, schedule)
-    if args.rank is not None:
-        more["delta_norms"] = delta_norms(get_tau(training.unet))
-    if training.average:
-        training.swap_average()
-    return record | more, columns
-
-
-def in_parts_of(args: argparse.Namespace, nets: Networks) -> tuple[Network, Network, Network]:
-    """Student, teacher and target for measuring: if memory is short, on no more images than a training step has."""
-    most = args.batch if args.checkpointing else 16
-    return tuple(in_parts(network, most) for network in nets[:3])
-
-
-def write_sheet(path: Path, columns: dict[str, Tensor], data: Data, vae: VAE, device: str, about: str) -> None:
+def write_sheet(path: Path, columns: dict[str, Tensor], data: Data, vae: VAE, device: str) -> None:
     vae.to(device)
     sheet = draw_sheet(columns, data.prompts, lambda z0: vae.decode_tiled(z0, tile=64))
     vae.to("cpu" if vae in data.idle else device)
-    save_png(path, sheet, about)
+    save_png(path, sheet, f"step {int(path.stem[5:])}")
 
 
 def recipe_of(args: argparse.Namespace, step: int, model_sha256: str) -> dict[str, str]:
@@ -326,30 +201,6 @@ def recipe_of(args: argparse.Namespace, step: int, model_sha256: str) -> dict[st
     return recipe
 
 
-def write_result(args: argparse.Namespace, training: Training, base: Base, run: dict, first: bool) -> None:
-    """The result and the state; `run` has step, flags and positions. Every process must call this; the first writes."""
-    step = run["step"]
-    weights = {}
-    for name, x in (training.average or training.named).items():
-        x = whole(x)  # one at a time on the GPU; all of them only in the main memory of the first process
-        weights |= {name: x.detach().cpu()} if first else {}
-    tensors = state_tensors(training.saved(), training.optimizer, keep=first)
-    if not first:
-        return
-    if args.rank is not None:
-        tau = {
-            path: (weights[f"{path}.lora_up.weight"], weights[f"{path}.lora_down.weight"], lora_alpha)
-            for path, (_, _, lora_alpha) in get_tau(training.unet).items()
-        }
-        write_tau(args.out / "lora.safetensors", tau, recipe_of(args, step, base.sha256))
-    else:
-        config = replace(base.config, unet=training.unet.cfg)
-        save_model(args.out / "model.safetensors", weights, base.vae, base.text, config)
-    save_state(args.out / f"state_{step:06d}.safetensors", tensors, run)
-    for old in sorted(args.out.glob("state_*.safetensors"))[:-2]:
-        old.unlink()
-
-
 # ---- the run
 
 
@@ -358,7 +209,8 @@ def main(args: argparse.Namespace) -> None:
     official = FAMILIES[str(args.model)].config if args.plan is not None and str(args.model) in FAMILIES else None
     checkpoint = None if official else open_checkpoint(args.model)
     config = official() if official else checkpoint.config
-    objective, size = objective_of(args, config), picture_size(args, config)
+    objective, size = objective_of(args, config), config.size if args.size is None else args.size
+    check_size(config, size)
     args.checkpointing = objective.checkpointing
     if args.plan is not None:
         half = forward_dtype(args.device)
@@ -368,20 +220,22 @@ def main(args: argparse.Namespace) -> None:
     # ---- the model, and the state to continue from
     process, world = start_processes(args.device)
     if process == 0:
-        start_folder(args)
+        start_folder(args.out, args.resume)
     base = load_base(args, checkpoint, objective)
     flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    flags |= {"model": f"{args.model.name}, sha256 {base.sha256[:10]}", "ranks": str(world)}
+    model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
+    flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
     state = latest_state(args.out) if args.resume else None
     if state is not None:
         check_flags(flags, read_run(state)["flags"])
-    train(args, objective, base, size, flags, state, process, world)
+    train(args, objective, base, model_sha256, size, flags, state, process, world)
 
 
 def train(
     args: argparse.Namespace,
     objective: Objective,
-    base: Base,
+    base: Model,
+    model_sha256: str,
     size: int,
     flags: dict[str, str],
     state: Path | None,
@@ -393,9 +247,7 @@ def train(
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
-    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know the null condition, too
-    how = Reading(size, args.batch, args.looks, args.workers, args.seed, drop, device, process, world)
-    data = open_data(args.data, vae, text, base.config, base.sha256, args.out.parent / "cache", how)
+    data = open_data(args.data, base, model_sha256, args.out.parent / "cache", reading(args, size, process, world))
     null_cond = text.null_cond(args.batch)
     prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
     fixed = list(islice(data.batches(-1), 8))  # for the loss that is compared from save to save
@@ -410,30 +262,39 @@ def train(
         cond, null = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
         return loss_of(objective, training.nets, z0.to(device), cond, null, generator, process, world)
 
-    # ---- what every save is measured on, and what it writes
+    # ---- what every save measures and writes
+    most = args.batch if args.checkpointing else 16  # if memory is short, no more at a time than in a step
+    networks, schedule = [in_parts(network, most) for network in training.nets[:3]], training.nets.schedule
     z0, captions, size_ids, _ = fixed[0]
     conds = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-    probe = make_probe(args, training, z0.to(device), conds, prompts, vae.factor, size, base.config)
+    w = sum(args.w_range) / 2 if args.objective == "lcm" else base.config.guidance - 1
+    shape = (4, size // vae.factor, size // vae.factor)
+    probe = make_probe(objective, networks[1], z0.to(device), conds, prompts, shape, schedule, w)
 
-    def measure(step: int, loss: float) -> None:
+    def look(step: int, loss: float) -> None:
         """A line of metrics.jsonl and a sheet, by the weights that the result has: the average, if there is one."""
-        record, columns = measurements(args, training, probe, lambda: loss_on(fixed, batch_loss))
-        say(f"step {step} loss {loss:.4f} fixed {record['fixed_loss']:.4f}", flush=True)
+        training.swap_average()
+        fixed_loss = loss_on(fixed, batch_loss)
+        record, columns = measure(objective, networks, probe, schedule)
+        if args.rank is not None:
+            record["delta_norms"] = delta_norms(get_tau(training.unet))
+        training.swap_average()
+        say(f"step {step} loss {loss:.4f} fixed {fixed_loss:.4f}", flush=True)
         if first:
-            append_metrics(args.out / "metrics.jsonl", {"step": step, "loss": loss} | record)
-            write_sheet(args.out / f"step_{step:06d}.png", columns, data, vae, device, f"step {step}")
+            losses = {"step": step, "loss": loss, "fixed_loss": fixed_loss}
+            append_metrics(args.out / "metrics.jsonl", losses | record)
+            write_sheet(args.out / f"step_{step:06d}.png", columns, data, vae, device)
 
     def save(step: int) -> None:
         run = {"step": step, "flags": flags, "positions": from_all_processes(data.positions)}
-        write_result(args, training, base, run, first)
+        save_run(args.out, training, base, recipe_of(args, step, model_sha256), run, first)
 
-    # ---- where it starts
     start = 0
     if state is not None:
         then = load_state(state, training.saved(), training.optimizer)
         start, data.positions[:] = then["step"], then["positions"][process]
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
-    loop(args, data, training, batch_loss, save, measure, start, process, world)
+    loop(args, data, training, batch_loss, save, look, start, process, world)
 
 
 def loop(
@@ -442,7 +303,7 @@ def loop(
     training: Training,
     batch_loss: Callable[..., Tensor],
     save: Callable[[int], None],
-    measure: Callable[[int, float], None],
+    look: Callable[[int, float], None],
     start: int,
     process: int,
     world: int,
@@ -483,7 +344,7 @@ def loop(
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)
-            measure(step + 1, loss)
+            look(step + 1, loss)
         elif (step + 1) % 10 == 0 and process == 0:
             append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:

@@ -24,7 +24,7 @@ from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
-from minilcm.run.state import latest_state, read_run
+from minilcm.run.state import latest_state, read_run, save_state
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
@@ -264,7 +264,7 @@ def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch
             return base(z_t, t, cond)
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", spy)
-    monkeypatch.setattr(train, "default_dtype", lambda device: torch.float32)  # bfloat16 would round the base
+    monkeypatch.setattr(train, "forward_dtype", lambda device: torch.float32)  # bfloat16 would round the base
     run(files, tmp_path, "lcm", 3, "--lr", "1")
     first, last = calls[:3], calls[6:9]
     names = ["student", "teacher", "target"]
@@ -412,7 +412,7 @@ def test_a_large_models_base_stays_narrow(files, tmp_path, monkeypatch):
     taus = []
     for large in (False, True):
         monkeypatch.setattr(train, "is_large", lambda config: large)
-        monkeypatch.setattr(train, "default_dtype", lambda device: torch.float32)
+        monkeypatch.setattr(train, "forward_dtype", lambda device: torch.float32)
         kept = []
         monkeypatch.setattr(train, "make_networks", lambda *args: kept.append(args[1]) or make_networks(*args))
         run(files, tmp_path / str(large), "lcm", 3)
@@ -562,7 +562,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
 
 def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch):
     """A full disk at the second save: the first save's files are whole, and the run resumes from them."""
-    original, saves = train.save_state, []
+    original, saves = save_state, []
 
     def full(path, *args):
         saves.append(path)
@@ -570,7 +570,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
             raise OSError("No space left on device")
         original(path, *args)
 
-    monkeypatch.setattr(train, "save_state", full)
+    monkeypatch.setattr("minilcm.run.state.save_state", full)
     argv = flags(files, tmp_path, "attention", 2, "--save-every", "1")
     with pytest.raises(OSError):
         train.main(train.parse(argv))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..files.checkpoint import Model
 from ..files.identify import Config
 from ..model.text import TextEncoder, with_sizes
 from ..model.unet import Cond
@@ -42,13 +43,12 @@ class Data(NamedTuple):
     idle: list[nn.Module]  # networks that are only needed again for sheets
 
 
-def open_data(
-    path: Path, vae: VAE, text: TextEncoder, config: Config, model_sha256: str, cache: Path, how: Reading
-) -> Data:
+def open_data(path: Path, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
     """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards while training.
 
     Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three do.
     """
+    _, vae, text, config = model
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
     if shards and is_art(shards[0]):
         return open_art(path, vae, text, config, how)

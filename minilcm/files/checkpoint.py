@@ -115,9 +115,16 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     module.load_state_dict({k: state[k] for k in want}, assign=True)
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None
-) -> tuple[UNet, VAE, TextEncoder, Config]:
+class Model(NamedTuple):
+    """The networks of a checkpoint."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    config: Config
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None) -> Model:
     """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the VAE in float32.
 
     Families: SD1.x, SDXL base, SSD-1B and what minilcm writes. SDXL's VAE overflows in float16, hence float32.
@@ -129,7 +136,7 @@ def load_model(
 
 def load_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None
-) -> tuple[UNet, VAE, TextEncoder, Config]:
+) -> Model:
     """`load_model` for a checkpoint whose header has been read."""
     path, header, _, config = checkpoint
     vae_path, vae_header = (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
@@ -151,7 +158,7 @@ def load_checkpoint(
         print(f"{path}: {len(stray)} keys belong to no part and are not used, first: {', '.join(stray[:5])}")
     for module in (unet, vae, text):
         module.requires_grad_(False).eval()
-    return unet, vae, text, config
+    return Model(unet, vae, text, config)
 
 
 def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:

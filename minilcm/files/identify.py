@@ -102,6 +102,13 @@ FAMILIES = {
 }
 
 
+def check_size(config: Config, size: int) -> None:
+    """Raises ValueError unless pictures of this width and height have whole latents at the UNet's lowest level."""
+    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point of that level
+    if size < 1 or size % coarsest:
+        raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
+
+
 def is_large(config: Config) -> bool:
     """Of the size of an official checkpoint, for which saving memory is worth time."""
     return config.unet.channels[0] >= 320

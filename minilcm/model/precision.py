@@ -24,6 +24,13 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def forward_dtype(device: str) -> torch.dtype:
+    """Of the forward pass: bfloat16 where it is fast. Trained weights, loss and schedule are float32."""
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return torch.float32  # such a GPU emulates bfloat16
+    return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
+
+
 def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Inside the block, matrix products and convolutions run in `dtype`; float32 switches it off."""
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)

@@ -7,17 +7,20 @@ before the loop.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..generate import generate
+from ..generate import generate, noise
 from ..lcm import GRID, Network, draw, f_theta, lcd_loss, train_grid
 from ..model.unet import Cond
+from ..objective import Objective
 from ..schedule import Schedule, T, diffusion_loss
 from ..solver import EpsFn, guided_eps, sample_ddim
+from .processes import mean_over_processes
 
 INDICES = tuple(round(i * (GRID - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49: ten of the 50 grid indices
 STEPS = (1, 2, 4)  # numbers of LCM steps that the student is sampled with
@@ -33,6 +36,45 @@ class Probe(NamedTuple):
     prompts_null: Cond
     w: float  # guidance
     before: Tensor  # lcm: the teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) before training
+
+
+def make_probe(
+    objective: Objective,
+    teacher: Network,
+    z0: Tensor,
+    conds: tuple[Cond, Cond],
+    prompts: tuple[Cond, Cond],
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    w: float,
+) -> Probe:
+    """Before the first step; `shape` (4, h, w) is of the latents that are drawn."""
+    z_T, _ = noise(range(8), shape, z0.device)
+    if objective.kind == "lcm":
+        before = guided_trajectory(teacher, z_T, *prompts, schedule, w)
+    else:
+        before = guided_ddim(teacher, z_T, *prompts, schedule, w)
+    return Probe(z0, *conds, *prompts, w, before)
+
+
+@torch.no_grad()
+def measure(
+    objective: Objective, networks: list[Network], probe: Probe, schedule: Schedule
+) -> tuple[dict, dict[str, Tensor]]:
+    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target."""
+    if objective.kind == "lcm":
+        return lcm_record(*networks, probe, schedule, objective.k)
+    return diffusion_record(networks[0], probe, schedule)
+
+
+@torch.no_grad()
+def loss_on(batches: list[tuple], batch_loss: Callable[..., Tensor]) -> float:
+    """The mean loss on batches; their generators are restored, so that every evaluation sees the same noise."""
+    states = [generator.get_state() for *_, generator in batches]
+    loss = sum(batch_loss(*batch).item() for batch in batches) / len(batches)
+    for (*_, generator), state in zip(batches, states):
+        generator.set_state(state)
+    return mean_over_processes(loss)[0]
 
 
 def lcm_record(

@@ -1,13 +1,61 @@
-"""The state of a training run: all that it needs to continue as if it had never stopped."""
+"""The state of a training run, and its files: all that it needs to continue as if it had never stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..files.checkpoint import Model, save_model
+from ..files.lora_file import write_tau
 from ..files.safetensors_file import read_header, read_tensors, write_tensors
+from ..lora import get_tau
+from ..model.unet import UNet
+from ..objective import Networks
 from .processes import share_of, whole
+
+
+class Training(NamedTuple):
+    """What is trained."""
+
+    unet: UNet
+    nets: Networks
+    named: dict[str, Tensor]  # the trained parameters
+    average: dict[str, Tensor]  # of them; empty without --average
+    optimizer: torch.optim.Optimizer
+
+    def saved(self) -> dict[str, Tensor]:
+        """All tensors of a state, except the optimizer's."""
+        saved = self.named | {f"average.{k}": v for k, v in self.average.items()}
+        if self.nets.target_unet is not None:
+            saved |= {f"target.{k}": v for k, v in self.nets.target_unet.named_parameters()}
+        return saved
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange weights and average, if there is one; a second call undoes it."""
+        for x, y in zip(self.named.values(), self.average.values()):
+            kept = x.clone()
+            x.copy_(y), y.copy_(kept)
+
+
+def start_folder(folder: Path, resume: bool) -> None:
+    """Make the folder of a run, and remove what a killed run left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if list(folder.glob("state_*.safetensors")) and not resume:
+        raise ValueError(f"{folder} already holds a run; continue it with --resume, or give another --out")
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
+def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
+    """Raises ValueError with both values of the first flag that would make the resumed run another run."""
+    for key, value in now.items():
+        if (was := then.get(key)) != value:
+            flag = key.replace("_", "-")
+            raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
 
 
 def state_tensors(named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
@@ -70,3 +118,29 @@ def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
         state.setdefault(int(i), {})[name] = share_of(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return read_run(path)
+
+
+def save_run(folder: Path, training: Training, base: Model, recipe: dict[str, str], run: dict, first: bool) -> None:
+    """The result and the state, of which two are kept; `run` has step, flags and positions.
+
+    Every process must call this, and the `first` one writes: lora.safetensors with the recipe, or model.safetensors.
+    """
+    weights = {}
+    for name, x in (training.average or training.named).items():
+        x = whole(x)  # one at a time on the GPU; all of them only in the main memory of the first process
+        weights |= {name: x.detach().cpu()} if first else {}
+    tensors = state_tensors(training.saved(), training.optimizer, keep=first)
+    if not first:
+        return
+    if layers := get_tau(training.unet):
+        tau = {
+            path: (weights[f"{path}.lora_up.weight"], weights[f"{path}.lora_down.weight"], lora_alpha)
+            for path, (_, _, lora_alpha) in layers.items()
+        }
+        write_tau(folder / "lora.safetensors", tau, recipe)
+    else:
+        config = replace(base.config, unet=training.unet.cfg)
+        save_model(folder / "model.safetensors", weights, base.vae, base.text, config)
+    save_state(folder / f"state_{run['step']:06d}.safetensors", tensors, run)
+    for old in sorted(folder.glob("state_*.safetensors"))[:-2]:
+        old.unlink()

@@ -95,7 +95,7 @@ def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path):
 if __name__ == "__main__":
     import train
 
-    train.default_dtype = lambda device: torch.float32
+    train.forward_dtype = lambda device: torch.float32
     try:
         train.main(train.parse(sys.argv[1:]))
     except (ValueError, OSError) as error:
