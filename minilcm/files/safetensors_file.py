@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: reading safetensors with one clear error, writing through a temporary name."""
+"""Safetensors files: read with one clear error, written under a temporary name, so they are complete or absent."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` when the block succeeds and removed when it does not."""
+    """A temporary path to write to, renamed to `path` if the block succeeds and removed if it does not."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -30,19 +30,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         os.replace(part, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
+        os.fsync(folder)  # the new name, too
         os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, sorted by key, contiguous, atomic; others expect {"format": "pt"} in the metadata."""
+    """Write a safetensors file, sorted by key, atomically; other programs expect {"format": "pt"} in the metadata."""
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         try:
             save_file(tensors, part, {"format": "pt", **metadata})
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # for example a full disk
             raise OSError(f"{path}: cannot be written ({error})") from None
 
 
@@ -51,7 +51,7 @@ BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor."""
+    """What a header says about a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
 
 Header = dict[str, Entry]
-MAX_HEADER = 10_000_000  # bytes: 30 times those of SDXL; as Python's objects JSON takes up to 30 times its size
+MAX_HEADER = 10_000_000  # bytes, 30 times SDXL's; parsed JSON takes up to 30 times its size in memory
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
@@ -94,6 +94,20 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         f.seek(8)
         raw = f.read(n)
 
+    header, metadata = parse_header(raw, damaged)
+    end = 0
+    for begin, next_end in sorted((entry.begin, entry.end) for entry in header.values()):
+        if begin != end:
+            raise ValueError(f"{damaged} (the tensors overlap or leave a gap); download it again")
+        end = next_end
+    if size != 8 + n + end:
+        raise ValueError(f"{damaged} (expected {8 + n + end:,} bytes, found {size:,}); download it again")
+    return header, metadata
+
+
+def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
+    """The JSON of a header. Raises ValueError, beginning with `damaged`, unless each entry makes sense by itself."""
+
     def unique(pairs: list) -> dict:
         if len(pairs) != len({key for key, _ in pairs}):
             raise ValueError("a key is there twice")
@@ -101,29 +115,21 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
 
     try:
         entries = json.loads(raw.decode(), object_pairs_hook=unique)
-        metadata = entries.pop("__metadata__", {})
-        header, spans = {}, []
+        metadata, header = entries.pop("__metadata__", {}), {}
         for key, entry in entries.items():
             (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
             if not key.isprintable() or len(key) > 1000:
-                raise ValueError(f"key {ascii(key)[:80]} is no name")
+                raise ValueError(f"key {ascii(key)[:80]} is not a name")
             if type(shape) is not list or not all(type(x) is int and x >= 0 for x in (begin, end, *shape)):
-                raise ValueError(f"{key} has a shape or offset that is no number")
+                raise ValueError(f"{key} has a shape or offset that is not a number")
             if end - begin != BYTES[dtype] * math.prod(shape) or math.prod(x for x in shape if x) >= 1 << 63:
                 raise ValueError(f"{key} is {dtype} {str(shape)[:100]} in {end - begin} bytes")
             header[key] = Entry(dtype, tuple(shape), begin, end)
-            spans.append((begin, end))
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
         raise ValueError(f"{damaged} (header: {' '.join(what.split())[:200]}); download it again") from None
-    spans.sort()
-    ends = [0, *(end for _, end in spans)]
-    if any(begin != end for (begin, _), end in zip(spans, ends)):
-        raise ValueError(f"{damaged} (the tensors overlap or leave a gap); download it again")
-    if size != 8 + n + ends[-1]:
-        raise ValueError(f"{damaged} (expected {8 + n + ends[-1]:,} bytes, found {size:,}); download it again")
     return header, metadata
 
 
@@ -133,12 +139,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as f:
             return {key: f.get_tensor(key) for key in header}, metadata
-    except (SafetensorError, AttributeError) as error:  # a format this torch has not
+    except (SafetensorError, AttributeError) as error:  # for example a dtype that this torch lacks
         raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file, in hexadecimal: what A1111 and model sites know it by (often its first ten digits)."""
+    """The hash of a file, in hexadecimal, by which A1111 and model sites identify it (often by ten digits)."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -147,16 +153,16 @@ def sha256(path: str | Path) -> str:
 
 
 def all_finite(x: Tensor) -> bool:
-    """No NaN and no infinity in x: both show in the smallest and the largest value; one pass, no copy."""
+    """Whether x has no NaN and no infinity: both would show in its minimum or maximum. One pass, no copy."""
     return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
 def rewrite(
     source: str | Path, path: str | Path, metadata: dict[str, str], changes: dict[str, Callable[[Tensor], Tensor]]
 ) -> None:
-    """A copy of `source` with the tensors in `changes` passed through a function, all others byte for byte; atomic.
+    """A copy of `source` in which `changes` maps some tensors through a function, and all others stay byte for byte.
 
-    One tensor at a time, in the file's order: the peak of memory is one tensor. Each keeps its dtype and shape.
+    Atomic. One tensor at a time, in the file's order, so the peak memory is one tensor; dtypes and shapes are kept.
     """
     header, old = read_header(source)
     entries = {"__metadata__": {**old, **metadata}} if old or metadata else {}

@@ -1,8 +1,8 @@
 """The blocks a Stable Diffusion UNet is built from, under their official LDM names.
 
-`self` attributes carry the key names of the official files (`in_layers.2`, `ff.net.0.proj`): what is a number there is
-a place in an nn.Sequential here. Local names and comments are ours. Letters: b batch, c channels, h w latent size, n
-tokens, d width of a token.
+Attributes have the key names of the official files (`in_layers.2`, `ff.net.0.proj`): a number in a key is a place in an
+nn.Sequential. Local names and comments are ours. Letters: b batch, c channels, h w latent size, n tokens, d width of a
+token.
 """
 
 import math
@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around the sum with the time embedding, and a skip (1x1 where the channels change)."""
+    """Two 3x3 convolutions, the time embedding added between them, and a skip (1x1 where the channels change)."""
 
     def __init__(self, channels: int, out_channels: int, time_dim: int, groups: int):
         super().__init__()
@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention among the pixels, cross-attention to the prompt, feed-forward; each normed, with a residual."""
+    """Self-attention over the pixels, cross-attention to the prompt, feed-forward; each with norm and residual."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -123,9 +123,9 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over the h*w pixels as tokens, between two projections, with a residual around all.
+    """`depth` transformer blocks with the h*w pixels as tokens, between two projections, and a residual around it all.
 
-    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False), Linear in SDXL: one product in two shapes.
+    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False) and Linear in SDXL: the same product.
     """
 
     def __init__(self, channels: int, depth: int, context_dim: int, heads: int, linear: bool, groups: int):

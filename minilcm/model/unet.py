@@ -26,28 +26,26 @@ from .layers import Downsample, ResBlock, SpatialTransformer, Upsample, timestep
 
 
 class Cond(NamedTuple):
-    """What the UNet gets besides z_t and t."""
+    """What the UNet gets besides z_t and t: the encoded prompt."""
 
     context: Tensor  # (b, n, d): one row a token, read by cross-attention
     vector: Tensor | None = None  # (b, adm): SDXL's pooled text and size ids
 
     def cat(self, other: "Cond") -> "Cond":
-        """Both, one under the other along b."""
+        """Both, concatenated along b."""
         return Cond(*(None if x is None else torch.cat([x, y]) for x, y in zip(self, other)))
 
     def rows(self, rows: slice) -> "Cond":
-        """Some images of the b."""
+        """Some of the b rows."""
         return Cond(*(None if x is None else x[rows] for x in self))
 
-    def to(self, device=None, dtype=None) -> "Cond":
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Cond":
         return Cond(*(None if x is None else x.to(device=device, dtype=dtype) for x in self))
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet. Depths are the transformer blocks after each ResBlock, level by level in running order; 0:
-    none.
-    """
+    """Sizes of a UNet. A depth is the number of transformer blocks after a ResBlock; levels are in running order."""
 
     channels: tuple[int, ...]  # width of each level
     down: tuple[tuple[int, ...], ...]  # depths on the way down, one tuple a level
@@ -58,8 +56,8 @@ class UNetConfig:
     head_dim: int | None = None  # ... the same width of a head everywhere (SDXL)
     linear: bool = False  # proj_in and proj_out as Linear, not as 1x1 convolution
     adm: int | None = None  # length of Cond.vector
-    w_dim: int | None = None  # width of the guidance embedding: full LCM only, LCM-LoRA has none
-    groups: int = 32  # GroupNorm
+    w_dim: int | None = None  # width of the guidance embedding, which only a full LCM has
+    groups: int = 32  # of GroupNorm
 
 
 def sd15() -> UNetConfig:
@@ -113,7 +111,7 @@ def emoji() -> UNetConfig:
 
 
 class Block(nn.Sequential):
-    """The parts of one numbered block; each takes what it can use of (x, t_emb, context)."""
+    """The parts of one numbered block; each takes what it needs of (x, t_emb, context)."""
 
     def forward(self, x: Tensor, t_emb: Tensor, context: Tensor) -> Tensor:
         for part in self:
@@ -138,7 +136,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Sequential(
                 nn.Sequential(nn.Linear(cfg.adm, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
             )
-        if cfg.w_dim:  # new in a full LCM, whose files keep diffusers' name for it
+        if cfg.w_dim:  # of a full LCM, whose files have diffusers' name for it
             self.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(cfg.w_dim, width, bias=False)})
 
         def res(c_in: int, c_out: int) -> ResBlock:
@@ -178,7 +176,7 @@ class UNet(nn.Module):
     def forward(self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None) -> Tensor:
         """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or (b,), cond with b rows.
 
-        w_emb (b, w_dim) is `lcm.guidance_embedding(w)` and belongs to a full LCM; an LCM-LoRA's UNet takes none.
+        w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes none.
         """
         dtype = self.out[2].weight.dtype
         x, context = z_t.to(dtype), cond.context.to(dtype)  # (b, 4, h, w), (b, n, d)

@@ -1,7 +1,7 @@
 """The autoencoder between pixels (b, 3, H, W) in [-1, 1] and latents (b, 4, H/f, W/f).
 
 LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): Stable Diffusion has four levels (f8), the emoji
-model three (f4). The scale that gives latents unit variance (0.18215 in SD1.5) lives here and nowhere else.
+model three (f4). The scale that gives latents unit variance (0.18215 in SD1.5) is applied here and nowhere else.
 
     encoder.conv_in, down.i.{block.j, downsample.conv}, mid.{block_1, attn_1, block_2}, norm_out, conv_out -> quant_conv
     post_quant_conv -> decoder.conv_in, mid..., up.i.{block.j, upsample.conv}, norm_out, conv_out
@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .layers import Upsample
+
 
 @dataclass(frozen=True)
 class VAEConfig:
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level
-    res_blocks: int = 2  # ResBlocks a level; the decoder has one more
-    groups: int = 32  # GroupNorm; at least 4 channels a group, or absolute colour is lost
-    scale: float = 0.18215  # latents are multiplied by it on encode, divided on decode
+    res_blocks: int = 2  # ResBlocks per level; the decoder has one more
+    groups: int = 32  # of GroupNorm; with fewer than 4 channels in a group absolute colour is lost
+    scale: float = 0.18215  # latents are multiplied by it in encode, divided in decode
     z_channels: int = 4
 
 
 class ResnetBlock(nn.Module):
-    """The ResBlock of layers.py without a time embedding, and with the names of this half of LDM."""
+    """The ResBlock of layers.py without a time embedding, under the names that LDM uses in its autoencoder."""
 
     def __init__(self, channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -61,7 +63,7 @@ class AttnBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the size by a stride-2 convolution that pads right and bottom only, as LDM does."""
+    """Halve h and w by a stride-2 convolution that pads only right and bottom, as LDM does."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -69,15 +71,6 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b, c, h/2, w/2)
-
-
-class Up(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (b, c, 2h, 2w)
 
 
 def middle(channels: int, groups: int) -> nn.ModuleDict:
@@ -132,7 +125,7 @@ class Decoder(nn.Module):
                 stage["block"].append(ResnetBlock(c, width, cfg.groups))
                 c = width
             if level > 0:
-                stage["upsample"] = Up(c)
+                stage["upsample"] = Upsample(c)
             stages.append(stage)
         self.up = nn.ModuleList(reversed(stages))
         self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-6)
@@ -167,7 +160,7 @@ class VAE(nn.Module):
         return mean * self.cfg.scale, torch.exp(0.5 * log_var.clamp(-30, 20)) * self.cfg.scale
 
     def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f). `generator` is a CPU generator."""
+        """A sample z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f), by a CPU generator."""
         mean, std = self.moments(pixels)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
@@ -183,15 +176,15 @@ class VAE(nn.Module):
     def decode_tiled(self, z0: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
         """`decode` in square tiles of at most `tile` latents, blended linearly over `overlap`: memory of one tile.
 
-        The result is close, not equal: attention and GroupNorm see a tile, not the picture.
+        The result is close to `decode`, not equal: attention and GroupNorm see a tile instead of the picture.
         """
         b, _, h, w = z0.shape
         f = self.factor
 
         def spans(n: int) -> list[slice]:
-            """Evenly spread along one axis, so that neighbours share at least `overlap`."""
-            side, k = min(tile, n), max(1, math.ceil((n - overlap) / (tile - overlap)))
-            return [slice(start, start + side) for start in (i * (n - side) // max(1, k - 1) for i in range(k))]
+            """Spread evenly along one axis, so that neighbours share at least `overlap`."""
+            side, count = min(tile, n), max(1, math.ceil((n - overlap) / (tile - overlap)))
+            return [slice(start, start + side) for start in (i * (n - side) // max(1, count - 1) for i in range(count))]
 
         def ramp(n: int) -> Tensor:
             """Weight along one axis of a tile: near 0 at its edges, 1 from `overlap` on."""

@@ -120,7 +120,7 @@ def malformed() -> dict[str, Case]:
 
     twice = json.dumps({"a": entry()})[:-1] + ", " + json.dumps({"a": entry()})[1:]
     size, in_bytes = r"expected [\d,]+ bytes, found [\d,]+", r"header: a is F32 \[.*\] in -?\d+ bytes"
-    no_number, gap = "header: a has a shape or offset that is no number", "the tensors overlap or leave a gap"
+    no_number, gap = "header: a has a shape or offset that is not a number", "the tensors overlap or leave a gap"
     files = {
         "too long": (of(a=entry()) + b"\0", size),
         "huge header": (raw_file(b"{}", length=1 << 62), "expected a header of 4,611,686,018,427,387,904 bytes, found"),
