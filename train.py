@@ -34,23 +34,14 @@ from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, T_SCALE, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
-from minilcm.merge import delta_norms
 from minilcm.model.precision import forward_dtype
 from minilcm.model.text import with_sizes
-from minilcm.model.unet import UNet
+from minilcm.model.unet import Cond, UNet
 from minilcm.model.vae import VAE
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
+from minilcm.run import processes
 from minilcm.run.diagnostics import append_metrics, in_parts, loss_on, make_probe, measure
 from minilcm.run.plan import Step, peak_bytes, plan
-from minilcm.run.processes import (
-    from_all_processes,
-    mean_over_processes,
-    replicate,
-    shard,
-    start_processes,
-    sync_gradients,
-    whole,
-)
 from minilcm.run.state import (
     Training,
     check_flags,
@@ -173,7 +164,7 @@ def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Re
 
 
 def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, world: int) -> Training:
-    wrap = one_process if world == 1 else shard if args.full else replicate
+    wrap = one_process if world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
@@ -218,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
         return plan(objective, config, step, args.plan)
 
     # ---- the model, and the state to continue from
-    process, world = start_processes(args.device)
+    process, world = processes.start_processes(args.device)
     if process == 0:
         start_folder(args.out, args.resume)
     base = load_base(args, checkpoint, objective)
@@ -228,7 +219,8 @@ def main(args: argparse.Namespace) -> None:
     state = latest_state(args.out) if args.resume else None
     if state is not None:
         check_flags(flags, read_run(state)["flags"])
-    train(args, objective, base, model_sha256, size, flags, state, process, world)
+    how = reading(args, size, process, world)
+    train(args, objective, base, model_sha256, how, flags, state)
 
 
 def train(
@@ -236,18 +228,16 @@ def train(
     objective: Objective,
     base: Model,
     model_sha256: str,
-    size: int,
+    how: Reading,
     flags: dict[str, str],
     state: Path | None,
-    process: int,
-    world: int,
 ) -> None:
-    device, first = args.device, process == 0
+    device, size, first = args.device, how.size, how.process == 0
     say = print if first else lambda *_, **__: None
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
-    data = open_data(args.data, base, model_sha256, args.out.parent / "cache", reading(args, size, process, world))
+    data = open_data(args.data, base, model_sha256, args.out.parent / "cache", how)
     null_cond = text.null_cond(args.batch)
     prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
     fixed = list(islice(data.batches(-1), 8))  # for the loss that is compared from save to save
@@ -255,29 +245,28 @@ def train(
         module.cpu()
 
     # ---- what is trained
-    training = start_training(args, objective, base.unet.to(device), world)
+    training = start_training(args, objective, base.unet.to(device), how.world)
     say(f"training {sum(x.numel() for x in training.named.values()):,} parameters in {len(training.named)} tensors")
 
+    def conds_of(captions: list[str], size_ids: Tensor) -> tuple[Cond, Cond]:
+        return data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+
     def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
-        cond, null = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-        return loss_of(objective, training.nets, z0.to(device), cond, null, generator, process, world)
+        conds = conds_of(captions, size_ids)
+        return loss_of(objective, training.nets, z0.to(device), *conds, generator, how.process, how.world)
 
     # ---- what every save measures and writes
     most = args.batch if args.checkpointing else 16  # if memory is short, no more at a time than in a step
     networks, schedule = [in_parts(network, most) for network in training.nets[:3]], training.nets.schedule
     z0, captions, size_ids, _ = fixed[0]
-    conds = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-    w = sum(args.w_range) / 2 if args.objective == "lcm" else base.config.guidance - 1
-    shape = (4, size // vae.factor, size // vae.factor)
-    probe = make_probe(objective, networks[1], z0.to(device), conds, prompts, shape, schedule, w)
+    given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor, schedule, base.config.guidance
+    probe = make_probe(objective, networks[1], *given)
 
     def look(step: int, loss: float) -> None:
         """A line of metrics.jsonl and a sheet, by the weights that the result has: the average, if there is one."""
         training.swap_average()
         fixed_loss = loss_on(fixed, batch_loss)
-        record, columns = measure(objective, networks, probe, schedule)
-        if args.rank is not None:
-            record["delta_norms"] = delta_norms(get_tau(training.unet))
+        record, columns = measure(objective, networks, probe, schedule, get_tau(training.unet))
         training.swap_average()
         say(f"step {step} loss {loss:.4f} fixed {fixed_loss:.4f}", flush=True)
         if first:
@@ -286,15 +275,15 @@ def train(
             write_sheet(args.out / f"step_{step:06d}.png", columns, data, vae, device)
 
     def save(step: int) -> None:
-        run = {"step": step, "flags": flags, "positions": from_all_processes(data.positions)}
+        run = {"step": step, "flags": flags, "positions": processes.from_all_processes(data.positions)}
         save_run(args.out, training, base, recipe_of(args, step, model_sha256), run, first)
 
     start = 0
     if state is not None:
         then = load_state(state, training.saved(), training.optimizer)
-        start, data.positions[:] = then["step"], then["positions"][process]
+        start, data.positions[:] = then["step"], then["positions"][how.process]
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
-    loop(args, data, training, batch_loss, save, look, start, process, world)
+    loop(args, data, training, batch_loss, save, look, start, how)
 
 
 def loop(
@@ -305,13 +294,12 @@ def loop(
     save: Callable[[int], None],
     look: Callable[[int, float], None],
     start: int,
-    process: int,
-    world: int,
+    how: Reading,
 ) -> None:
     _, nets, named, average, optimizer = training
-    device, source = args.device, data.batches(args.seed, start * args.accumulate)
-    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * world, "initial": start}
-    progress = tqdm(range(start, args.steps), total=args.steps, disable=None if process == 0 else True, **bar)
+    device, first, source = args.device, how.process == 0, data.batches(args.seed, start * args.accumulate)
+    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * how.world, "initial": start}
+    progress = tqdm(range(start, args.steps), total=args.steps, disable=None if first else True, **bar)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the current step, then save
     for step in progress:
@@ -322,12 +310,12 @@ def loop(
         loss = 0.0
         for i in range(args.accumulate):
             z0, captions, size_ids, generator = next(source)
-            with sync_gradients(nets.net, i == args.accumulate - 1):
+            with processes.sync_gradients(nets.net, i == args.accumulate - 1):
                 part = batch_loss(z0, captions, size_ids, generator) / args.accumulate
                 part.backward()
             loss += part.item()
-        norm = whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
-        loss, stopping = mean_over_processes(loss, float(bool(stop)))  # all processes must decide alike
+        norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
+        loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all processes must decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r} and others"
             raise ValueError(f"{what}; the last saved state is good, lower --lr")
@@ -345,10 +333,10 @@ def loop(
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)
             look(step + 1, loss)
-        elif (step + 1) % 10 == 0 and process == 0:
+        elif (step + 1) % 10 == 0 and first:
             append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:
-            sys.exit(f"stopped after step {step + 1}; go on with --resume" if process == 0 else 1)
+            sys.exit(f"stopped after step {step + 1}; continue with --resume" if first else 1)
 
 
 if __name__ == "__main__":

@@ -470,7 +470,7 @@ def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, object
     run(files, tmp_path / "whole", objective, 6)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
-        with pytest.raises(SystemExit, match="stopped after step 3; go on with --resume"):
+        with pytest.raises(SystemExit, match="stopped after step 3; continue with --resume"):
             run(files, tmp_path / "parts", objective, 6)
     assert read_run(latest_state(tmp_path / "parts"))["step"] == 3
     half_way = contents(tmp_path / "parts")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..generate import generate, noise
 from ..lcm import GRID, Network, draw, f_theta, lcd_loss, train_grid
+from ..lora import Tau
+from ..merge import delta_norms
 from ..model.unet import Cond
 from ..objective import Objective
 from ..schedule import Schedule, T, diffusion_loss
@@ -44,12 +46,13 @@ def make_probe(
     z0: Tensor,
     conds: tuple[Cond, Cond],
     prompts: tuple[Cond, Cond],
-    shape: tuple[int, ...],
+    side: int,
     schedule: Schedule,
-    w: float,
+    guidance: float,
 ) -> Probe:
-    """Before the first step; `shape` (4, h, w) is of the latents that are drawn."""
-    z_T, _ = noise(range(8), shape, z0.device)
+    """Before the first step; what is drawn are latents (8, 4, side, side), for diffusion with `guidance`."""
+    z_T, _ = noise(range(8), (4, side, side), z0.device)
+    w = sum(objective.w_range) / 2 if objective.kind == "lcm" else guidance - 1
     if objective.kind == "lcm":
         before = guided_trajectory(teacher, z_T, *prompts, schedule, w)
     else:
@@ -59,12 +62,14 @@ def make_probe(
 
 @torch.no_grad()
 def measure(
-    objective: Objective, networks: list[Network], probe: Probe, schedule: Schedule
+    objective: Objective, networks: list[Network], probe: Probe, schedule: Schedule, tau: Tau
 ) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target."""
+    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target, and of a LoRA."""
     if objective.kind == "lcm":
-        return lcm_record(*networks, probe, schedule, objective.k)
-    return diffusion_record(networks[0], probe, schedule)
+        record, columns = lcm_record(*networks, probe, schedule, objective.k)
+    else:
+        record, columns = diffusion_record(networks[0], probe, schedule)
+    return record | ({"delta_norms": delta_norms(tau)} if tau else {}), columns
 
 
 @torch.no_grad()
