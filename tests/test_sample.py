@@ -266,6 +266,16 @@ def test_several_loras_add_up(draw):
     assert abs(levels(twice) - levels(only(draw(*flags, loras=["lcm.safetensors:0.8"])))).max() <= 1
 
 
+def test_a_lora_of_the_text_encoder_changes_the_picture(draw, tmp_path):
+    """te1. modules are merged into the text encoder, not dropped."""
+    g = torch.Generator().manual_seed(0)
+    parts = 0.5 * torch.randn(32, 2, generator=g), 0.5 * torch.randn(2, 32, generator=g), 2.0
+    write_tau(tmp_path / "text.safetensors", {f"te1.encoder.layers.0.self_attn.{x}_proj": parts for x in "qv"}, {})
+    argv = "pizza", "--sampler", "ddim", "--steps", "2"
+    with_text = draw(*argv, loras=[f"{tmp_path}/text.safetensors"])
+    assert not same_picture(only(with_text), only(draw(*argv, loras=[])))
+
+
 def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
     """`--lora lcm`, and --sampler lcm without any --lora, take lcm_lora.safetensors beside the shipped model; ddim
     takes none.

@@ -1,0 +1,47 @@
+"""generate.py: every sampler of the table is its own function, and a picture depends on its seed alone."""
+
+import pytest
+import torch
+from make_reference import toy_eps
+
+from minilcm.generate import SAMPLERS, generate, noise, timesteps
+from minilcm.lcm import lcm_grid, sample_lcm
+from minilcm.schedule import add_noise
+from minilcm.solver import dpmpp_grid, sample_ddim, sample_dpmpp_2m
+
+SHAPE, SEEDS = (4, 8, 8), [3, 11]
+
+
+def test_each_sampler_is_its_own_function(schedule):
+    z_T, generators = noise(SEEDS, SHAPE)
+    expected = {
+        "lcm": sample_lcm(toy_eps, z_T, schedule, 4, generators),
+        "ddim": sample_ddim(toy_eps, z_T, schedule, 25),
+        "dpmpp": sample_dpmpp_2m(toy_eps, z_T, schedule, 20),
+    }
+    assert SAMPLERS.keys() == expected.keys(), "a new sampler needs its expected result here"
+    for name, z0 in expected.items():
+        assert torch.equal(generate(toy_eps, SEEDS, SHAPE, name), z0), f"{name} with its default number of steps"
+    assert timesteps("lcm", 4, 0.5) == lcm_grid(4, 0.5) and timesteps("dpmpp", 3) == dpmpp_grid(3)
+    assert timesteps("ddim", 4) == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_depends_on_its_seed_alone(sampler):
+    both = generate(toy_eps, SEEDS, SHAPE, sampler, 3)
+    for seed, z0 in zip(SEEDS, both):
+        assert torch.equal(generate(toy_eps, [seed], SHAPE, sampler, 3)[0], z0)
+    pixels = generate(toy_eps, SEEDS, SHAPE, sampler, 3, decode=lambda z0: 2 * z0[:, :3])
+    assert torch.equal(pixels, 2 * both[:, :3])
+
+
+def test_an_image_is_noised_to_the_first_timestep(schedule):
+    image = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    z_T, generators = noise(SEEDS, SHAPE)
+    start = add_noise(image, z_T, lcm_grid(2, 0.4)[0], schedule)
+    expected = sample_lcm(toy_eps, start, schedule, 2, generators, 0.4)
+    assert torch.equal(generate(toy_eps, SEEDS, SHAPE, "lcm", 2, image=image, strength=0.4), expected)
+    with pytest.raises(ValueError, match="ddim cannot start from a picture"):
+        generate(toy_eps, SEEDS, SHAPE, "ddim", 2, image=image)
+    with pytest.raises(ValueError, match="steps is 0; give 1 to 1000"):
+        generate(toy_eps, SEEDS, SHAPE, "dpmpp", 0)
