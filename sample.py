@@ -52,15 +52,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     steps = ", ".join(f"{name} 1-{way.most} (default {way.steps})" for name, way in SAMPLERS.items())
     add("--steps", type=int, help=f"sampling steps: {steps}")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA to be sharp (default lcm)")
-    guidance = "1 is off; above, a step takes 2 network evaluations (default: 1 for lcm, else the model's own)"
+    guidance = "1 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's own)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from this prompt; needs guidance above 1")
     add(
         "--lora",
         action="append",
         metavar="FILE[:LAMBDA]",
-        help="add a LoRA, times LAMBDA (default 1); repeatable. The word lcm means the shipped LCM-LoRA, which the "
-        "shipped model uses with --sampler lcm if no --lora is given; other models need their own",
+        help="add a LoRA, times LAMBDA (default 1); repeatable. The word lcm means the shipped "
+        "LCM-LoRA, which the shipped model uses with --sampler lcm if no --lora is given; other "
+        "models need their own",
     )
     from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
     add("--image", type=Path, metavar="FILE", help=f"start from this picture (image to image, --sampler {from_image})")
@@ -94,7 +95,8 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     if args.count < 1:
         error(f"--count is {args.count}; give 1 or more")
     if args.out.endswith(".png") and len(args.prompts) * args.count > 1:
-        error(f"--out {args.out} is one file for {len(args.prompts) * args.count} pictures; give a folder: DIR/")
+        count = len(args.prompts) * args.count
+        error(f"--out {args.out} is one file for {count} pictures; give a folder: DIR/")
     if re.search(r"\.(jpe?g|webp|gif|bmp|tiff?)$", args.out, re.IGNORECASE):
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
     if args.sheet and args.sheet.suffix != ".png":
@@ -242,7 +244,8 @@ def main(args: argparse.Namespace) -> None:
         (Path(path).parent if str(path).endswith(".png") else Path(path)).mkdir(parents=True, exist_ok=True)
     for prompt in args.prompts:
         if config.names and (near := nearest_names(prompt, config.names)):
-            print(f"{prompt!r} holds no name this model knows; nearest: {', '.join(near)} (all: --list)")
+            names = ", ".join(near)
+            print(f"{prompt!r} holds no name this model knows; nearest: {names} (all: --list)")
 
     # ---- the model, with the LoRA in its weights
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
@@ -252,7 +255,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- prompts -> latents -> pictures
     conds, neg_cond = encode(args, text, size)
     image = None if pixels is None else vae.encode_mean(pixels)
-    print(f"{args.sampler}, {args.steps} steps at t = {' '.join(map(str, grid))}, {str(dtype)[6:]} on {args.device}")
+    at = " ".join(map(str, grid))
+    print(f"{args.sampler}, {args.steps} steps at t = {at}, {str(dtype)[6:]} on {args.device}")
     shape = (4, height // factor, width // factor)
     latents = draw_all(args, unet, conds, neg_cond, guidance - 1, shape, image)
     decode = vae.decode if width * height <= 1024 * 1024 else vae.decode_tiled

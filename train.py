@@ -1,12 +1,12 @@
 """Train a UNet, or a LoRA for it: the base model, a style, or an LCM-LoRA.
 
-    the paper        python train.py --objective lcm --rank 64 --model weights/sd15.safetensors --data my_pictures \\
-                         --out runs/lcm --steps 1000 --lr 1e-4
-    a full LCM       python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --data ... --out runs/full
-    a style LoRA     python train.py --objective diffusion --rank 8 --data my_pictures --out runs/style --steps 500
-    a base model     python train.py --objective diffusion --full --data weights/emoji/art --out runs/base
-    will it fit?     python train.py --objective lcm --rank 64 --model sdxl --plan 12
-    many GPUs        torchrun --nproc_per_node 8 train.py ...
+    the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
+                       --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
+    a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out runs/full
+    a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out runs/style
+    a base model   python train.py --objective diffusion --full --data weights/emoji/art --out runs/base
+    will it fit?   python train.py --objective lcm --rank 64 --model sdxl --plan 12
+    many GPUs      torchrun --nproc_per_node 8 train.py ...
 
 diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the
 teacher is the model itself with its LoRA off (for a full LCM: a frozen copy), guided by w. At every save, --out gets
@@ -46,8 +46,8 @@ from minilcm.run.state import (
     Training,
     check_flags,
     latest_state,
-    load_state,
     read_run,
+    restore,
     save_run,
     start_folder,
 )
@@ -72,21 +72,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         type=Path,
         default=SHIPPED,
-        help="checkpoint to start from (default: the shipped emoji model); with --plan also sd15, ssd1b or sdxl",
+        help="checkpoint to start from (default: the shipped one); with --plan also sd15, ssd1b, sdxl",
     )
     add("--data", type=Path, help=".tar shards, a folder of them, or a folder of pictures with .txt captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures in the network at a time, on each GPU (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of N batches per step (default 1)")
-    recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, much less memory (default: on "
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute + "for large models)")
+    recompute = (
+        "gradient checkpointing: recompute blocks in the backward pass; slower, much less memory "
+        "(default: on for large models)"
+    )
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
     add("--size", type=int, metavar="PIXELS", help="width and height of the pictures (default: the model's own size)")
     add("--lr", type=float, default=3e-4, help="learning rate: 100 steps of warm-up, then cosine to 0 (default 3e-4)")
-    guidance = "lcm: guidance to distil, the paper's w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    guidance = "lcm: guidance to distil, w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
     add("--w", metavar="W[:HIGH]", help=guidance)
     add("--k", type=int, default=T // GRID, help="lcm: skipping interval in timesteps (default 20)")
-    average = "write an average of the weights, of rate MU (default: 0.9995 for diffusion --full, else none)"
+    average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full)"
     add("--average", type=float, metavar="MU", help=average)
     add("--looks", type=int, default=8, help="times each picture is cut, or drawing composed, and encoded (default 8)")
     readers = "shards: processes per GPU that read and decode; each needs a shard of its own (default 1)"
@@ -132,7 +135,7 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
         error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
     if args.objective == "lcm" and args.rank is not None and len(words) == 2:
-        error(f"--w is {args.w}: an LCM-LoRA has no input for w, so one value is distilled; give one number, or --full")
+        error(f"--w is {args.w}: an LCM-LoRA has no input for w; give one number to distil, or --full")
 
 
 # ---- set-up
@@ -149,7 +152,7 @@ def objective_of(args: argparse.Namespace, config: Config) -> Objective:
 def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
     """The model that training starts from."""
     if checkpoint.config.unet.w_dim is not None:
-        raise ValueError(f"{args.model}: a full LCM cannot be trained further; give the model that it was made from")
+        raise ValueError(f"{args.model}: a full LCM cannot be trained further; give the model it was made from")
     # float16, in which most official checkpoints are stored, is enough for a frozen base
     frozen = args.rank is not None and is_large(checkpoint.config)
     base = load_checkpoint(checkpoint, torch.float16 if frozen else torch.float32)
@@ -241,12 +244,12 @@ def train(
     null_cond = text.null_cond(args.batch)
     prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
     fixed = list(islice(data.batches(-1), 8))  # for the loss that is compared from save to save
-    for module in data.idle:
-        module.cpu()
+    data.free()
 
     # ---- what is trained
     training = start_training(args, objective, base.unet.to(device), how.world)
-    say(f"training {sum(x.numel() for x in training.named.values()):,} parameters in {len(training.named)} tensors")
+    count = sum(x.numel() for x in training.named.values())
+    say(f"training {count:,} parameters in {len(training.named)} tensors")
 
     def conds_of(captions: list[str], size_ids: Tensor) -> tuple[Cond, Cond]:
         return data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
@@ -280,8 +283,7 @@ def train(
 
     start = 0
     if state is not None:
-        then = load_state(state, training.saved(), training.optimizer)
-        start, data.positions[:] = then["step"], then["positions"][how.process]
+        start = restore(state, training, data.positions, how.process)
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
     loop(args, data, training, batch_loss, save, look, start, how)
 
@@ -317,8 +319,8 @@ def loop(
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
         loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all processes must decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r} and others"
-            raise ValueError(f"{what}; the last saved state is good, lower --lr")
+            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r}"
+            raise ValueError(f"{what} and others; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         if nets.target_unet is not None:

@@ -1,13 +1,13 @@
 """Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time.
 
-    info     what is this file?             python -m minilcm info lcm.safetensors
-    combine  tau_mix = sum lambda_i tau_i   python -m minilcm combine style.safetensors:0.8 lcm.safetensors:1.0 -o OUT
-    resize   the best tau of a lower rank   python -m minilcm resize lcm.safetensors --rank 16 -o small.safetensors
-    merge    W <- W + lambda dW             python -m minilcm merge sd15.safetensors lcm.safetensors:1.0 -o OUT
-    unmerge  W <- W - lambda dW             python -m minilcm unmerge fast.safetensors lcm.safetensors:1.0 -o OUT
-    extract  dW = W_tuned - W_base          python -m minilcm extract base.safetensors tuned.safetensors --rank 8 -o OUT
-    diff     which keys differ, how far     python -m minilcm diff a.safetensors b.safetensors
-    plot     the course of a training run   python -m minilcm plot runs/lcm
+    info     what is this file?             info LORA
+    combine  tau_mix = sum lambda_i tau_i   combine style.safetensors:0.8 lcm.safetensors:1.0 -o OUT
+    resize   the best tau of a lower rank   resize LORA --rank 16 -o OUT
+    merge    W <- W + lambda dW             merge sd15.safetensors lcm.safetensors:1.0 -o OUT
+    unmerge  W <- W - lambda dW             unmerge fast.safetensors lcm.safetensors:1.0 -o OUT
+    extract  dW = W_tuned - W_base          extract base.safetensors tuned.safetensors --rank 8 -o OUT
+    diff     which keys differ, how far     diff a.safetensors b.safetensors
+    plot     the course of a training run   plot runs/lcm
 
 dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averaging A and B is not.
 """
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--force", action="store_true", help="overwrite --out if it exists")
         if writes and name not in ("merge", "unmerge"):
             sub.add_argument("--dtype", choices=DTYPES, default="float16", help="of the LoRA written (default float16)")
-            styles = "module names: diffusers (G1), ldm (G2) or peft (G4) (default: what most programs read)"
+            styles = "module names: diffusers, ldm or peft (default: what most programs read)"
             sub.add_argument("--style", choices=["diffusers", "ldm", "peft"], help=styles)
         return sub
 
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     against = "also print how far another LoRA, of a lower rank, is from the given one"
     sub.add_argument("--against", type=Path, help=against)
     for name, sign in (("merge", "+"), ("unmerge", "-")):
-        what = f"W {sign} lambda dW for each LoRA, into a checkpoint file, rounded to its number format"
+        what = f"W {sign} lambda dW for each LoRA in a checkpoint file, rounded to its number format"
         sub = command(name, f"{what}; all other tensors stay byte for byte.")
         sub.add_argument("checkpoint", type=Path)
         sub.add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")

@@ -1,6 +1,8 @@
 """LoRA layers: the layer they adapt, plus a low-rank term that can be switched off.
 
-    W' x = W x + (lora_alpha / rank) B A x,    A = lora_down (r, in), B = lora_up (out, r).   LoRA (2106.09685) eq. 3
+    W' x = W x + (lora_alpha / rank) B A x,    A = lora_down (r, in), B = lora_up (out, r)
+
+LoRA (2106.09685) eq. 3.
 
 A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still loads official
 files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau is the dict {path: (up, down,
@@ -91,9 +93,8 @@ def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) 
     full_rank = {path: min(model.get_submodule(path).weight.flatten(1).shape) for path in target_paths(model, targets)}
     path = min(full_rank, key=full_rank.get)
     if rank > full_rank[path]:
-        raise ValueError(
-            f"rank is {rank}, but the weight of {path} has full rank {full_rank[path]}; give 1 to {full_rank[path]}"
-        )
+        most = full_rank[path]
+        raise ValueError(f"rank is {rank}, but the weight of {path} has rank {most}; give 1 to {most}")
 
 
 def add_lora(

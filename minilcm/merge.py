@@ -109,9 +109,8 @@ def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA"
     weights = weights_of(model)
     absent = [path for path in tau if f"{path}.weight" not in weights]
     if absent:
-        raise ValueError(
-            f"{name}: made for another model: {len(absent)} of {len(tau)} modules are not here, first: {absent[0]}"
-        )
+        count = f"{len(absent)} of {len(tau)} modules"
+        raise ValueError(f"{name}: made for another model: {count} are not here, first: {absent[0]}")
     for path, (up, down, _) in tau.items():
         here, there = tuple(weights[f"{path}.weight"].shape), (up.shape[0], *down.shape[1:])
         if no_kernel(here) != no_kernel(there):

@@ -68,9 +68,7 @@ def cache_latents(
                 pixels, size_ids = crop(image, nearest(image, targets), random.Random(file.stem))
                 mean, std = vae.moments(pixels[None].to(device))  # (1, 4, h, w) each
                 if not all_finite(mean + std):
-                    raise ValueError(
-                        f"{picture.file}: latent is not finite; SDXL's VAE overflows in float16, use float32"
-                    )
+                    raise ValueError(f"{picture.file}: latent is not finite; SDXL's VAE needs float32")
                 write_tensors(file, {"mean": mean[0], "std": std[0]}, {"size_ids": json.dumps(size_ids)})
             header, metadata = read_header(file)
             shape = header["mean"].shape[1:]

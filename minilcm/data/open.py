@@ -42,6 +42,11 @@ class Data(NamedTuple):
     positions: list[int]  # of each worker in its shards
     idle: list[nn.Module]  # networks that are only needed again for sheets
 
+    def free(self) -> None:
+        """Idle networks leave the GPU."""
+        for module in self.idle:
+            module.cpu()
+
 
 def open_data(path: Path, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
     """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards while training.

@@ -142,7 +142,7 @@ def load_checkpoint(
     vae_path, vae_header = (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
     refuse_quantised(vae_path, vae_header)
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
-        print(f"{path}: {len(narrow)} tensors are float8 and get widened: less exact than the original weights")
+        print(f"{path}: {len(narrow)} tensors are float8, less exact than the original weights")
     unet, vae = build(UNet, config.unet, path), build(VAE, config.vae, path)
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
     if not part_of(vae_header, VAE_):

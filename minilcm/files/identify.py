@@ -258,5 +258,5 @@ def refused_family(width: int, channels: int, context: int | None, adm: int | No
         return "SD2.x"
     if context in (768, 1024) and depths != (1, 1, 1, 1, 1, 1, 0, 0):
         return "a distilled small SD (BK-SDM, SDXS or the like)"
-    shapes = f"width {width}, in {channels}, context {context}, adm {adm}, depths {depths}, middle {middle}"
-    return f"an unknown UNet ({shapes})"
+    shapes = f"width {width}, in {channels}, context {context}, adm {adm}"
+    return f"an unknown UNet ({shapes}, depths {depths}, middle {middle})"

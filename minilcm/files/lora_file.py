@@ -1,9 +1,9 @@
 """LoRA files <-> tau: five spellings that people have, one dictionary {path: (up, down, lora_alpha)}.
 
-    G1  lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight    kohya, diffusers' names: SD1.x, official files
-    G2  lora_unet_input_blocks_4_1_proj_in.lora_down.weight              kohya, LDM names: SDXL
-    G3  lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha               kohya, text encoders (te1 CLIP-L, te2 bigG)
-    G4  unet.down_blocks.1.attentions.0.proj_in.lora_A.weight            PEFT, diffusers today
+    G1  lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight   kohya, diffusers' names: SD1.x
+    G2  lora_unet_input_blocks_4_1_proj_in.lora_down.weight             kohya, LDM names: SDXL
+    G3  lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha              kohya, text encoders
+    G4  unet.down_blocks.1.attentions.0.proj_in.lora_A.weight           PEFT, diffusers today
     G5  unet.down_blocks.1.attentions.0.[...].processor.to_q_lora.down.weight    diffusers of 2023
 
 names.py has the map from these names to the paths of a tau.
@@ -135,7 +135,7 @@ def read_tau(path: str | Path) -> Tau:
     modules, spelled = by_module(path, tensors)
     family, settings = find_family(modules), peft_settings(path, metadata)
     if not settings and any(key.startswith("base_model.model.") for key in tensors):
-        print(f"{path}: no adapter_config.json beside it: lora_alpha is taken as the rank; PEFT's default is 8")
+        print(f"{path}: no adapter_config.json: lora_alpha is taken as the rank; PEFT's default is 8")
     paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
     if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
         first = ", ".join(unknown[:5])

@@ -2,7 +2,7 @@
 
 A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's paths for the text encoders.
 
-    LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q        as in checkpoints and in a tau
+    LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q   as in checkpoints and in a tau
     diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
     flattened  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
 

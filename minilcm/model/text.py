@@ -126,7 +126,8 @@ class TextEncoder(nn.Module):
             tokens = self.tokenizer.encode(prompt)
             if len(tokens) > N_TOKENS - 2 and pad == EOS and prompt not in self.cut:
                 self.cut.add(prompt)
-                print(f"prompt cut after 75 tokens; ignored: {self.tokenizer.decode(tokens[N_TOKENS - 2 :])!r}")
+                ignored = self.tokenizer.decode(tokens[N_TOKENS - 2 :])
+                print(f"prompt cut after 75 tokens; ignored: {ignored!r}")
             tokens = [BOS, *tokens[: N_TOKENS - 2], EOS]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids

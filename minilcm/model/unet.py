@@ -1,19 +1,20 @@
 """The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key names.
 
-                    SD1.5                                     SDXL (SSD-1B without the starred)
-time_embed          t -> 320 -> 1280                          the same
-label_emb           -                                         vector (pooled text, sizes) 2816 -> 1280, added
-input_blocks.0      conv_in                                   conv_in
-input_blocks.1-2    ResBlock .0, transformer .1, width 320    ResBlock, width 320
-input_blocks.3      Downsample .0                             Downsample
-input_blocks.4-5    ResBlock, transformer, width 640          ResBlock, transformer of depth 2, width 640
-input_blocks.6      Downsample                                Downsample
-input_blocks.7-8    ResBlock, transformer, width 1280         ResBlock, transformer of depth 10 (4), width 1280
-input_blocks.9      Downsample                                -
-input_blocks.10-11  ResBlock, width 1280                      -
-middle_block        ResBlock .0, transformer .1, ResBlock .2  ResBlock, transformer of depth 10*, ResBlock*
-output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, and at each level's end an Upsample (last number)
-out                 GroupNorm .0, SiLU .1, conv .2            the same
+                    SD1.5                                 SDXL (SSD-1B without the starred)
+time_embed          t -> 320 -> 1280                      the same
+label_emb           -                                     pooled text, sizes 2816 -> 1280, added
+input_blocks.0      conv_in                               conv_in
+input_blocks.1-2    ResBlock .0, transformer .1, w. 320   ResBlock, width 320
+input_blocks.3      Downsample .0                         Downsample
+input_blocks.4-5    ResBlock, transformer, width 640      ResBlock, transformer x 2, width 640
+input_blocks.6      Downsample                            Downsample
+input_blocks.7-8    ResBlock, transformer, width 1280     ResBlock, transformer x 10 (4), width 1280
+input_blocks.9      Downsample                            -
+input_blocks.10-11  ResBlock, width 1280                  -
+middle_block        ResBlock .0, transformer .1,          ResBlock, transformer x 10*,
+                    ResBlock .2                           ResBlock*
+output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, Upsample (last) at each level's end
+out                 GroupNorm .0, SiLU .1, conv .2        the same
 """
 
 from dataclasses import dataclass

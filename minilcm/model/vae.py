@@ -3,7 +3,8 @@
 LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): Stable Diffusion has four levels (f8), the emoji
 model three (f4). The scale that gives latents unit variance (0.18215 in SD1.5) is applied here and nowhere else.
 
-    encoder.conv_in, down.i.{block.j, downsample.conv}, mid.{block_1, attn_1, block_2}, norm_out, conv_out -> quant_conv
+    encoder.conv_in, down.i.{block.j, downsample.conv}, mid.{block_1, attn_1, block_2},
+            norm_out, conv_out -> quant_conv
     post_quant_conv -> decoder.conv_in, mid..., up.i.{block.j, upsample.conv}, norm_out, conv_out
     decoder.up is numbered by resolution like encoder.down: the *last* entry runs first.
 """

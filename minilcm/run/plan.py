@@ -163,8 +163,9 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
     total = max(stages.values()) / 1e9
 
     print(
-        f"{objective.kind}, {count:,} parameters to train, batch {step.batch} x {step.size}x{step.size}, "
-        f"{str(step.half)[6:]}, checkpointing {'on' if objective.checkpointing else 'off'}"
+        f"{objective.kind}, {count:,} parameters to train, batch {step.batch} x "
+        f"{step.size}x{step.size}, {str(step.half)[6:]}, "
+        f"checkpointing {'on' if objective.checkpointing else 'off'}"
     )
     for part, size_in_bytes in parts.items():
         if size_in_bytes:
@@ -174,7 +175,8 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
     for stage, size_in_bytes in stages.items():
         print(f"{stage}: {size_in_bytes / 1e9:.2f} GB")
     if step.device == "cuda":
-        print(f".tar shards are encoded while training, with VAE and text on the GPU: {(vae + text) / 1e9:.2f} GB more")
+        more = f"{(vae + text) / 1e9:.2f} GB more"
+        print(f".tar shards are encoded while training, with VAE and text on the GPU: {more}")
     if capacity:
         left = capacity - total - RUNTIME[step.device]
         fits = f"fits, {left:.2f} GB are left" if left >= 0 else f"does not fit, {-left:.2f} GB are missing"

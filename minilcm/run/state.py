@@ -107,7 +107,7 @@ def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
     tensors, _ = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):
-        raise ValueError(f"{path}: state of another model or objective; give another --out, or the flags of that run")
+        raise ValueError(f"{path}: state of another model or objective; give another --out, or that run's flags")
     for key, value in named.items():
         value.copy_(share_of(tensors[key], value))
     parameters = optimizer.param_groups[0]["params"]
@@ -118,6 +118,13 @@ def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
         state.setdefault(int(i), {})[name] = share_of(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return read_run(path)
+
+
+def restore(path: Path, training: Training, positions: list[int], process: int) -> int:
+    """Fill training, and the positions of this process's workers, from a state; returns its step."""
+    run = load_state(path, training.saved(), training.optimizer)
+    positions[:] = run["positions"][process]
+    return run["step"]
 
 
 def save_run(folder: Path, training: Training, base: Model, recipe: dict[str, str], run: dict, first: bool) -> None:

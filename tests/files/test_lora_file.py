@@ -323,7 +323,7 @@ def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path,
     tensors = {f"{name}.lora_A.weight": torch.ones(4, 32, 3, 3), f"{name}.lora_B.weight": torch.ones(32, 4, 1, 1)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     read_tau(tmp_path / "adapter_model.safetensors")
-    assert "no adapter_config.json beside it: lora_alpha is taken as the rank" in capsys.readouterr().out
+    assert "no adapter_config.json: lora_alpha is taken as the rank" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
