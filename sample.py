@@ -42,19 +42,21 @@ WEIGHTS = Path(__file__).parent / "weights/emoji"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, exit 1
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw: NAME[, STYLE style][, on a COLOR background]")
+    grammar = "what to draw: NAME[, STYLE style][, on a COLOR background]"
+    add("prompts", nargs="*", metavar="PROMPT", help=grammar)
     add("--list", action="store_true", help="print the names the model knows, one a line, and stop")
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
-    add("--seed", type=int, default=0, help="picture i of all, counted prompt by prompt, has seed + i (default 0)")
-    steps = ", ".join(f"{name} 1-{way.most} (default {way.steps})" for name, way in SAMPLERS.items())
+    add("--seed", type=int, default=0, help="picture i of all, prompt by prompt, has seed + i")
+    steps = ", ".join(f"{name} 1-{x.most} (default {x.steps})" for name, x in SAMPLERS.items())
     add("--steps", type=int, help=f"sampling steps: {steps}")
-    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA to be sharp (default lcm)")
+    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's own)"
     add("--guidance", type=float, help=guidance)
-    add("--negative", default="", metavar="PROMPT", help="steer away from this prompt; needs guidance above 1")
+    add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
     add(
         "--lora",
         action="append",
@@ -64,8 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "models need their own",
     )
     from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
-    add("--image", type=Path, metavar="FILE", help=f"start from this picture (image to image, --sampler {from_image})")
-    add("--strength", type=float, default=0.5, help="with --image: how much to redraw, 0-1 (default 0.5)")
+    image = f"start from this picture (image to image, --sampler {from_image})"
+    add("--image", type=Path, metavar="FILE", help=image)
+    add("--strength", type=float, default=0.5, help="of --image, 0-1: how much to redraw (0.5)")
     add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
     add(
         "--model",
@@ -73,22 +76,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=WEIGHTS / "model.safetensors",
         help="checkpoint: SD1.x, SDXL, SSD-1B, or by minilcm (default: the shipped emoji model)",
     )
-    add("--vae", type=Path, metavar="FILE", help="take the VAE from this file (for checkpoints without one)")
-    add("--dtype", choices=DTYPES, help="number format of UNet and text encoder (default: the fastest safe one)")
+    add("--vae", type=Path, metavar="FILE", help="for checkpoints without a VAE: take this one")
+    add("--dtype", choices=DTYPES, help="of UNet and text encoder (default: the fastest safe one)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=cuda, help="cpu or cuda (default: cuda if available)")
+    add("--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda if available")
     where = "one picture's file, or a folder (default pictures/)"
     add("--out", default="pictures/", metavar="FILE.png|DIR/", help=where)
-    add("--sheet", type=Path, metavar="FILE.png", help="also write one labelled sheet of all pictures")
+    add("--sheet", type=Path, metavar="FILE.png", help="also write a labelled sheet of all")
     args = parser.parse_args(argv)
     check_values(args, parser.error)
     return args
 
 
 def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
-    """Call `error` for the first flag whose value makes no sense; fill in what depends on other flags."""
+    """Call `error` for the first senseless value; fill in what depends on other flags."""
     args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
-    args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each, in the PNG and on the sheet
+    args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
     args.negative = " ".join(args.negative.split())
     if not args.prompts and not args.list:
         error('no prompt; try: python sample.py "a slice of pizza"')
@@ -116,7 +119,8 @@ def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text or f"{native}x{native}")
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if min(size) < multiple or size[0] % multiple or size[1] % multiple:
-        raise ValueError(f"--size {text}: give WxH in multiples of {multiple}, for example {native}x{native}")
+        example = f"for example {native}x{native}"
+        raise ValueError(f"--size {text}: give WxH in multiples of {multiple}, {example}")
     return size
 
 
@@ -144,7 +148,8 @@ def read_loras(args: argparse.Namespace, shapes: dict[str, Tensor], full_lcm: bo
     shipped = args.model.resolve() == (WEIGHTS / "model.safetensors").resolve()
     words = args.lora or (["lcm"] if shipped and needs_lcm else [])
     loras = [parse_lora(word) for word in words]
-    loras = [(WEIGHTS / "lcm_lora.safetensors" if str(path) == "lcm" else path, lam) for path, lam in loras]
+    lcm = WEIGHTS / "lcm_lora.safetensors"
+    loras = [(lcm if str(path) == "lcm" else path, lam) for path, lam in loras]
     if needs_lcm and not loras and not full_lcm:
         print("no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model")
     taus = [read_tau(path) for path, _ in loras]
@@ -192,7 +197,8 @@ def draw_all(
 
     with resident(unet, args.device):
         # one picture at a time: its bytes cannot depend on its neighbours
-        for i, cond in enumerate(tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)):
+        bar = tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)
+        for i, cond in enumerate(bar):
             eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
             strength = args.strength if args.image else 1.0
             how = dict(image=image, strength=strength, device=args.device)
@@ -207,7 +213,8 @@ def draw_all(
 def write_pictures(args: argparse.Namespace, images: list[Image.Image], settings: dict[str, str]) -> None:
     """A PNG for each image, with its recipe in A1111's form, and the sheet."""
     out = Path(args.out)
-    there = out.glob("[0-9][0-9][0-9][0-9]_*.png") if out.is_dir() else []  # of earlier runs, which are kept
+    # pictures of earlier runs are kept
+    there = out.glob("[0-9][0-9][0-9][0-9]_*.png") if out.is_dir() else []
     first = max((int(path.name[:4]) + 1 for path in there), default=0)
     jobs = [prompt for prompt in args.prompts for _ in range(args.count)]
     for i, (prompt, picture) in enumerate(zip(jobs, images)):
@@ -216,12 +223,14 @@ def write_pictures(args: argparse.Namespace, images: list[Image.Image], settings
         parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
         parameters += ", ".join(f"{key}: {recipe[key]}" for key in order)
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        path = out if args.out.endswith(".png") else out / f"{first + i:04d}_{slug}_seed{args.seed + i}.png"
+        name = f"{first + i:04d}_{slug}_seed{args.seed + i}.png"
+        path = out if args.out.endswith(".png") else out / name
         save_png(path, picture, parameters)
         print(path)
     if args.sheet and images:
         labels = [f"{prompt} ({args.seed + i})" for i, prompt in enumerate(jobs[: len(images)])]
-        save_png(args.sheet, contact_sheet(images, labels, min(6, len(images))), " ".join(sys.argv[1:]))
+        sheet = contact_sheet(images, labels, min(6, len(images)))
+        save_png(args.sheet, sheet, " ".join(sys.argv[1:]))
         print(args.sheet)
 
 
@@ -233,15 +242,18 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         return print("\n".join(config.names))
     full_lcm = config.unet.w_dim is not None  # takes w as an input, and no LCM-LoRA
-    in_weights = SAMPLERS[args.sampler].needs_lcm_lora and not full_lcm  # an LCM-LoRA has its guidance there
-    guidance = args.guidance if args.guidance is not None else 1.0 if in_weights else config.guidance
+    # an LCM-LoRA has its guidance in the weights
+    usual = config.guidance if full_lcm or not SAMPLERS[args.sampler].needs_lcm_lora else 1.0
+    guidance = usual if args.guidance is None else args.guidance
     factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
-    size = width, height = parse_size(args.size, config.size, factor * 2 ** (len(config.unet.channels) - 1))
+    coarsest = factor * 2 ** (len(config.unet.channels) - 1)  # pixels per point of the lowest level
+    size = width, height = parse_size(args.size, config.size, coarsest)
     grid = timesteps(args.sampler, args.steps, args.strength if args.image else 1.0)
     pixels = read_image(args.image, size) if args.image else None
     loras, taus = read_loras(args, weight_shapes(checkpoint.header), full_lcm)
-    for path in [args.out] + ([args.sheet] if args.sheet else []):  # before the work, so that a wrong path costs none
-        (Path(path).parent if str(path).endswith(".png") else Path(path)).mkdir(parents=True, exist_ok=True)
+    for path in [args.out] + ([args.sheet] if args.sheet else []):  # a wrong path costs no work
+        folder = Path(path).parent if str(path).endswith(".png") else Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
     for prompt in args.prompts:
         if config.names and (near := nearest_names(prompt, config.names)):
             names = ", ".join(near)

@@ -20,6 +20,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -28,25 +29,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilcm.data.open import Data, Reading, open_data
-from minilcm.data.pictures import draw_sheet, save_png
 from minilcm.files.checkpoint import Model, load_checkpoint
 from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_large, open_checkpoint
 from minilcm.files.safetensors_file import sha256
-from minilcm.lcm import GRID, T_SCALE, update_ema
+from minilcm.lcm import GRID, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
-from minilcm.model.precision import forward_dtype
+from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import Cond, UNet
-from minilcm.model.vae import VAE
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
 from minilcm.run import processes
-from minilcm.run.diagnostics import append_metrics, in_parts, loss_on, make_probe, measure
+from minilcm.run.diagnostics import append_metrics, in_parts, loss_on, make_probe, measure, write_sheet
 from minilcm.run.plan import Step, peak_bytes, plan
 from minilcm.run.state import (
     Training,
     check_flags,
     latest_state,
     read_run,
+    recipe_of,
     restore,
     save_run,
     start_folder,
@@ -54,53 +54,55 @@ from minilcm.run.state import (
 from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
-NOT_OF_THE_RUN = ("resume", "out", "device", "save_every", "plan", "w_range")  # flags that do not change its numbers
+# Flags that do not change a run's numbers
+NOT_OF_THE_RUN = ("resume", "out", "device", "save_every", "plan", "w_range")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
     add = parser.add_argument
     objectives = "what to learn: the noise, or the consistency function"
     add("--objective", choices=["diffusion", "lcm"], required=True, help=objectives)
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of rank N on the frozen UNet")
-    size.add_argument("--full", action="store_true", help="train all weights of the UNet; lcm: w becomes an input")
-    add("--alpha", type=float, help="lora_alpha; the LoRA's strength is alpha / rank (default: the rank)")
-    add("--attention-only", action="store_true", help="LoRA on attention projections only, as in many style LoRAs")
-    add(
-        "--model",
-        type=Path,
-        default=SHIPPED,
-        help="checkpoint to start from (default: the shipped one); with --plan also sd15, ssd1b, sdxl",
-    )
-    add("--data", type=Path, help=".tar shards, a folder of them, or a folder of pictures with .txt captions")
+    size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of rank N, the rest frozen")
+    size.add_argument("--full", action="store_true", help="train the whole UNet; lcm: with w as an input")
+    add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
+    add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
+    model = "checkpoint to start from (default: the shipped one); with --plan also sd15, ssd1b, sdxl"
+    add("--model", type=Path, default=SHIPPED, help=model)
+    add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
-    add("--batch", type=int, default=16, help="pictures in the network at a time, on each GPU (default 16)")
-    add("--accumulate", type=int, default=1, metavar="N", help="sum the gradients of N batches per step (default 1)")
+    add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
+    accumulate = "sum the gradients of N batches per step (default 1)"
+    add("--accumulate", type=int, default=1, metavar="N", help=accumulate)
     recompute = (
         "gradient checkpointing: recompute blocks in the backward pass; slower, much less memory "
         "(default: on for large models)"
     )
     add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
-    add("--size", type=int, metavar="PIXELS", help="width and height of the pictures (default: the model's own size)")
-    add("--lr", type=float, default=3e-4, help="learning rate: 100 steps of warm-up, then cosine to 0 (default 3e-4)")
-    guidance = "lcm: guidance to distil, w = guidance - 1; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's own size)")
+    add("--lr", type=float, default=3e-4, help="after 100 steps of warm-up, then cosine to 0 (default 3e-4)")
+    guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
     add("--w", metavar="W[:HIGH]", help=guidance)
     add("--k", type=int, default=T // GRID, help="lcm: skipping interval in timesteps (default 20)")
     average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full)"
     add("--average", type=float, metavar="MU", help=average)
-    add("--looks", type=int, default=8, help="times each picture is cut, or drawing composed, and encoded (default 8)")
-    readers = "shards: processes per GPU that read and decode; each needs a shard of its own (default 1)"
+    looks = "times each picture is cut, or drawing composed, and encoded (default 8)"
+    add("--looks", type=int, default=8, help=looks)
+    readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
     add("--workers", type=int, default=1, metavar="N", help=readers)
     add("--seed", type=int, default=0, help="of all randomness (default 0)")
-    add("--save-every", type=int, default=500, metavar="N", help="save and draw a sheet every N steps (default 500)")
+    save = "save and draw a sheet every N steps (default 500)"
+    add("--save-every", type=int, default=500, metavar="N", help=save)
     add("--resume", action="store_true", help="continue from the last state in --out")
-    plan_help = "print the memory of a training step by part, and whether GB suffice; nothing is trained"
+    plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda if available; with --plan cuda)")
+    device = "default: cuda if available; with --plan cuda"
+    add("--device", choices=["cpu", "cuda"], help=device)
     args = parser.parse_args(argv)
     check_values(args, parser.error)
     if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():
@@ -110,7 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
-    """Call `error` for the first flag whose value makes no sense; fill in what depends on other flags."""
+    """Call `error` for the first senseless value; fill in what depends on other flags."""
     if args.plan is None and (args.data is None or args.out is None):
         error("--data and --out are required, except with --plan")
     for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
@@ -146,13 +148,14 @@ def objective_of(args: argparse.Namespace, config: Config) -> Objective:
     large = is_large(config)
     checkpointing = large if args.checkpointing is None else args.checkpointing
     narrow = large and forward_dtype(args.device) == torch.float32
-    return Objective(args.objective, args.rank, args.alpha, targets, args.w_range, args.k, checkpointing, narrow)
+    how = args.w_range, args.k, checkpointing, narrow
+    return Objective(args.objective, args.rank, args.alpha, targets, *how)
 
 
 def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
     """The model that training starts from."""
     if checkpoint.config.unet.w_dim is not None:
-        raise ValueError(f"{args.model}: a full LCM cannot be trained further; give the model it was made from")
+        raise ValueError(f"{args.model}: a full LCM is no base; give the model it was made from")
     # float16, in which most official checkpoints are stored, is enough for a frozen base
     frozen = args.rank is not None and is_large(checkpoint.config)
     base = load_checkpoint(checkpoint, torch.float16 if frozen else torch.float32)
@@ -162,37 +165,22 @@ def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objec
 
 
 def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Reading:
-    drop = 0.1 if args.objective == "diffusion" else 0.0  # for guidance the model must know the null condition, too
-    return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, args.device, process, world)
+    # a tenth of the captions is dropped so that a diffusion model learns the null condition, too
+    drop = 0.1 if args.objective == "diffusion" else 0.0
+    place = args.device, process, world
+    return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
 
 
-def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, world: int) -> Training:
-    wrap = one_process if world == 1 else processes.shard if args.full else processes.replicate
+def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading) -> Training:
+    wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
+    if how.process == 0:
+        count = sum(x.numel() for x in named.values())
+        print(f"training {count:,} parameters in {len(named)} tensors")
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, weight_decay=0.0, fused=True)
     return Training(unet, nets, named, average, optimizer)
-
-
-# ---- what every save writes
-
-
-def write_sheet(path: Path, columns: dict[str, Tensor], data: Data, vae: VAE, device: str) -> None:
-    vae.to(device)
-    sheet = draw_sheet(columns, data.prompts, lambda z0: vae.decode_tiled(z0, tile=64))
-    vae.to("cpu" if vae in data.idle else device)
-    save_png(path, sheet, f"step {int(path.stem[5:])}")
-
-
-def recipe_of(args: argparse.Namespace, step: int, model_sha256: str) -> dict[str, str]:
-    """What the metadata of a LoRA tells."""
-    recipe = {"objective": args.objective, "steps": str(step), "seed": str(args.seed)}
-    recipe |= {"model": args.model.name, "model_sha256": model_sha256}
-    if args.objective == "lcm":
-        w = ":".join(f"{w:g}" for w in dict.fromkeys(args.w_range))
-        recipe |= {"w": w, "k": str(args.k), "K": str(GRID), "timestep_scaling": f"{T_SCALE:g}"}
-    return recipe
 
 
 # ---- the run
@@ -200,7 +188,8 @@ def recipe_of(args: argparse.Namespace, step: int, model_sha256: str) -> dict[st
 
 def main(args: argparse.Namespace) -> None:
     # ---- what is learned, and whether it fits
-    official = FAMILIES[str(args.model)].config if args.plan is not None and str(args.model) in FAMILIES else None
+    family = FAMILIES.get(str(args.model)) if args.plan is not None else None
+    official = family.config if family else None
     checkpoint = None if official else open_checkpoint(args.model)
     config = official() if official else checkpoint.config
     objective, size = objective_of(args, config), config.size if args.size is None else args.size
@@ -247,9 +236,7 @@ def train(
     data.free()
 
     # ---- what is trained
-    training = start_training(args, objective, base.unet.to(device), how.world)
-    count = sum(x.numel() for x in training.named.values())
-    say(f"training {count:,} parameters in {len(training.named)} tensors")
+    training = start_training(args, objective, base.unet.to(device), how)
 
     def conds_of(captions: list[str], size_ids: Tensor) -> tuple[Cond, Cond]:
         return data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
@@ -259,14 +246,14 @@ def train(
         return loss_of(objective, training.nets, z0.to(device), *conds, generator, how.process, how.world)
 
     # ---- what every save measures and writes
-    most = args.batch if args.checkpointing else 16  # if memory is short, no more at a time than in a step
-    networks, schedule = [in_parts(network, most) for network in training.nets[:3]], training.nets.schedule
+    most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
+    networks, schedule = [in_parts(x, most) for x in training.nets[:3]], training.nets.schedule
     z0, captions, size_ids, _ = fixed[0]
-    given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor, schedule, base.config.guidance
-    probe = make_probe(objective, networks[1], *given)
+    given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor
+    probe = make_probe(objective, networks[1], *given, schedule, base.config.guidance)
 
     def look(step: int, loss: float) -> None:
-        """A line of metrics.jsonl and a sheet, by the weights that the result has: the average, if there is one."""
+        """A line of metrics.jsonl and a sheet, by the weights of the result: the average, if any."""
         training.swap_average()
         fixed_loss = loss_on(fixed, batch_loss)
         record, columns = measure(objective, networks, probe, schedule, get_tau(training.unet))
@@ -275,15 +262,17 @@ def train(
         if first:
             losses = {"step": step, "loss": loss, "fixed_loss": fixed_loss}
             append_metrics(args.out / "metrics.jsonl", losses | record)
-            write_sheet(args.out / f"step_{step:06d}.png", columns, data, vae, device)
+            with resident(vae, device) if vae in data.idle else nullcontext():
+                write_sheet(args.out, step, columns, data.prompts, vae)
 
     def save(step: int) -> None:
-        run = {"step": step, "flags": flags, "positions": processes.from_all_processes(data.positions)}
-        save_run(args.out, training, base, recipe_of(args, step, model_sha256), run, first)
+        positions = processes.from_all_processes(data.positions)
+        run = {"step": step, "flags": flags, "positions": positions}
+        recipe = recipe_of(objective, step, args.seed, args.model.name, model_sha256)
+        save_run(args.out, training, base, recipe, run, first)
 
-    start = 0
-    if state is not None:
-        start = restore(state, training, data.positions, how.process)
+    start = restore(state, training, data.positions, how.process) if state else 0
+    if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
     loop(args, data, training, batch_loss, save, look, start, how)
 
@@ -299,11 +288,13 @@ def loop(
     how: Reading,
 ) -> None:
     _, nets, named, average, optimizer = training
-    device, first, source = args.device, how.process == 0, data.batches(args.seed, start * args.accumulate)
-    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * how.world, "initial": start}
-    progress = tqdm(range(start, args.steps), total=args.steps, disable=None if first else True, **bar)
+    device, first = args.device, how.process == 0
+    source = data.batches(args.seed, start * args.accumulate)
+    pictures = args.batch * args.accumulate * how.world
+    bar = {"unit": " pictures", "unit_scale": pictures, "disable": None if first else True}
+    progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
     stop = []
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the current step, then save
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     for step in progress:
         lr = learning_rate(args.lr, step, args.steps)  # warm-up, then cosine
         for group in optimizer.param_groups:
@@ -317,7 +308,7 @@ def loop(
                 part.backward()
             loss += part.item()
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
-        loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all processes must decide alike
+        loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r}"
             raise ValueError(f"{what} and others; the last saved state is good, lower --lr")
@@ -328,7 +319,8 @@ def loop(
         if average:
             # average <- mu average + (1 - mu) weights, mu growing to its rate
             mu = min(args.average, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.values()), [x.detach() for x in named.values()], 1 - mu)
+            weights = [x.detach() for x in named.values()]
+            torch._foreach_lerp_(list(average.values()), weights, 1 - mu)
 
         memory = f"{peak_bytes(device) / 1e9:.1f} GB"
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)

@@ -213,7 +213,7 @@ def test_weights_do_not_decay(files, tmp_path):
     """AdamW without decay: what has no gradient stays where it is."""
     args = train.parse(flags(files, tmp_path, "full", 1))
     unet = load_model(files / "model.safetensors")[0]
-    training = train.start_training(args, train.objective_of(args, CONFIG), unet, 1)
+    training = train.start_training(args, train.objective_of(args, CONFIG), unet, train.reading(args, 32, 0, 1))
     before = [x.detach().clone() for x in training.named.values()]
     for x in training.named.values():
         x.grad = torch.zeros_like(x)

@@ -1,12 +1,6 @@
-"""LoRA files <-> tau: five spellings that people have, one dictionary {path: (up, down, lora_alpha)}.
+"""LoRA files <-> tau: one dictionary {path: (up, down, lora_alpha)}, whatever the spelling.
 
-    G1  lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight   kohya, diffusers' names: SD1.x
-    G2  lora_unet_input_blocks_4_1_proj_in.lora_down.weight             kohya, LDM names: SDXL
-    G3  lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha              kohya, text encoders
-    G4  unet.down_blocks.1.attentions.0.proj_in.lora_A.weight           PEFT, diffusers today
-    G5  unet.down_blocks.1.attentions.0.[...].processor.to_q_lora.down.weight    diffusers of 2023
-
-names.py has the map from these names to the paths of a tau.
+lora_keys.py has the five spellings, names.py has the map from these names to the paths of a tau.
 """
 
 import json
@@ -24,35 +18,9 @@ from ..lora import Tau
 from ..merge import check_fit
 from ..model.unet import sdxl, ssd1b
 from .identify import FAMILIES, Family
+from .lora_keys import Module, by_module
 from .names import TOWERS, module_table, text_table, to_diffusers_path, to_ldm_path
-from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
-
-PREFIXES = {  # of a file's key -> of a path in tau
-    "lora_unet_": "",
-    "lora_te_text_model_": "te1.",
-    "lora_te1_text_model_": "te1.",
-    "lora_te2_text_model_": "te2.",
-    "lora_te_": "te1.",  # transformers 5 has dropped text_model
-    "lora_te1_": "te1.",
-    "lora_te2_": "te2.",
-    "text_encoder.text_model.": "te1.",
-    "text_encoder_2.text_model.": "te2.",
-    "text_encoder.": "te1.",
-    "text_encoder_2.": "te2.",
-    "unet.": "",
-    "": "",
-}
-REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
-    r"\.diff(_b)?$": "a full weight difference",
-    r"\.[wb]_norm$": "a norm difference",
-    r"\.on_input$": "IA3",
-    r"\.[ab][12]\.weight$": "GLoRA",
-    r"\.oft_": "OFT",
-}
-
+from .safetensors_file import read_header, read_tensors, write_tensors
 
 # ---- reading
 
@@ -71,23 +39,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(name), lam
 
 
-def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any of the five spellings -> (prefix in tau, module as spelled, "up" | "down" | "mid" | "alpha")."""
-    key = key.removeprefix("base_model.model.")
-    # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
-    if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
-        tail = f"{old[2]}_proj" if "self_attn" in old[1] else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
-        key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
-    match = re.fullmatch(r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight", key)
-    match = match or re.fullmatch(r"(.+)\.(alpha)", key)
-    if not match:
-        return None
-    prefix = next(p for p in PREFIXES if match[1].startswith(p))
-    part = {"A": "down", "B": "up"}.get(match[2], match[2])
-    return PREFIXES[prefix], match[1].removeprefix(prefix), part
-
-
-def find_family(modules: dict[tuple[str, str], dict[str, Tensor]]) -> Family:
+def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
     """The family whose UNet has most of these modules, by name and then by shape.
 
     SSD-1B's modules are all among SDXL's: a LoRA that has no other is said to be for SSD-1B, and fits both.
@@ -155,57 +107,6 @@ def read_tau(path: str | Path) -> Tau:
             lora_alpha = float(down.shape[0])
         tau[target] = up, down, lora_alpha
     return tau
-
-
-Module = tuple[str, str]  # (prefix in tau, flattened name)
-
-
-def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict[str, Tensor]], dict[Module, str]]:
-    """({module: {"up", "down", ...: tensor}}, {module: its name as spelled}). Raises ValueError as `read_tau` does."""
-    for key in sorted(tensors):
-        for mark, kind in REFUSED.items():
-            if re.search(mark, key):
-                raise ValueError(f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key})")
-    keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith("bundle_emb.")}
-    if not any(keys.values()):
-        what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in keys) else "not a LoRA file"
-        raise ValueError(f"{path}: this is {what} (first key: {min(keys, default='none')})")
-
-    modules: dict[Module, dict[str, Tensor]] = {}
-    spelled: dict[Module, str] = {}
-    for key, split in keys.items():
-        value = tensors[key]
-        if split is None:
-            raise ValueError(f"{path}: key {key} does not belong to a LoRA")
-        if not value.is_floating_point() and split[2] != "alpha":
-            raise ValueError(f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first")
-        value = value.float()
-        if not all_finite(value):
-            raise ValueError(f"{path}: {key} has values that are not finite")
-        prefix, name, part = split
-        module = prefix, name.replace(".", "_")
-        if part in modules.setdefault(module, {}):
-            raise ValueError(f"{path}: {''.join(module)} is in the file twice, the second time as {key}")
-        modules[module][part], spelled[module] = value, name
-    for (prefix, flat), parts in modules.items():
-        if "up" not in parts or "down" not in parts:
-            raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")
-        check_shapes(f"{path}: {prefix}{flat}", **parts)
-    return modules, spelled
-
-
-def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in), for convolutions (out, r, 1, 1) and (r, in, k, k), fit and
-    are not empty.
-    """
-    rank, ones = down.shape[:1], (1,) * (down.ndim - 2)
-    if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):
-        raise ValueError(f"{name} up {tuple(up.shape)} does not fit down {tuple(down.shape)}")
-    kernels = (*rank, *rank, 1, 1), (*rank, *rank, 3, 3)
-    if mid is not None and (mid.shape not in kernels or down.shape[2:] != (1, 1)):
-        raise ValueError(f"{name} mid {tuple(mid.shape)} does not fit down {tuple(down.shape)}")
-    if alpha is not None and alpha.numel() != 1:
-        raise ValueError(f"{name} alpha has {alpha.numel()} values, not one")
 
 
 class PeftSettings(NamedTuple):

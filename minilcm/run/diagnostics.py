@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.pictures import draw_sheet, save_png
 from ..generate import generate, noise
 from ..lcm import GRID, Network, draw, f_theta, lcd_loss, train_grid
 from ..lora import Tau
 from ..merge import delta_norms
 from ..model.unet import Cond
+from ..model.vae import VAE
 from ..objective import Objective
 from ..schedule import Schedule, T, diffusion_loss
 from ..solver import EpsFn, guided_eps, sample_ddim
@@ -250,7 +252,13 @@ def lcm_columns(
     return columns | {"teacher, 50 DDIM": trajectory[-1]}
 
 
-# ---- the log
+# ---- the sheet and the log
+
+
+def write_sheet(folder: Path, step: int, columns: dict[str, Tensor], prompts: list[str], vae: VAE) -> None:
+    """step_NNNNNN.png: a row per prompt, a column per label of `columns`."""
+    sheet = draw_sheet(columns, prompts, lambda z0: vae.decode_tiled(z0, tile=64))
+    save_png(folder / f"step_{step:06d}.png", sheet, f"step {step}")
 
 
 def append_metrics(path: str | Path, record: dict) -> None:

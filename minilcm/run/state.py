@@ -11,9 +11,10 @@ from torch import Tensor
 from ..files.checkpoint import Model, save_model
 from ..files.lora_file import write_tau
 from ..files.safetensors_file import read_header, read_tensors, write_tensors
+from ..lcm import GRID, T_SCALE
 from ..lora import get_tau
 from ..model.unet import UNet
-from ..objective import Networks
+from ..objective import Networks, Objective
 from .processes import share_of, whole
 
 
@@ -125,6 +126,16 @@ def restore(path: Path, training: Training, positions: list[int], process: int) 
     run = load_state(path, training.saved(), training.optimizer)
     positions[:] = run["positions"][process]
     return run["step"]
+
+
+def recipe_of(objective: Objective, step: int, seed: int, model: str, model_sha256: str) -> dict[str, str]:
+    """What the metadata of a LoRA tells about its training."""
+    recipe = {"objective": objective.kind, "steps": str(step), "seed": str(seed)}
+    recipe |= {"model": model, "model_sha256": model_sha256}
+    if objective.kind == "lcm":
+        w = ":".join(f"{w:g}" for w in dict.fromkeys(objective.w_range))
+        recipe |= {"w": w, "k": str(objective.k), "K": str(GRID), "timestep_scaling": f"{T_SCALE:g}"}
+    return recipe
 
 
 def save_run(folder: Path, training: Training, base: Model, recipe: dict[str, str], run: dict, first: bool) -> None:
