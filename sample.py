@@ -1,7 +1,7 @@
 """Draw pictures from prompts: LCM-LoRA in 4 steps, or the plain model by DDIM or DPM-Solver++.
 
     python sample.py "a slice of pizza"
-    python sample.py "penguin" "rocket, noto style, on a pink background" --count 4 --sheet sheet.png
+    python sample.py "penguin" "rocket, noto style, on a pink background" --sheet sheet.png
     python sample.py "cat face" --lora weights/emoji/blueprint.safetensors:0.8 --lora lcm:1.0
     python sample.py "cat face" --sampler ddim --steps 25 --guidance 3
 

@@ -2,9 +2,9 @@
 
     the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
                        --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
-    a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out runs/full
-    a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out runs/style
-    a base model   python train.py --objective diffusion --full --data weights/emoji/art --out runs/base
+    a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out ...
+    a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out ...
+    a base model   python train.py --objective diffusion --full --data weights/emoji/art --out ...
     will it fit?   python train.py --objective lcm --rank 64 --model sdxl --plan 12
     many GPUs      torchrun --nproc_per_node 8 train.py ...
 
@@ -38,19 +38,9 @@ from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import Cond, UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
-from minilcm.run import processes
-from minilcm.run.diagnostics import append_metrics, in_parts, loss_on, make_probe, measure, write_sheet
+from minilcm.run import diagnostics, processes
+from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan
-from minilcm.run.state import (
-    Training,
-    check_flags,
-    latest_state,
-    read_run,
-    recipe_of,
-    restore,
-    save_run,
-    start_folder,
-)
 from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
@@ -66,11 +56,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     objectives = "what to learn: the noise, or the consistency function"
     add("--objective", choices=["diffusion", "lcm"], required=True, help=objectives)
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of rank N, the rest frozen")
-    size.add_argument("--full", action="store_true", help="train the whole UNet; lcm: with w as an input")
+    size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of this rank")
+    size.add_argument("--full", action="store_true", help="train the whole UNet")
     add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
-    model = "checkpoint to start from (default: the shipped one); with --plan also sd15, ssd1b, sdxl"
+    model = "where to start (default: the shipped model); with --plan also sd15, ssd1b, sdxl"
     add("--model", type=Path, default=SHIPPED, help=model)
     add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
@@ -83,8 +73,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: on for large models)"
     )
     add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
-    add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's own size)")
-    add("--lr", type=float, default=3e-4, help="after 100 steps of warm-up, then cosine to 0 (default 3e-4)")
+    add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
+    rate = "learning rate: 100 steps of warm-up, then cosine to 0 (default 3e-4)"
+    add("--lr", type=float, default=3e-4, help=rate)
     guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
     add("--w", metavar="W[:HIGH]", help=guidance)
     add("--k", type=int, default=T // GRID, help="lcm: skipping interval in timesteps (default 20)")
@@ -171,7 +162,7 @@ def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Re
     return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
 
 
-def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading) -> Training:
+def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading) -> states.Training:
     wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
@@ -180,7 +171,7 @@ def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, h
         count = sum(x.numel() for x in named.values())
         print(f"training {count:,} parameters in {len(named)} tensors")
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, weight_decay=0.0, fused=True)
-    return Training(unet, nets, named, average, optimizer)
+    return states.Training(unet, nets, named, average, optimizer)
 
 
 # ---- the run
@@ -203,14 +194,14 @@ def main(args: argparse.Namespace) -> None:
     # ---- the model, and the state to continue from
     process, world = processes.start_processes(args.device)
     if process == 0:
-        start_folder(args.out, args.resume)
+        states.start_folder(args.out, args.resume)
     base = load_base(args, checkpoint, objective)
     flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
     model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
     flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
-    state = latest_state(args.out) if args.resume else None
+    state = states.latest_state(args.out) if args.resume else None
     if state is not None:
-        check_flags(flags, read_run(state)["flags"])
+        states.check_flags(flags, states.read_run(state)["flags"])
     how = reading(args, size, process, world)
     train(args, objective, base, model_sha256, how, flags, state)
 
@@ -247,31 +238,31 @@ def train(
 
     # ---- what every save measures and writes
     most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
-    networks, schedule = [in_parts(x, most) for x in training.nets[:3]], training.nets.schedule
+    networks, schedule = [diagnostics.in_parts(x, most) for x in training.nets[:3]], training.nets.schedule
     z0, captions, size_ids, _ = fixed[0]
     given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor
-    probe = make_probe(objective, networks[1], *given, schedule, base.config.guidance)
+    probe = diagnostics.make_probe(objective, networks[1], *given, schedule, base.config.guidance)
 
     def look(step: int, loss: float) -> None:
         """A line of metrics.jsonl and a sheet, by the weights of the result: the average, if any."""
         training.swap_average()
-        fixed_loss = loss_on(fixed, batch_loss)
-        record, columns = measure(objective, networks, probe, schedule, get_tau(training.unet))
+        fixed_loss = diagnostics.loss_on(fixed, batch_loss)
+        record, columns = diagnostics.measure(objective, networks, probe, schedule, get_tau(training.unet))
         training.swap_average()
         say(f"step {step} loss {loss:.4f} fixed {fixed_loss:.4f}", flush=True)
         if first:
             losses = {"step": step, "loss": loss, "fixed_loss": fixed_loss}
-            append_metrics(args.out / "metrics.jsonl", losses | record)
+            diagnostics.append_metrics(args.out / "metrics.jsonl", losses | record)
             with resident(vae, device) if vae in data.idle else nullcontext():
-                write_sheet(args.out, step, columns, data.prompts, vae)
+                diagnostics.write_sheet(args.out, step, columns, data.prompts, vae)
 
     def save(step: int) -> None:
         positions = processes.from_all_processes(data.positions)
         run = {"step": step, "flags": flags, "positions": positions}
-        recipe = recipe_of(objective, step, args.seed, args.model.name, model_sha256)
-        save_run(args.out, training, base, recipe, run, first)
+        recipe = states.recipe_of(objective, step, args.seed, args.model.name, model_sha256)
+        states.save_run(args.out, training, base, recipe, run, first)
 
-    start = restore(state, training, data.positions, how.process) if state else 0
+    start = states.restore(state, training, data.positions, how.process) if state else 0
     if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
     loop(args, data, training, batch_loss, save, look, start, how)
@@ -280,7 +271,7 @@ def train(
 def loop(
     args: argparse.Namespace,
     data: Data,
-    training: Training,
+    training: states.Training,
     batch_loss: Callable[..., Tensor],
     save: Callable[[int], None],
     look: Callable[[int, float], None],
@@ -328,7 +319,7 @@ def loop(
             save(step + 1)
             look(step + 1, loss)
         elif (step + 1) % 10 == 0 and first:
-            append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
+            diagnostics.append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:
             sys.exit(f"stopped after step {step + 1}; continue with --resume" if first else 1)
 

@@ -49,11 +49,13 @@ def resident(which: str) -> float:
 def job(argv: list[str]) -> None:
     """Train twice; print the GB of the process after the first run, and by which the second rises above its rest."""
     import train
+    from minilcm.run import diagnostics
 
-    train.guided_trajectory = lambda network, z_T, *_, steps=50: torch.zeros(steps + 1, *z_T.shape)
-    train.consistency_along_trajectory = lambda *_: ({}, {})
-    train.distance_to_teacher = train.loss_by_index = train.loss_by_band = lambda *_: {}
-    train.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
+    diagnostics.guided_trajectory = lambda network, z_T, *_: torch.zeros(51, *z_T.shape)
+    diagnostics.guided_ddim = lambda network, like, *_: torch.zeros_like(like)
+    diagnostics.consistency_along_trajectory = lambda *_: ({}, {})
+    diagnostics.distance_to_teacher = diagnostics.loss_by_index = diagnostics.loss_by_band = lambda *_: {}
+    diagnostics.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
     train.islice = lambda batches, _: itertools.islice(batches, 1)  # one fixed batch instead of eight
     train.main(train.parse(argv))
     process = resident("VmHWM")

@@ -5,7 +5,7 @@
     resize   the best tau of a lower rank   resize LORA --rank 16 -o OUT
     merge    W <- W + lambda dW             merge sd15.safetensors lcm.safetensors:1.0 -o OUT
     unmerge  W <- W - lambda dW             unmerge fast.safetensors lcm.safetensors:1.0 -o OUT
-    extract  dW = W_tuned - W_base          extract base.safetensors tuned.safetensors --rank 8 -o OUT
+    extract  dW = W_tuned - W_base          extract BASE TUNED --rank 32 -o OUT
     diff     which keys differ, how far     diff a.safetensors b.safetensors
     plot     the course of a training run   plot runs/lcm
 

@@ -1,6 +1,7 @@
 """The noise schedule: how much of z_t is data and how much is noise.
 
-    z_t = alpha(t) z0 + sigma(t) eps,   alpha(t) = sqrt(alpha_bar_t), sigma(t) = sqrt(1 - alpha_bar_t)
+    z_t = alpha(t) z0 + sigma(t) eps
+    alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
 One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Even at t = 999 some signal is left: sigma/alpha is 14.6.
 And t = 0 is already slightly noisy (sigma is 0.029): there is no entry with alpha_bar = 1.

@@ -598,7 +598,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         (["--objective", "lcm", "--rank", "0"], "rank is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "-1"], "rank is -1; give 1 or more"),
         (["--objective", "lcm", "--rank", "33"], "rank is 33, but the weight of"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"], "empty: no pictures; put them there"),
+        (["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"], "empty: no pictures; add some"),
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"], "cat.png: no caption; put its text into"),
         (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"], "pictures can be read, first: "),
         (["--objective", "lcm", "--rank", "2", "--data", "none.tar"], "none.tar: no such file"),

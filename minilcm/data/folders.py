@@ -47,7 +47,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
         repeats, name = kohya.get(file.parent, (1, None))
         pictures += [Picture(file, c, repeats) for c in listed.get(file) or [read_caption(file, name)]]
     if not pictures:
-        raise ValueError(f"{path}: no pictures; put them there with .txt captions, a metadata.jsonl, or in 10_NAME/")
+        raise ValueError(f"{path}: no pictures; add some with .txt captions, a metadata.jsonl, or in 10_NAME/")
     return pictures
 
 

@@ -155,7 +155,8 @@ def load_checkpoint(
     parts = [part_of(header, prefixes).values() for prefixes in (UNET, VAE_, CLIP_L, BIG_G)]
     used = {file_key for part in parts for file_key, _ in part}
     if stray := sorted(k for k in header if k not in used and not NO_WEIGHT.fullmatch(k)):
-        print(f"{path}: {len(stray)} keys belong to no part and are not used, first: {', '.join(stray[:5])}")
+        first = ", ".join(stray[:5])
+        print(f"{path}: {len(stray)} keys belong to no part and are not used, first: {first}")
     for module in (unet, vae, text):
         module.requires_grad_(False).eval()
     return Model(unet, vae, text, config)

@@ -89,7 +89,8 @@ def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict
         modules[module][part], spelled[module] = value, name
     for (prefix, flat), parts in modules.items():
         if "up" not in parts or "down" not in parts:
-            raise ValueError(f"{path}: {prefix}{flat} has only one of lora_down and lora_up; the file is incomplete")
+            what = "has only one of lora_down and lora_up; the file is incomplete"
+            raise ValueError(f"{path}: {prefix}{flat} {what}")
         check_shapes(f"{path}: {prefix}{flat}", **parts)
     return modules, spelled
 

@@ -88,7 +88,8 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
                 f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
             )
         if n > size - 8:
-            raise ValueError(f"{damaged} (expected a header of {n:,} bytes, found {size - 8:,}); download it again")
+            found = f"expected a header of {n:,} bytes, found {size - 8:,}"
+            raise ValueError(f"{damaged} ({found}); download it again")
         if n > MAX_HEADER:
             raise ValueError(f"{damaged} (a header of {n:,} bytes, above {MAX_HEADER:,}); download it again")
         f.seek(8)

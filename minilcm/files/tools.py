@@ -80,7 +80,8 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
         if found := part_of(header, prefixes):
             print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
     for key, value in metadata.items():
-        print(f"  {key}: {ascii(value)[1:-1] if len(value) < 200 else ascii(value[:200])[1:-1] + ' ...'}")
+        shown = ascii(value[:200])[1:-1]
+        print(f"  {key}: {shown}{' ...' * (len(value) >= 200)}")
 
 
 # ---- LoRA files
