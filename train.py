@@ -232,22 +232,23 @@ def train(
     def conds_of(captions: list[str], size_ids: Tensor) -> tuple[Cond, Cond]:
         return data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
 
-    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator: torch.Generator) -> Tensor:
-        conds = conds_of(captions, size_ids)
-        return loss_of(objective, training.nets, z0.to(device), *conds, generator, how.process, how.world)
+    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator) -> Tensor:
+        given, place = (z0.to(device), *conds_of(captions, size_ids)), (how.process, how.world)
+        return loss_of(objective, training.nets, *given, generator, *place)
 
     # ---- what every save measures and writes
     most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
-    networks, schedule = [diagnostics.in_parts(x, most) for x in training.nets[:3]], training.nets.schedule
+    networks = [diagnostics.in_parts(network, most) for network in training.nets[:3]]
+    schedule, guidance = training.nets.schedule, base.config.guidance
     z0, captions, size_ids, _ = fixed[0]
     given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor
-    probe = diagnostics.make_probe(objective, networks[1], *given, schedule, base.config.guidance)
+    probe = diagnostics.make_probe(objective, networks[1], *given, schedule, guidance)
 
     def look(step: int, loss: float) -> None:
-        """A line of metrics.jsonl and a sheet, by the weights of the result: the average, if any."""
+        """A line of metrics.jsonl and a sheet, by the weights that are written."""
         training.swap_average()
-        fixed_loss = diagnostics.loss_on(fixed, batch_loss)
-        record, columns = diagnostics.measure(objective, networks, probe, schedule, get_tau(training.unet))
+        fixed_loss, tau = diagnostics.loss_on(fixed, batch_loss), get_tau(training.unet)
+        record, columns = diagnostics.measure(objective, networks, probe, schedule, tau)
         training.swap_average()
         say(f"step {step} loss {loss:.4f} fixed {fixed_loss:.4f}", flush=True)
         if first:

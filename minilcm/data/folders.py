@@ -66,9 +66,8 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(f'{table}: picture {n} has no "file_name"; write one')
         file = table.parent / row["file_name"]
         if not file.is_file():
-            raise ValueError(
-                f"{table}: picture {n} is {row['file_name']!r}, which is not there; add it or drop the line"
-            )
+            name = repr(row["file_name"])
+            raise ValueError(f"{table}: picture {n} is {name}, which is not there; add it or drop the line")
         if not (captions := [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]):
             raise ValueError(f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"')
         yield file, " ".join(captions[0].split())
@@ -79,7 +78,7 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
     if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
         return None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
-        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or without a number")
+        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or drop the number")
     return int(match[1]), match[2]
 
 

@@ -84,9 +84,8 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         if len(head) < 9:
             raise ValueError(f"{damaged} (expected a header, found {size} bytes); download it again")
         if head[8:9] != b"{":
-            raise ValueError(
-                f"{path}: not a safetensors file; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
-            )
+            what = "pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+            raise ValueError(f"{path}: not a safetensors file; {what}")
         if n > size - 8:
             found = f"expected a header of {n:,} bytes, found {size - 8:,}"
             raise ValueError(f"{damaged} ({found}); download it again")
