@@ -258,8 +258,7 @@ def train(
                 diagnostics.write_sheet(args.out, step, columns, data.prompts, vae)
 
     def save(step: int) -> None:
-        positions = processes.from_all_processes(data.positions)
-        run = {"step": step, "flags": flags, "positions": positions}
+        run = {"step": step, "flags": flags, "positions": processes.gather(data.positions)}
         recipe = states.recipe_of(objective, step, args.seed, args.model.name, model_sha256)
         states.save_run(args.out, training, base, recipe, run, first)
 

@@ -73,7 +73,7 @@ def mean_over_processes(*numbers: float) -> list[float]:
     return (x / dist.get_world_size()).tolist()
 
 
-def from_all_processes(x: object) -> list:
+def gather(x: object) -> list:
     """[x of process 0, x of process 1, ...], for something small."""
     if not dist.is_initialized():
         return [x]
