@@ -235,8 +235,13 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
 def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedule):
     """Data that is one point, s = 0: f is the point from everywhere, noise or not; the unguided point is w 0.9 off."""
     point = gaussian._replace(s=0.0)
-    teacher = lambda z_t, t, cond, w: point._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(z_t, t)  # noqa: E731
-    student = lambda z_t, t, cond, w: point._replace(m=M + w[:, None, None, None] * (M - M_NULL)).eps(z_t, t)  # noqa: E731
+
+    def teacher(z_t, t, cond, w):
+        return point._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(z_t, t)
+
+    def student(z_t, t, cond, w):
+        return point._replace(m=M + w[:, None, None, None] * (M - M_NULL)).eps(z_t, t)
+
     z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     trajectory = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
     trajectory[-1] = M_W  # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
