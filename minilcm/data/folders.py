@@ -78,7 +78,7 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
     if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
         return None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
-        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or drop the number")
+        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME")
     return int(match[1]), match[2]
 
 
