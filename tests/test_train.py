@@ -209,6 +209,17 @@ def test_average_is_of_the_weights_and_is_what_is_written(files, tmp_path):
     assert moved > 0.8 * len(start), "the average must differ from the weights"
 
 
+def test_a_save_does_not_change_the_run(files, tmp_path):
+    """Weights and average change places while they are measured, and change back: saving at every step gives the same
+    bits as saving at the end.
+    """
+    for name, every in (("often", "1"), ("once", "9")):
+        run(files, tmp_path / name, "full", 2, "--average", "0.9", "--save-every", every)
+    often, once = contents(tmp_path / "often"), contents(tmp_path / "once")
+    for name, (tensors, _) in once.items():
+        assert all(torch.equal(x, often[name][0][key]) for key, x in tensors.items()), name
+
+
 def test_weights_do_not_decay(files, tmp_path):
     """AdamW without decay: what has no gradient stays where it is."""
     args = train.parse(flags(files, tmp_path, "full", 1))
