@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from .batches import batch_order
 
 STYLES = ("noto", "twemoji", "fluent", "emojione")
+SIDE = 128  # of the drawings, in pixels
 COLORS = {  # light enough that no drawing drowns in its background
     "white": (255, 255, 255),
     "black": (32, 32, 38),
@@ -119,12 +121,14 @@ def naming(art: Art, rng: random.Random) -> str:
     return rng.choice([f"{article(keyword)} of {name}", f"{keyword} {name}", f"{name} {keyword}"])
 
 
-def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | None, str | None, str | None]]:
-    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; 10 % of captions are empty.
+def caption(
+    art: Art, color: str, rng: random.Random, drop: float = 0.1
+) -> tuple[str, tuple[str | None, str | None, str | None]]:
+    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; a share `drop` is empty.
 
     -> (caption, what it says of (name, style, color), None for what it leaves open).
     """
-    says_style, says_color, says_nothing = rng.random() >= 0.4, rng.random() >= 0.4, rng.random() < 0.1
+    says_style, says_color, says_nothing = rng.random() >= 0.4, rng.random() >= 0.4, rng.random() < drop
     if says_nothing:
         return "", (None, None, None)
     if art.style is None:  # a picture with a text of its own: the caption is the caption
@@ -135,29 +139,61 @@ def caption(art: Art, color: str, rng: random.Random) -> tuple[str, tuple[str | 
     return ", ".join(parts), (art.name, art.style if says_style else None, color if says_color else None)
 
 
-def place(image: Image.Image, color: str, size: int, scale: float, shift: tuple[float, float]) -> Tensor:
-    """The drawing at `scale` of the canvas, moved by `shift` (fractions), on plain colour; (3, S, S) in [-1, 1]."""
-    side = round(scale * size)
-    art = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC)  # two drawings are not square
-    canvas = Image.new("RGBA", (size, size), COLORS[color])
-    canvas.alpha_composite(art, tuple(round((size - side) / 2 + d * size) for d in shift))
-    pixels = torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1)  # (3, S, S)
-    return pixels.float() / 127.5 - 1
+def photograph(image: Image.Image, size: int) -> Tensor:
+    """A photograph or painting fills its frame: centre crop of the short side, on white; (3, S, S) in [-1, 1]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    crop = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def compose(art: Art, size: int, rng: random.Random) -> tuple[Tensor, str]:
-    """One training picture (3, S, S) in [-1, 1] and the colour it stands on."""
-    if art.style is None:  # a photograph or painting fills its frame: centre crop of the short side
-        side = min(art.image.size)
-        left, top = (art.image.width - side) // 2, (art.image.height - side) // 2
-        crop = art.image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-        canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
-        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1, "white"
-    color = rng.choice(list(COLORS))
-    scale = rng.uniform(0.75, 0.95)
+def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Tensor) -> Tensor:
+    """Drawings at `scale` (b,) of the canvas, moved by `shift` (b, 2) (fractions of it), on plain colours.
+
+    RGBA (b, 4, h, w) and RGB (b, 3) in [0, 1] -> (b, 3, S, S) in [-1, 1]; resampled at four points a pixel.
+    """
+    # a point p of the canvas shows the point (p - 2 shift) / scale of the drawing; both in [-1, 1]
+    theta = torch.zeros(len(scale), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+    theta[:, :, 2] = -2 * shift / scale[:, None]
+    grid = F.affine_grid(theta.to(drawings.device), [len(scale), 4, 2 * size, 2 * size], align_corners=False)
+    # colours weighed by how much of them there is, so that they blend as paint does
+    rgb, alpha = drawings[:, :3] * drawings[:, 3:], drawings[:, 3:]
+    placed = F.avg_pool2d(F.grid_sample(torch.cat([rgb, alpha], dim=1), grid, align_corners=False), 2)  # (b, 4, S, S)
+    return (placed[:, :3] + (1 - placed[:, 3:]) * colors[:, :, None, None]) * 2 - 1
+
+
+def compose(art: list[Art], size: int, rng: random.Random, device="cpu") -> tuple[Tensor, list[str]]:
+    """A training picture of each drawing, (b, 3, S, S) in [-1, 1] on the device, and the b colours they stand on."""
+    color = [rng.choice(list(COLORS)) if a.style else "white" for a in art]
+    scale = torch.tensor([rng.uniform(0.75, 0.95) for _ in art])
     room = (1 - scale) / 4  # half of the way to the edge
-    shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-    return place(art.image, color, size, scale, shift), color
+    shift = torch.tensor([[rng.uniform(-1, 1), rng.uniform(-1, 1)] for _ in art]) * room[:, None]
+    square = {id(a): np.asarray(ImageOps.pad(a.image, (SIDE, SIDE), Image.Resampling.BICUBIC)) for a in art}
+    drawings = torch.from_numpy(np.stack([square[id(a)] for a in art])).to(device).permute(0, 3, 1, 2) / 255
+    grounds = torch.tensor([COLORS[c] for c in color], device=device) / 255  # (b, 3)
+    pixels = place(drawings, grounds, size, scale, shift)
+    for i, a in enumerate(art):
+        if a.style is None:
+            pixels[i] = photograph(a.image, size)
+    return pixels, color
+
+
+def compositions(
+    art: list[Art], size: int, looks: int, seed: int, device="cpu", batch: int = 64
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Each drawing composed `looks` times in a row, some at a time: (pixels (b, 3, S, S) in [-1, 1], b colours)."""
+    rng, todo = random.Random(seed), [a for a in art for _ in range(looks)]
+    for i in tqdm(range(0, len(todo), batch), desc="drawings", disable=None):
+        yield compose(todo[i : i + batch], size, rng, device)
+
+
+def pool_of(art: list[Art], size: int, looks: int, seed: int, device="cpu") -> tuple[Tensor, list[str]]:
+    """All compositions at once, to draw batches from: (pixels (m, 3, S, S) uint8 on the device, m colours)."""
+    parts = ((((x + 1) * 127.5).round().byte(), colors) for x, colors in compositions(art, size, looks, seed, device))
+    pixels, colors = zip(*parts)
+    return torch.cat(pixels), [c for part in colors for c in part]
 
 
 class Cache(NamedTuple):
@@ -173,20 +209,16 @@ class Cache(NamedTuple):
 @torch.no_grad()
 def cache_art(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Cache:
     """Compose each drawing `looks` times and encode it: m = looks * len(art)."""
-    rng = random.Random(seed)
-    means, stds, shown, colors = [], [], [], []
-    todo = [a for a in art for _ in range(looks)]
-    for i in tqdm(range(0, len(todo), 32), desc="latents", disable=None):
-        pairs = [compose(a, size, rng) for a in todo[i : i + 32]]
-        mean, std = vae.moments(torch.stack([p for p, _ in pairs]).to(device))
+    means, stds, colors = [], [], []
+    for pixels, color in compositions(art, size, looks, seed, device):
+        mean, std = vae.moments(pixels)
         means.append(mean.cpu()), stds.append(std.cpu())
-        shown += todo[i : i + 32]
-        colors += [c for _, c in pairs]
-    return Cache(torch.cat(means), torch.cat(stds), shown, colors, size)
+        colors += color
+    return Cache(torch.cat(means), torch.cat(stds), [a for a in art for _ in range(looks)], colors, size)
 
 
 def art_batches(
-    cache: Cache, batch: int, seed: int, start: int = 0, process: int = 0, world: int = 1
+    cache: Cache, batch: int, seed: int, start: int = 0, process: int = 0, world: int = 1, drop: float = 0.1
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
     """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; see `batches.batches`.
 
@@ -197,5 +229,5 @@ def art_batches(
     for index, rng, generator in batch_order([(0, 0)] * len(cache.art), batch * world, seed, start):
         noise = torch.randn(len(index), *cache.mean.shape[1:], generator=generator)
         z0 = cache.mean[index[rows]] + cache.std[index[rows]] * noise[rows]  # (b, 4, h, w)
-        captions = [caption(cache.art[i], cache.color[i], rng)[0] for i in index]
+        captions = [caption(cache.art[i], cache.color[i], rng, drop)[0] for i in index]
         yield z0, captions[rows], size_ids, generator

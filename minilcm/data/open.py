@@ -98,7 +98,7 @@ def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Readi
     captions = [f"{a.name}, {a.style} style" if a.style else a.name for a in art]
 
     def drawn(seed: int, start: int = 0) -> Iterator:
-        return art_batches(cache, how.batch, seed, start, how.process, how.world)
+        return art_batches(cache, how.batch, seed, start, how.process, how.world, how.drop)
 
     return Data(eight(captions), drawn, encoder(text), [], [vae])
 

@@ -105,47 +105,57 @@ def level(color: str) -> torch.Tensor:
 
 def test_compose_stands_on_the_colour_it_tells():
     """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour exactly; all occur."""
-    rng, seen = random.Random(0), set()
-    for _ in range(100):
-        pixels, color = compose(PIZZA, 64, rng)
-        seen.add(color)
-        assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
-        assert pixels.min() >= -1 and pixels.max() <= 1
+    pictures, colors = compose([PIZZA] * 100, 64, random.Random(0))
+    assert pictures.shape == (100, 3, 64, 64) and pictures.dtype == torch.float32
+    assert pictures.min() >= -1 and pictures.max() <= 1
+    for pixels, color in zip(pictures, colors):
         for corner in (pixels[:, 0, 0], pixels[:, 0, -1], pixels[:, -1, 0], pixels[:, -1, -1]):
-            assert torch.equal(corner, level(color))
-    assert seen == set(COLORS)
+            torch.testing.assert_close(corner, level(color), rtol=0, atol=1e-6)
+    assert set(colors) == set(COLORS)
 
 
 def test_compose_scales_and_moves_within_the_frame():
     """A full square of art covers 75 to 95 % of the side and moves half of its way to each edge, so all is in sight."""
-    rng = random.Random(0)
     square = PIZZA._replace(image=Image.new("RGBA", (128, 128), (0, 0, 255, 255)))
-    sides, lefts = [], []
-    for _ in range(300):
-        pixels, color = compose(square, 64, rng)
-        covered = (pixels != level(color)[:, None, None]).any(dim=0)
-        rows, columns = covered.any(dim=1).nonzero(), covered.any(dim=0).nonzero()
-        assert len(rows) == len(columns) and covered.sum() == len(rows) * len(columns)
-        sides.append(len(rows))
-        lefts.append(columns[0].item() / (64 - len(columns)))
-    assert 48 <= min(sides) <= 49 and 60 <= max(sides) <= 61
-    assert min(lefts) == pytest.approx(0.25, abs=0.1) and max(lefts) == pytest.approx(0.75, abs=0.1)
+    sides, moved = [], []
+    for pixels, color in zip(*compose([square] * 300, 64, random.Random(0))):
+        covered = (level(color)[0] - pixels[0]) / (level(color)[0] + 1)  # (S, S): blue has no red
+        sides.append(covered.sum().sqrt().item() / 64)
+        middle = covered.sum(dim=0) @ (torch.arange(64) + 0.5) / covered.sum() / 64
+        moved.append((middle.item() - 0.5) / (1 - sides[-1]))  # of the free room on both sides
+    assert 0.74 < min(sides) < 0.76 and 0.94 < max(sides) < 0.96
+    assert -0.27 < min(moved) < -0.22 and 0.22 < max(moved) < 0.27
 
 
 def test_place_blends_transparency():
     """Half-transparent black on white is grey: alpha is composited, not dropped."""
-    pixels = place(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "white", 8, 1.0, (0.0, 0.0))
-    torch.testing.assert_close(pixels, torch.full((3, 8, 8), 2 * (1 - 128 / 255) - 1), rtol=0, atol=0.01)
+    black = torch.tensor([0.0, 0.0, 0.0, 128 / 255])[None, :, None, None].expand(1, 4, 8, 8)
+    pixels = place(black, torch.ones(1, 3), 8, torch.ones(1), torch.zeros(1, 2))
+    expected = torch.full((1, 3, 6, 6), 2 * (1 - 128 / 255) - 1)
+    torch.testing.assert_close(pixels[:, :, 1:-1, 1:-1], expected, rtol=0, atol=1e-6)
+
+
+def test_place_puts_a_point_where_shift_says():
+    """A drawing's red centre, 8 of 128 pixels wide, lands at half the canvas plus shift, whatever the scale."""
+    drawing = torch.zeros(1, 4, 128, 128)
+    drawing[:, :, 60:68, 60:68] = torch.tensor([1.0, 0.0, 0.0, 1.0])[None, :, None, None]
+    for scale, (dx, dy) in ((1.0, (0.0, 0.0)), (0.75, (0.125, -0.0625)), (0.95, (-0.1, 0.2))):
+        pixels = place(drawing, torch.ones(1, 3), 64, torch.tensor([scale]), torch.tensor([[dx, dy]]))
+        red = (1 - pixels[0, 1]) / 2  # (S, S), how much of a pixel is covered
+        at = torch.arange(64) + 0.5
+        assert red.sum() == pytest.approx((8 * scale * 64 / 128) ** 2, rel=0.02)
+        assert (red.sum(dim=0) @ at / red.sum()).item() == pytest.approx(64 * (0.5 + dx), abs=0.05)
+        assert (red.sum(dim=1) @ at / red.sum()).item() == pytest.approx(64 * (0.5 + dy), abs=0.05)
 
 
 def test_a_picture_without_style_is_cropped_not_framed():
     """Style None: the centre square fills the canvas, transparent parts are white."""
     image = Image.new("RGBA", (60, 20), (255, 0, 0, 255))
     image.paste((0, 0, 255, 255), (20, 0, 40, 20))
-    pixels, _ = compose(Art("x", (), None, image), 16, random.Random(0))
-    assert torch.equal(pixels, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 16, 16))
-    pixels, _ = compose(Art("x", (), None, Image.new("RGBA", (20, 20))), 16, random.Random(0))
-    assert torch.equal(pixels, torch.ones(3, 16, 16))
+    arts = [Art("x", (), None, image), PIZZA, Art("x", (), None, Image.new("RGBA", (20, 20)))]
+    pixels, colors = compose(arts, 16, random.Random(0))
+    assert torch.equal(pixels[0], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 16, 16))
+    assert torch.equal(pixels[2], torch.ones(3, 16, 16)) and colors[::2] == ["white", "white"]
 
 
 # ---- reading
@@ -269,13 +279,11 @@ def test_cache_art():
     art = [PIZZA, Art("rocket", ("rocket",), "fluent", drawing(2))]
     cache = cache_art(tiny_vae(), art, 32, 3, seed=5)
     assert [a.name for a in cache.art] == ["pizza"] * 3 + ["rocket"] * 3 and len(cache.color) == 6
-    rng = random.Random(5)
-    for i, a in enumerate(cache.art):
-        pixels, color = compose(a, 32, rng)
-        mean, std = tiny_vae().moments(pixels[None])
-        assert color == cache.color[i]
-        torch.testing.assert_close(cache.mean[i], mean[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(cache.std[i], std[0], rtol=0, atol=1e-5)
+    pixels, colors = compose(cache.art, 32, random.Random(5))
+    mean, std = tiny_vae().moments(pixels)
+    assert colors == cache.color
+    torch.testing.assert_close(cache.mean, mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cache.std, std, rtol=0, atol=1e-5)
     assert len({x.sum().item() for x in cache.mean}) == 6
     again, other = (cache_art(tiny_vae(), art, 32, 3, seed=seed) for seed in (5, 6))
     assert torch.equal(cache.mean, again.mean) and not torch.equal(cache.mean, other.mean)
