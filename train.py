@@ -19,7 +19,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.data.open import Data, Reading, open_data
+from minilcm.data.batches import Batch, in_background
+from minilcm.data.open import Reading, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
 from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_large, open_checkpoint
 from minilcm.files.safetensors_file import sha256
@@ -36,7 +37,7 @@ from minilcm.lcm import GRID, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
 from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
-from minilcm.model.unet import Cond, UNet
+from minilcm.model.unet import UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
 from minilcm.run import diagnostics, processes
 from minilcm.run import state as states
@@ -68,6 +69,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
     accumulate = "sum the gradients of N batches per step (default 1)"
     add("--accumulate", type=int, default=1, metavar="N", help=accumulate)
+    compiled = "torch.compile the UNet: minutes before the first step, then faster on a GPU"
+    add("--compile", action="store_true", help=compiled)
     recompute = (
         "gradient checkpointing: recompute blocks in the backward pass; slower, much less memory "
         "(default: on for large models)"
@@ -223,25 +226,27 @@ def train(
     data = open_data(args.data, base, model_sha256, args.out.parent / "cache", how)
     null_cond = text.null_cond(args.batch)
     prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
-    fixed = list(islice(data.batches(-1), 8))  # for the loss that is compared from save to save
     data.free()
 
     # ---- what is trained
     training = start_training(args, objective, base.unet.to(device), how)
 
-    def conds_of(captions: list[str], size_ids: Tensor) -> tuple[Cond, Cond]:
-        return data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+    def batches(seed: int, begin: int = 0) -> Iterator[Batch]:
+        """On the device, with their conditions."""
+        for z0, captions, size_ids, generator in data.batches(seed, begin):
+            z0 = z0.pin_memory() if device == "cuda" else z0
+            cond, null = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+            yield Batch(z0.to(device, non_blocking=True), cond, null, generator, captions)
 
-    def batch_loss(z0: Tensor, captions: list[str], size_ids: Tensor, generator) -> Tensor:
-        given, place = (z0.to(device), *conds_of(captions, size_ids)), (how.process, how.world)
-        return loss_of(objective, training.nets, *given, generator, *place)
+    def batch_loss(batch: Batch) -> Tensor:
+        return loss_of(objective, training.nets, *batch[:4], how.process, how.world)
 
     # ---- what every save measures and writes
     most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
     networks = [diagnostics.in_parts(network, most) for network in training.nets[:3]]
     schedule, guidance = training.nets.schedule, base.config.guidance
-    z0, captions, size_ids, _ = fixed[0]
-    given = z0.to(device), conds_of(captions, size_ids), prompts, size // vae.factor
+    fixed = list(islice(batches(-1), 8))  # for the loss that is compared from save to save
+    given = *fixed[0][:3], prompts, size // vae.factor
     probe = diagnostics.make_probe(objective, networks[1], *given, schedule, guidance)
 
     def look(step: int, loss: float) -> None:
@@ -265,14 +270,19 @@ def train(
     start = states.restore(state, training, data.positions, how.process) if state else 0
     if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
-    loop(args, data, training, batch_loss, save, look, start, how)
+    source = batches(args.seed, start * args.accumulate)
+    if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
+        source = in_background(source)
+    if args.compile:
+        training.unet.compile(dynamic=False)
+    loop(args, source, training, batch_loss, save, look, start, how)
 
 
 def loop(
     args: argparse.Namespace,
-    data: Data,
+    source: Iterator[Batch],
     training: states.Training,
-    batch_loss: Callable[..., Tensor],
+    batch_loss: Callable[[Batch], Tensor],
     save: Callable[[int], None],
     look: Callable[[int, float], None],
     start: int,
@@ -280,7 +290,6 @@ def loop(
 ) -> None:
     _, nets, named, average, optimizer = training
     device, first = args.device, how.process == 0
-    source = data.batches(args.seed, start * args.accumulate)
     pictures = args.batch * args.accumulate * how.world
     bar = {"unit": " pictures", "unit_scale": pictures, "disable": None if first else True}
     progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
@@ -293,15 +302,15 @@ def loop(
 
         loss = 0.0
         for i in range(args.accumulate):
-            z0, captions, size_ids, generator = next(source)
+            batch = next(source)
             with processes.sync_gradients(nets.net, i == args.accumulate - 1):
-                part = batch_loss(z0, captions, size_ids, generator) / args.accumulate
+                part = batch_loss(batch) / args.accumulate
                 part.backward()
             loss += part.item()
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
         loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {captions[0]!r}"
+            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {batch.captions[0]!r}"
             raise ValueError(f"{what} and others; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
@@ -317,7 +326,8 @@ def loop(
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1)
-            look(step + 1, loss)
+            with torch.compiler.set_stance("force_eager"):  # it measures on batches of other sizes
+                look(step + 1, loss)
         elif (step + 1) % 10 == 0 and first:
             diagnostics.append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:

@@ -5,12 +5,26 @@ So a resumed run needs only its step number, and the same seed gives the same ru
 
 import random
 from collections.abc import Iterator
+from queue import Queue
+from threading import Thread
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..files.safetensors_file import read_tensors
+from ..model.unet import Cond
 from .latents import Example
+
+
+class Batch(NamedTuple):
+    """What a step learns from, on the device."""
+
+    z0: Tensor  # (b, 4, h, w)
+    cond: Cond
+    null_cond: Cond
+    generator: torch.Generator
+    captions: list[str]
 
 
 def batch_order(
@@ -51,6 +65,23 @@ def batch_order(
                 index.append(members[bucket][order[i % m]])
             yield index, rng, generator
         epoch += 1
+
+
+def in_background(items: Iterator, ahead: int = 2) -> Iterator:
+    """The same items, made by a thread that is up to `ahead` of them early: a GPU need not wait for them."""
+    made = Queue(ahead)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put(item)
+        except Exception as error:  # raised where the item is asked for
+            made.put(error)
+
+    Thread(target=make, daemon=True).start()
+    while not isinstance(item := made.get(), Exception):
+        yield item
+    raise item
 
 
 def batches(

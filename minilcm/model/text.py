@@ -7,7 +7,7 @@ open_clip takes longer to import than torch, so it is imported when a tower or t
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +92,21 @@ def tokenizer() -> "SimpleTokenizer":
     return SimpleTokenizer()
 
 
+@lru_cache(maxsize=100_000)
+def phrase_pairs(phrase: str) -> list[int]:
+    return tokenizer().encode(phrase)
+
+
+def byte_pairs(prompt: str) -> list[int]:
+    """The prompt's tokens. A comma between plain words is a token of its own, and training captions are made of few
+    phrases: each is split into tokens once.
+    """
+    if not prompt.isascii() or "&" in prompt:  # which open_clip mends in its own ways
+        return tokenizer().encode(prompt)
+    first, *rest = (phrase_pairs(phrase) for phrase in re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt))
+    return sum(([*phrase_pairs(","), *tokens] for tokens in rest), first)
+
+
 class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
@@ -121,16 +136,16 @@ class TextEncoder(nn.Module):
 
         Longer prompts are cut, and one printed line says what is ignored.
         """
-        ids = torch.full((len(prompts), N_TOKENS), pad)
-        for row, prompt in zip(ids, prompts):
-            tokens = self.tokenizer.encode(prompt)
+        rows = []
+        for prompt in prompts:
+            tokens = byte_pairs(prompt)
             if len(tokens) > N_TOKENS - 2 and pad == EOS and prompt not in self.cut:
                 self.cut.add(prompt)
                 ignored = self.tokenizer.decode(tokens[N_TOKENS - 2 :])
                 print(f"prompt cut after 75 tokens; ignored: {ignored!r}")
             tokens = [BOS, *tokens[: N_TOKENS - 2], EOS]
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids
+            rows.append(tokens + [pad] * (N_TOKENS - len(tokens)))
+        return torch.tensor(rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         """CLIP-L's token ids (b, n) -> context of SD1.x (b, n, width)."""

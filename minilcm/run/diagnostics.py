@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..data.pictures import draw_sheet, save_png
 from ..generate import generate, noise
 from ..lcm import GRID, Network, draw, f_theta, lcd_loss, train_grid
@@ -46,7 +47,8 @@ def make_probe(
     objective: Objective,
     teacher: Network,
     z0: Tensor,
-    conds: tuple[Cond, Cond],
+    cond: Cond,
+    null_cond: Cond,
     prompts: tuple[Cond, Cond],
     side: int,
     schedule: Schedule,
@@ -59,7 +61,7 @@ def make_probe(
         before = guided_trajectory(teacher, z_T, *prompts, schedule, w)
     else:
         before = guided_ddim(teacher, z_T, *prompts, schedule, w)
-    return Probe(z0, *conds, *prompts, w, before)
+    return Probe(z0, cond, null_cond, *prompts, w, before)
 
 
 @torch.no_grad()
@@ -75,12 +77,12 @@ def measure(
 
 
 @torch.no_grad()
-def loss_on(batches: list[tuple], batch_loss: Callable[..., Tensor]) -> float:
+def loss_on(batches: list[Batch], batch_loss: Callable[[Batch], Tensor]) -> float:
     """The mean loss on batches; their generators are restored, so that every evaluation sees the same noise."""
-    states = [generator.get_state() for *_, generator in batches]
-    loss = sum(batch_loss(*batch).item() for batch in batches) / len(batches)
-    for (*_, generator), state in zip(batches, states):
-        generator.set_state(state)
+    states = [batch.generator.get_state() for batch in batches]
+    loss = sum(batch_loss(batch).item() for batch in batches) / len(batches)
+    for batch, state in zip(batches, states):
+        batch.generator.set_state(state)
     return mean_over_processes(loss)[0]
 
 
