@@ -1,6 +1,9 @@
-"""Does the picture show what the prompt says? Measured by CLIP (2103.00020): cosine of picture and caption.
+"""Does the picture show what the prompt says? A judge reads its name and its style.
 
-The emoji model's judge is the image tower of the small CLIP whose text tower conditions the UNet, kept in its own file.
+Then: how sure a share is, how far two sets of pictures are apart, and how sharp a picture is.
+
+The emoji model's judge was taught on the art (`weights/emoji/train_judge.py`) and has nothing in common with the text
+tower that conditions the UNet.
 """
 
 import json
@@ -8,69 +11,116 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from open_clip.transformer import VisionTransformer
+from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
 from .files.safetensors_file import read_tensors
-from .model.text import EOS, TextEncoder
+
+SIZE = 96  # of the pictures that the judge looks at
 
 
 class Judge(nn.Module):
-    """An image tower and the text projection that belongs to it."""
+    """CLIP's ResNet (2103.00020), small, with two linear classifiers on its features."""
 
-    def __init__(
-        self, image_size: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int, text_width: int
-    ):
+    def __init__(self, names: list[str], styles: list[str], width: int = 24, dim: int = 256):
         super().__init__()
-        self.visual = VisionTransformer(image_size, patch_size, width, layers, heads, 4.0, output_dim=embed_dim)
-        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
-        self.size = image_size
+        self.visual = ModifiedResNet([1, 2, 2, 1], dim, heads=8, image_size=SIZE, width=width)
+        self.name, self.style = nn.Linear(dim, len(names)), nn.Linear(dim, len(styles))
+        self.names, self.styles = names, styles
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels (b, 3, H, W) in [-1, 1] -> unit vectors (b, e)."""
-        pixels = F.interpolate(pixels.clamp(-1, 1), (self.size, self.size), mode="bilinear", antialias=True)
-        return F.normalize(self.visual(pixels), dim=-1)
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels (b, 3, H, W) in [-1, 1] -> (b, dim)."""
+        if pixels.shape[-2:] != (SIZE, SIZE):
+            pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return self.visual(pixels)
 
-    def text_features(self, text: TextEncoder, prompts: list[str]) -> Tensor:
-        """Prompts -> unit vectors (n, e): the tower's output at the first EOS, projected."""
-        ids = text.tokenize(prompts)
-        tokens = text.encode(prompts).context.float()  # (n, 77, d)
-        at_eos = tokens[torch.arange(len(prompts)), (ids == EOS).int().argmax(dim=1)]
-        return F.normalize(at_eos @ self.text_projection, dim=-1)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (b, 3, H, W) in [-1, 1] -> logits of the names (b, n) and of the styles (b, s)."""
+        h = self.features(pixels)
+        return self.name(h), self.style(h)
 
 
 def load_judge(path: str | Path) -> Judge:
     """The judge of `weights/emoji/judge.safetensors`, in float32."""
     tensors, metadata = read_tensors(path)
-    judge = Judge(**json.loads(metadata["config"]))
-    judge.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return judge.eval()
+    judge = Judge(*json.loads(metadata["config"]))
+    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return judge.eval().requires_grad_(False)
+
+
+def picked(logits: Tensor, words: list[str], choices: list[str] | None = None) -> list[str]:
+    """The likeliest word of each row of logits (b, len(words)); only among `choices`, if given."""
+    index = [words.index(word) for word in (choices or words)]
+    return [words[index[i]] for i in logits[:, index].argmax(dim=1).tolist()]
 
 
 @torch.no_grad()
-def clip_score(judge: Judge, text: TextEncoder, pixels: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine of each picture (b, 3, H, W) with its own prompt, (b,) in [-1, 1]; CLIPScore (2104.08718) is 2.5 of it."""
-    features = judge.text_features(text, prompts)
-    return (judge.image_features(pixels) * features).sum(dim=-1)
+def accuracy(
+    judge: Judge, pixels: Tensor, names: list[str], styles: list[str] | None = None, choices: list[str] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(does the judge see its own name in each picture, among all that it knows; and its own style, among `choices`).
 
-
-@torch.no_grad()
-def prompt_accuracy(judge: Judge, text: TextEncoder, pixels: Tensor, names: list[str], choices: list[str]) -> Tensor:
-    """Does the picture pick its own name among all? pixels (b, 3, H, W), names of length b -> (b,) bool.
-
-    Chance is 1 / len(choices).
+    pixels (b, 3, H, W) in [-1, 1], names and styles of length b -> (b,) bool each; without styles the second is None.
     """
-    scores = judge.image_features(pixels) @ judge.text_features(text, choices).T  # (b, n)
-    picked = scores.argmax(dim=1)
-    return picked == torch.tensor([choices.index(name) for name in names], device=picked.device)
+    parts = [judge(part.clamp(-1, 1)) for part in pixels.split(64)]
+    of_names, of_styles = (torch.cat(x) for x in zip(*parts))
+    name = torch.tensor([a == b for a, b in zip(picked(of_names, judge.names), names)])
+    if styles is None:
+        return name, None
+    return name, torch.tensor([a == b for a, b in zip(picked(of_styles, judge.styles, choices), styles)])
 
 
-@torch.no_grad()
-def self_consistency(f, z_start: Tensor, z_end: Tensor, t_start, t_end) -> Tensor:
-    """Root mean square of f(z_start, t_start) - f(z_end, t_end) per image (b,): zero for a consistency function.
+# ---- how sure a mean is
 
-    z_end lies one solver step below z_start on the teacher's trajectory. Consistency Models (2303.01469) eq. 1.
+
+def interval(
+    x: Tensor, y: Tensor | None = None, ratio: bool = False, groups: Tensor | None = None, draws: int = 2000
+) -> list[float]:
+    """[mean, low, high] of x (prompts, seeds), of x - y, or with `ratio` of mean(x) / mean(y): 95 % bootstrap, seed 0.
+
+    `groups` (prompts,) numbers what is drawn with replacement, by default each prompt: pictures of one group are not
+    independent, so they are drawn together, with all their seeds. x and y are drawn in pairs. Efron (1979).
     """
-    gap = f(z_start, t_start) - f(z_end, t_end)
-    return rearrange(gap, "b ... -> b (...)").square().mean(dim=1).sqrt()
+    groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
+    n = int(groups.max()) + 1
+    rows = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(0))
+    size = torch.bincount(groups).double()  # (n,)
+
+    def means(v: Tensor) -> Tensor:
+        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.double().mean(dim=1))
+        return total[rows].sum(dim=1) / size[rows].sum(dim=1)  # (draws,)
+
+    point, drawn = x.mean(), means(x)
+    if y is not None:
+        drawn, point = (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
+    return [round(v, 4) for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())]
+
+
+def wilson(k: int, n: int) -> list[float]:
+    """[share, low, high] of k in n, 95 %; unlike a bootstrap's it has a width for none or all of n. Wilson (1927)."""
+    # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = k / n,  z = 1.96
+    z = 1.96
+    middle, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
+    return [k / n, middle - half, middle + half]
+
+
+# ---- sets of pictures, and one
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of two clouds of features (n, e) and (m, e), in float64: of the Gaussians with their moments.
+
+    FID (1706.08500 eq. 6) with the judge in place of Inception. Biased upwards, the more the fewer pictures there are.
+    """
+    x, y = x.double(), y.double()
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    # |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)); the last is the sum of square roots of the eigenvalues of C C'
+    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
+    return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
+
+
+def sharpness(pixels: Tensor) -> Tensor:
+    """Mean absolute Laplacian of grey levels, of the inner pixels: (b, 3, H, W) in [-1, 1] -> (b,)."""
+    # x[i - 1, j] + x[i + 1, j] + x[i, j - 1] + x[i, j + 1] - 4 x[i, j]
+    laplace = pixels.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]  # (1, 1, 3, 3)
+    return F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3))  # (b,)

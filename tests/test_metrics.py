@@ -1,110 +1,190 @@
-"""Scores: cosines by a judge, the share of pictures that pick their own name, and distance from self-consistency."""
+"""The judge's shapes and file, what it picks; intervals, distances and sharpness in closed form."""
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import tiny_text
 
 from minilcm.files.safetensors_file import write_tensors
-from minilcm.lcm import train_grid
-from minilcm.metrics import Judge, clip_score, load_judge, prompt_accuracy, self_consistency
+from minilcm.metrics import Judge, accuracy, frechet, interval, load_judge, picked, sharpness, wilson
 
-SIZES = dict(image_size=32, patch_size=8, width=32, layers=1, heads=2, embed_dim=16, text_width=32)
+NAMES, STYLES = ["cat face", "pizza", "rocket"], ["noto", "sepia"]
+NARROW = dict(width=8, dim=16)  # a small judge: width of the ResNet, features
 
 
 def small_judge() -> Judge:
     torch.manual_seed(0)
-    judge = Judge(**SIZES).eval()
-    torch.nn.init.normal_(judge.text_projection)
-    return judge
+    return Judge(NAMES, STYLES, **NARROW).eval().requires_grad_(False)
 
 
-def some_pixels(b: int, side: int = 32) -> torch.Tensor:
+def some_pixels(b: int, side: int = 128) -> torch.Tensor:
     return torch.rand(b, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_clip_score_is_the_cosine_of_picture_and_own_prompt():
-    """In [-1, 1], one a picture, equal to the cosine of the two towers' outputs worked out here one by one."""
-    judge, text, prompts = small_judge(), tiny_text(), ["cat face", "pizza", ""]
-    pixels = some_pixels(3)
-    score = clip_score(judge, text, pixels, prompts)
-    assert score.shape == (3,) and score.abs().max() <= 1 + 1e-6
-    with torch.no_grad():
-        for i, prompt in enumerate(prompts):
-            picture = judge.visual(pixels[i : i + 1])[0]
-            end = 1 + len(text.tokenizer.encode(prompt))  # BOS, the prompt's tokens, then the first EOS
-            words = text.encode([prompt]).context[0, end] @ judge.text_projection
-            assert score[i].item() == pytest.approx(F.cosine_similarity(picture, words, dim=0).item(), abs=1e-5)
+def normals(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_features_are_unit_vectors_and_pictures_are_resized():
-    """Both features have length 1; pictures of another size, or above 1, are brought to what the tower takes."""
-    judge, text = small_judge(), tiny_text()
-    with torch.no_grad():
-        for features in (judge.image_features(3 * some_pixels(2, side=64)), judge.text_features(text, ["a", "b c"])):
-            torch.testing.assert_close(features.norm(dim=-1), torch.ones(2))
-        same = judge.image_features(3 * some_pixels(2)), judge.image_features((3 * some_pixels(2)).clamp(-1, 1))
-        assert torch.equal(*same)
+def coins(n: int, seeds: int = 1) -> torch.Tensor:
+    """(n, seeds) of ones, with probability 0.7, and zeros."""
+    return (torch.rand(n, seeds, generator=torch.Generator().manual_seed(0)) < 0.7).float()
+
+
+# ---- the judge
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_the_judge_reads_pictures_of_any_size(side):
+    """Logits of the names (b, n) and of the styles (b, s), from features (b, dim); each picture by itself."""
+    judge, pixels = small_judge(), some_pixels(2, side)
+    of_names, of_styles = judge(pixels)
+    assert judge.features(pixels).shape == (2, 16)
+    assert of_names.shape == (2, 3) and of_styles.shape == (2, 2)
+    alone = torch.cat([judge(pixels[i : i + 1])[0] for i in range(2)])
+    torch.testing.assert_close(of_names, alone)
+
+
+def test_a_judge_is_read_back_from_its_file(tmp_path):
+    """Written in float16 with its words and sizes in the header, it says the same in float32; a file without a tensor
+    does not load.
+    """
+    judge = small_judge()
+    half = {k: x.half() if x.is_floating_point() else x for k, x in judge.state_dict().items()}
+    header = {"config": json.dumps([NAMES, STYLES, *NARROW.values()])}
+    write_tensors(tmp_path / "judge.safetensors", half, header)
+    loaded = load_judge(tmp_path / "judge.safetensors")
+    assert loaded.names == NAMES and loaded.styles == STYLES and not loaded.training
+    judge.load_state_dict(half)  # rounded to float16, as the file is
+    assert all(x.dtype == torch.float32 for x in loaded.parameters())
+    for ours, theirs in zip(loaded(some_pixels(2)), judge(some_pixels(2))):
+        assert torch.equal(ours, theirs)
+    del half["name.weight"]
+    write_tensors(tmp_path / "part.safetensors", half, header)
+    with pytest.raises(RuntimeError, match="name.weight"):
+        load_judge(tmp_path / "part.safetensors")
+
+
+def test_picked():
+    """The likeliest word of all, or of some, in whatever order these are given."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])
+    assert picked(logits, NAMES) == ["pizza", "cat face"]
+    for choices in (["cat face", "rocket"], ["rocket", "cat face"]):
+        assert picked(logits, NAMES, choices) == ["rocket", "cat face"]
 
 
 class HandMadeJudge:
-    """Sees which of three colours a picture has; knows names by their first letter."""
+    """Reads a name from the colour of a picture (red, green, blue) and a style from the sign of its last pixel."""
 
-    def image_features(self, pixels):
-        return F.one_hot(pixels.mean(dim=(2, 3)).argmax(dim=1), 3).float()
+    names, styles = NAMES, ["dark", "light", "neither"]
 
-    def text_features(self, text, prompts):
-        return F.one_hot(torch.tensor(["rgb".index(prompt[0]) for prompt in prompts]), 3).float()
+    def __call__(self, pixels):
+        assert pixels.abs().max() <= 1
+        light = pixels[:, 0, -1, -1]
+        return pixels.mean(dim=(2, 3)), torch.stack([-light, light, torch.ones_like(light)], dim=1)
 
 
-def test_prompt_accuracy_counts_pictures_that_pick_their_own_name():
-    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right, wrong; in any order of
-    choices.
+def test_accuracy():
+    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right, wrong. Styles are
+    picked among all, or among the choices; values beyond [-1, 1] are cut.
     """
-    pixels = torch.zeros(4, 3, 2, 2)
+    pixels = torch.zeros(4, 3, 4, 4)
     for i, channel in enumerate((0, 1, 2, 2)):
-        pixels[i, channel] = 1
-    names = ["red", "blue", "blue", "green"]
-    for choices in (["red", "green", "blue"], ["blue", "red", "green"]):
-        right = prompt_accuracy(HandMadeJudge(), None, pixels, names, choices)
-        assert right.tolist() == [True, False, True, False]
+        pixels[i, channel] = 5
+    pixels[:, 0, -1, -1] = torch.tensor([0.5, 0.5, -0.5, -0.5])
+    names, styles = ["cat face", "rocket", "rocket", "pizza"], ["light", "dark", "light", "dark"]
+    right, none = accuracy(HandMadeJudge(), pixels, names)
+    assert right.tolist() == [True, False, True, False] and none is None
+    assert accuracy(HandMadeJudge(), pixels, names, styles)[1].tolist() == [False] * 4  # "neither" is likeliest
+    of_two = accuracy(HandMadeJudge(), pixels, names, styles, ["light", "dark"])[1]
+    assert of_two.tolist() == [True, False, False, True]
 
 
-def test_judge_file_round_trip(tmp_path):
-    """A judge written with its sizes in the header loads strictly and scores the same; a file without a tensor does not
-    load.
+def test_accuracy_of_many_pictures():
+    """Pictures are judged 64 at a time; none is lost or moved."""
+    pixels = torch.zeros(130, 3, 4, 4)
+    pixels[range(130), torch.arange(130) % 3] = 0.5
+    names = [NAMES[i % 3] for i in range(130)]
+    assert accuracy(HandMadeJudge(), pixels, names)[0].all()
+    assert not accuracy(HandMadeJudge(), pixels, names[::-1])[0].all()
+
+
+# ---- intervals
+
+
+def test_interval_of_a_share():
+    """For n independent pictures the interval is p +- 1.96 sqrt(p (1 - p) / n), whatever the seeds."""
+    x = coins(600, 2)
+    mean, low, high = interval(x)
+    half = 1.96 * (mean * (1 - mean) / 1200) ** 0.5
+    assert mean == pytest.approx(x.mean().item(), abs=1e-4)
+    assert low == pytest.approx(mean - half, abs=half / 4) and high == pytest.approx(mean + half, abs=half / 4)
+
+
+def test_interval_covers_the_truth():
+    """Of 200 experiments with a known mean of 0, some 95 % have it in their intervals (190 +- 3)."""
+    experiments = normals(200, 50, 1)
+    inside = sum(low <= 0 <= high for _, low, high in (interval(x, draws=400) for x in experiments))
+    assert 180 <= inside <= 198
+
+
+def test_pictures_of_one_prompt_are_not_independent():
+    """Where a prompt decides alone, a second seed brings no certainty: the interval stays as wide as with one."""
+    one = coins(600)
+    assert interval(one) == interval(one.expand(-1, 2))
+
+
+def test_prompts_of_one_group_are_not_independent():
+    """A pair asked for four times counts four times in the mean and once in the interval."""
+    pair = coins(300)
+    four, groups = pair.repeat(4, 1), torch.arange(300).repeat(4)
+    assert interval(four, groups=groups) == interval(pair)
+    narrow = interval(four)
+    assert narrow[2] - narrow[1] < 0.6 * (interval(pair)[2] - interval(pair)[1])
+
+
+def test_pairs_take_away_what_both_have():
+    """x - y of the same prompts is far surer than x is; mean(2 y) / mean(y) is 2 for sure."""
+    y = normals(200, 2) + 5
+    assert interval(y + 1, y) == pytest.approx([1, 1, 1], abs=1e-4)
+    assert interval(2 * y, y, ratio=True) == pytest.approx([2, 2, 2], abs=1e-4)
+
+
+def test_wilson():
+    """Known values: none of 16 leaves up to 0.194, all of 16 down to 0.806; 5 of 10 is [0.237, 0.763]."""
+    assert wilson(0, 16) == pytest.approx([0, 0, 0.1936], abs=1e-4)
+    assert wilson(16, 16) == pytest.approx([1, 0.8064, 1], abs=1e-4)
+    assert wilson(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
+
+
+# ---- distances and sharpness
+
+
+def test_frechet_of_two_gaussians():
+    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 of a cloud and itself, and in either order the same."""
+    s, t = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 0.5, 0.5])
+    x, y = (z * scale for z, scale in zip(normals(2, 200_000, 3), (s, t)))
+    y = y + torch.tensor([1.0, 0.0, -2.0])
+    assert frechet(x, y) == pytest.approx(5 + (s - t).square().sum().item(), rel=0.02)
+    assert frechet(x, y) == pytest.approx(frechet(y, x))
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_of_turned_gaussians():
+    """Covariances diag(4, 1) and diag(1, 4) do commute: 2 (2 - 1)^2; turned together by 30 degrees, the same."""
+    x, y = (z * scale for z, scale in zip(normals(2, 200_000, 2), (torch.tensor([2.0, 1]), torch.tensor([1.0, 2]))))
+    turn = torch.tensor([[3**0.5, -1], [1, 3**0.5]]) / 2
+    assert frechet(x, y) == pytest.approx(2, rel=0.02)
+    assert frechet(x @ turn, y @ turn) == pytest.approx(frechet(x, y), rel=1e-5)
+
+
+def test_sharpness():
+    """Of each picture: 0 on plain ground or a slope; 8 a on a chessboard of +-a; a row of a gives a, 2 a, a on three
+    of ten rows.
     """
-    judge = small_judge()
-    state = {key: value.clone() for key, value in judge.state_dict().items()}
-    write_tensors(tmp_path / "judge.safetensors", state, {"config": json.dumps(SIZES)})
-    loaded = load_judge(tmp_path / "judge.safetensors")
-    args = (tiny_text(), some_pixels(2), ["cat face", "pizza"])
-    assert torch.equal(clip_score(loaded, *args), clip_score(judge, *args))
-    del state["text_projection"]
-    write_tensors(tmp_path / "half.safetensors", state, {"config": json.dumps(SIZES)})
-    with pytest.raises(RuntimeError, match="text_projection"):
-        load_judge(tmp_path / "half.safetensors")
-
-
-def test_self_consistency_is_zero_for_a_consistency_function(gaussian):
-    """Gaussian data: on the exact trajectory of the ODE the exact f gives 0 to rounding, image by image;
-    the denoiser, which is what a network that was not distilled gives, does not (7.3: that gap is what distillation
-    learns).
-    """
-    t_start = train_grid()[[9, 24, 49]]
-    t_end = t_start - 20
-    z_start = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z_end = gaussian.ode(z_start, t_start, t_end)
-    exact = self_consistency(gaussian.f, z_start, z_end, t_start, t_end)
-    denoiser = self_consistency(gaussian.x0, z_start, z_end, t_start, t_end)
-    assert exact.shape == (3,) and exact.max() < 1e-12
-    assert denoiser.min() > 1e-4
-
-
-def test_self_consistency_is_a_root_mean_square_per_image():
-    """f(z, t) = z and z_end = z_start + d gives |d|, each image its own."""
-    d = torch.tensor([0.0, 0.5, -2.0])[:, None, None, None]
-    z = torch.zeros(3, 4, 2, 2)
-    torch.testing.assert_close(self_consistency(lambda z, t: z, z, z + d, 0, 0), torch.tensor([0.0, 0.5, 2.0]))
+    board = 0.25 * (1 - 2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2)).float().expand(3, 16, 16)
+    slope = torch.linspace(-1, 1, 16).expand(3, 16, 16)
+    found = sharpness(torch.stack([torch.ones(3, 16, 16), slope, board]))
+    assert found.shape == (3,) and found.tolist() == pytest.approx([0, 0, 2], abs=1e-5)
+    line = torch.zeros(1, 3, 12, 12)
+    line[..., 5, :] = 0.5
+    assert sharpness(line).item() == pytest.approx((0.5 + 1 + 0.5) / 10, abs=1e-5)
