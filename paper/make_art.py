@@ -3,9 +3,9 @@
     npm install @iconify-json/noto-v1 @iconify-json/fluent-emoji @iconify-json/fluent-emoji-high-contrast
     npm install @iconify-json/emojione-monotone
     pip install resvg-py
-    python paper/make_art.py node_modules
+    python -m paper.make_art node_modules
 
-Only the shipped model's 64 names, 96x96. The result is committed, so nobody needs npm to run the paper.
+Only the first 64 of the shipped model's names, 96x96. The result is committed, so nobody needs npm to run the paper.
 """
 
 import json
@@ -13,10 +13,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "weights/emoji")]
-from make_data import add, svg  # noqa: E402
+from weights.emoji.make_data import add, svg
 
+HERE = Path(__file__).parent
 SETS = {  # style: package
     "blob": "noto-v1",
     "gradient": "fluent-emoji",

@@ -1,21 +1,20 @@
 """Sixteen styles that the base has never seen: four real emoji sets, and twelve made of its own art by processing.
 
 Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it stands on any background.
-`python paper/styles.py sheet.png` draws them all.
+figures/combination-pictures.png shows them all.
 """
 
-import sys
+import functools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "weights/emoji")]
-from make_styles import blueprint, papercut  # noqa: E402
+from minilcm.data.emoji import Art, read_art, split_art
+from weights.emoji.make_styles import blueprint, papercut
 
-from minilcm.data.emoji import Art, read_art, split_art  # noqa: E402
-from minilcm.data.pictures import contact_sheet, save_png  # noqa: E402
+HERE = Path(__file__).parent
+ART = HERE.parent / "weights/emoji/art"  # of the base
 
 
 def recolour(image: Image.Image, f) -> Image.Image:
@@ -118,8 +117,8 @@ def swirl(image: Image.Image) -> Image.Image:
     x, y = grid(image)
     cx, cy = x - image.width / 2, y - image.height / 2
     angle = 2.0 * (1 - np.hypot(cx, cy) / (image.width / 2)).clip(0)
-    return move(image, image.width / 2 + cx * np.cos(angle) - cy * np.sin(angle),
-        image.height / 2 + cx * np.sin(angle) + cy * np.cos(angle))  # fmt: skip
+    turned = cx * np.cos(angle) - cy * np.sin(angle), cx * np.sin(angle) + cy * np.cos(angle)
+    return move(image, image.width / 2 + turned[0], image.height / 2 + turned[1])
 
 
 PROCESSED = {  # style: (kind of change, function)
@@ -140,31 +139,22 @@ REAL = {"blob": "shape", "gradient": "texture", "glyph": "line", "monotone": "li
 KINDS = {name: kind for name, (kind, _) in PROCESSED.items()} | REAL
 
 
-def split_style(style: str, names: list[str]) -> tuple[list[Art], list[Art]]:
-    """(drawings to train on, drawings held out) of a style, each an Art whose style is its name.
+@functools.cache
+def plain_art() -> list[Art]:
+    """All drawings in the base's four styles; reading them takes seconds."""
+    return read_art(ART)
+
+
+def split_style(style: str | None, names: list[str]) -> tuple[list[Art], list[Art]]:
+    """(drawings to train on, drawings held out) of a style, each an Art whose style is its name; None: the base's four.
 
     Processed styles hold out the pairs that the base never saw; of a real set every eighth drawing is held out.
     """
     if style in REAL:
         art = [a for a in read_art(HERE / f"art/{style}.tar") if a.name in names]
         return [a for i, a in enumerate(art) if i % 8], art[::8]
-    art = HERE.parent / "weights/emoji/art"
-    seen, held_out = split_art(read_art(art), art / "held_out.txt", names)
+    both = split_art(plain_art(), ART / "held_out.txt", names)
+    if style is None:
+        return both
     change = PROCESSED[style][1]
-    return tuple([a._replace(style=style, image=change(a.image)) for a in part] for part in (seen, held_out))
-
-
-def main(path: Path) -> None:
-    names = ["cat face", "rocket", "house", "pizza", "penguin", "guitar"]
-    images, labels = [], []
-    for style in KINDS:
-        chosen = {a.name: a for part in split_style(style, names) for a in part}
-        for name in names:
-            image = chosen[name].image.resize((96, 96))
-            images.append(Image.alpha_composite(Image.new("RGBA", (96, 96), (155, 200, 255)), image).convert("RGB"))
-            labels.append(f"{style} ({KINDS[style]})")
-    save_png(path, contact_sheet(images, labels, len(names)), "styles of paper/")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return tuple([a._replace(style=style, image=change(a.image)) for a in part] for part in both)

@@ -1,0 +1,1 @@
+"""The paper, measured: one file a question; run by `python -m paper`."""

@@ -1,0 +1,316 @@
+"""What the paper's questions share: prompts, pictures from fixed seeds, short training runs, and what is kept."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny import random_tau, tiny_unet
+
+from minilcm import lcm
+from minilcm.data.emoji import STYLES, Cache, read_art
+from minilcm.files.checkpoint import load_model
+from minilcm.files.lora_file import read_recipe
+from minilcm.lora import add_lora, get_tau
+from minilcm.merge import merge_into
+from minilcm.objective import loss_of, make_networks
+from minilcm.solver import sample_ddim
+from paper import __main__ as command
+from paper import pictures, setup, styles, training
+
+PROMPTS = [setup.Prompt("pizza", "pizza"), setup.Prompt("red apple, noto style", "red apple", "noto")]
+
+
+# ---- set-up
+
+
+def test_w_is_the_shipped_models():
+    """The paper's w: what the shipped LCM-LoRA has distilled in, 1 less than the model's own guidance scale, and what
+    teacher and short recipes have; budgets do not change it.
+    """
+    assert setup.W == float(read_recipe(setup.EMOJI / "lcm_lora.safetensors")["w"])
+    assert setup.W == load_model(setup.EMOJI / "model.safetensors").config.guidance - 1
+    assert pictures.TEACHER == ("ddim", 50, setup.W, None) and pictures.FOUR.w == 0
+    for quick in (True, False):
+        objective = training.objective_of(training.short(setup.budget_of(quick, 0)))
+        assert objective.kind == "lcm" and objective.w_range == (setup.W, setup.W) and objective.k == 100
+
+
+@pytest.mark.parametrize("most", [6, 64, 100])
+def test_some_prompts_are_spread_and_all_others(most):
+    """The first 64 names, though the model knows more; a part of them from all over the list."""
+    prompts = setup.prompts_of("bare", most)
+    names = setup.shipped().names
+    assert len({p.name for p in prompts}) == len(prompts) == min(most, 64) == min(most, len(names))
+    assert prompts[-1].name in names[-64 // min(most, 64) :]
+
+
+def test_prompts_of_one_pair_have_one_number():
+    prompts = setup.prompts_of("all")
+    assert setup.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
+    assert setup.pairs([PROMPTS[0], PROMPTS[1], PROMPTS[0]]).tolist() == [0, 1, 0]
+
+
+def test_a_part_is_made_once(tmp_path, monkeypatch):
+    """The same key: read; another: made."""
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": torch.ones(2)}
+
+    for key in ("a", "a", "b"):
+        assert torch.equal(setup.cached("part", key, make)["x"], torch.ones(2))
+    assert len(made) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
+    """A part that was read from the cache counts with what it took when it was made; one made now counts once."""
+
+    def measure(budget):
+        setup.spent["kept from another day"] = 1000.0
+        setup.spent["made now"] = 200.0
+        setup.spent_now.append(200.0)
+        return {"planned": {}}
+
+    clock = iter([0.0, 207.0])
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    monkeypatch.setattr(command.memory, "measure", measure)
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    command.measure_claim("memory", quick=True, seed=0)
+    assert json.loads((tmp_path / "quick/memory.json").read_text())["seconds"] == 1207
+
+
+# ---- pictures
+
+
+def test_changed_leaves_no_trace():
+    """Inside: other weights and sum_i lambda_i tau_i, as merge_into makes them. After it, or an error, all bits."""
+    unet, vector = setup.shipped().unet, setup.shipped_lora()
+    before = {k: x.clone() for k, x in unet.state_dict().items()}
+    base = pictures.Base("moved", {k: x + 1e-3 for k, x in before.items()})
+    with pytest.raises(KeyboardInterrupt):
+        with pictures.changed(unet, base, [(vector, 0.25), (vector, 0.5)]):
+            inside = {k: x.clone() for k, x in unet.state_dict().items()}
+            raise KeyboardInterrupt
+    assert all(torch.equal(x, before[k]) for k, x in unet.state_dict().items())
+    expected = {k: x.clone() for k, x in base.weights.items()}
+    merge_into(expected, vector.tau, 0.75)
+    assert all(torch.allclose(x, expected[k], atol=1e-6) for k, x in inside.items())
+
+
+def test_what_a_drawing_costs():
+    """A guided step evaluates the network twice; w as an input of a full LCM costs nothing."""
+    how = (("ddim", 4, 3.0), ("ddim", 4), ("lcm", 4), ("lcm", 4, 0.0, 3.0))
+    assert [pictures.Draw(*x).evaluations for x in how] == [8, 4, 4, 4]
+
+
+def by_hand(w: float, steps: int, seed: int) -> torch.Tensor:
+    """z0 of PROMPTS by guided DDIM, one picture at a time."""
+    model, z0 = setup.shipped(), []
+    network = pictures.network_of(model.unet)
+    for i, prompt in enumerate(PROMPTS):
+        z_T = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(100_003 * seed + i))
+
+        def eps_fn(z_t, t, text=prompt.text):
+            t = torch.tensor([t])
+            eps = network(z_t, t, model.text.encode([text])).float()
+            return eps + w * (eps - network(z_t, t, model.text.null_cond(1)).float())
+
+        z0.append(sample_ddim(eps_fn, z_T, setup.SCHEDULE, steps))
+    return torch.cat(z0)
+
+
+def test_pictures_are_drawn_from_their_own_seeds():
+    """z0[i, j] has prompt i, the noise of the j-th seed's i-th picture, and guidance w."""
+    for w in (0.0, 3.0):
+        z0 = pictures.drawn(PROMPTS, (0, 2), pictures.Draw("ddim", 3, w))
+        for j, seed in enumerate((0, 2)):
+            torch.testing.assert_close(z0[:, j], by_hand(w, 3, seed), rtol=0.05, atol=0.05)
+    assert pictures.rms(by_hand(0.0, 3, 0), by_hand(3.0, 3, 0)).min() > 0.2
+
+
+def test_a_full_lcm_is_told_w():
+    """One layer more than the base; drawn without guidance, and another picture for another w."""
+    made = training.train(training.Recipe(rank=None, w=(1.0, 6.0), lr=1e-2, steps=2, batch=2, looks=1)).end
+    z0 = [pictures.drawn(PROMPTS, (0,), pictures.Draw("lcm", 2, 0.0, w), [], made) for w in (1.0, 6.0)]
+    assert "time_embedding.cond_proj.weight" in made.weights and not torch.equal(*z0)
+
+
+def test_the_trajectory_is_the_guided_teachers():
+    """It ends where 50 guided steps of the base end, w = 3, and not near where unguided ones do; what is held against
+    it has the LoRA in it.
+    """
+    one = PROMPTS[:1]
+    path = pictures.teacher_path(one, seed=2)
+    assert path.shape == (51, 1, *setup.shipped().shape)
+    end = pictures.drawn(one, (2,), pictures.Draw("ddim", 50, 3.0))[:, 0]
+    unguided = pictures.drawn(one, (2,), pictures.Draw("ddim", 10))[:, 0]
+    torch.testing.assert_close(path[-1], end, rtol=0.05, atol=0.05)
+    assert pictures.rms(path[-1], unguided).min() > 5 * pictures.rms(path[-1], end).max()
+    errors = [pictures.errors_along(path, one, vectors)[1] for vectors in ([], [(setup.shipped_lora(), 1.0)])]
+    assert errors[0].keys() == errors[1].keys() and errors[0] != errors[1]
+
+
+def test_what_is_measured_has_a_row_a_prompt_and_a_column_a_seed(monkeypatch):
+    """Each picture is held against the name of its own prompt, and its style against the base's four."""
+    x = pictures.pictures(PROMPTS, (0, 2, 4), pictures.FOUR)
+    assert x["right"].shape == x["sharpness"].shape == (2, 3) and x["features"].shape[:2] == (2, 3)
+    judge = setup.shipped().judge
+    alone = judge(pictures.decode(x["z0"][1, 2:3]))
+    torch.testing.assert_close(alone[1][0], x["styles"][1, 2], rtol=1e-3, atol=1e-3)
+    assert x["right"][1, 2] == float(judge.names[alone[0].argmax()] == PROMPTS[1].name)
+
+
+def test_a_style_is_held_against_the_bases_four():
+    """What the judge makes of other new styles does not count, unless any of several will do."""
+    words = setup.shipped().judge.styles
+    logits = torch.zeros(2, 3, len(words))
+    looks = [["sepia", "noto", "negative"], ["blob", "twemoji", "sepia"]]
+    for i, row in enumerate(looks):
+        for j, style in enumerate(row):
+            logits[i, j, words.index(style)] = 2
+    logits[0, 1, words.index("sepia")] = 1
+    logits[0, 2, words.index("sepia")] = 1  # after negative, but before the four
+    logits[..., words.index("twemoji")] += 0.5  # what looks like nothing else looks like this
+    found = {"styles": logits}
+    assert pictures.in_style(found, ["sepia"]).tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert pictures.in_style(found, ["sepia", "blob"]).tolist() == [[1, 0, 1], [1, 0, 1]]
+    assert set(STYLES) < set(words)
+
+
+def test_the_judge_is_judged_on_drawings_it_has_not_seen():
+    """As many as are held out of a style, each twice."""
+    held_out = styles.split_style("blob", setup.shipped().names)[1]
+    found = pictures.held_out_art("blob", looks=2)
+    assert found["right"].shape == found["sharpness"].shape == (2 * len(held_out),)
+
+
+# ---- training
+
+
+def some_data(shape=(4, 8, 8)) -> Cache:
+    art = read_art(setup.HERE / "art/blob.tar")[:8]
+    mean = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    return Cache(mean, torch.full_like(mean, 0.1), art, ["pink"] * 8, 32)
+
+
+def test_a_recipe_is_what_it_says():
+    """L2 and c_skip change the formulas inside, and nothing outside."""
+    a, b, t = torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0, 999])
+    assert lcm.huber(a, b).item() == pytest.approx(2, abs=1e-2)
+    with training.as_asked(training.Recipe(distance="l2", c_skip=False)):
+        assert lcm.huber(a, b).item() == 4
+        c_skip, c_out = lcm.boundary_scalings(t)
+        assert c_skip.tolist() == [0, 0] and c_out.tolist() == [1, 1]
+    assert lcm.huber(a, b).item() == pytest.approx(2, abs=1e-2) and lcm.boundary_scalings(t)[0][0] == 1
+
+
+def test_the_averaged_target_lags_behind(monkeypatch):
+    """target_ema = 0 is the student itself, as without an average; 0.95 gives other losses once it has moved."""
+    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+
+    def losses(target_ema: float | None) -> list[float]:
+        recipe = training.Recipe(steps=5, batch=4, lr=0.3, target_ema=target_ema)
+        return training.train_now(recipe)["loss"].tolist()
+
+    live, zero, averaged = (losses(x) for x in (None, 0.0, 0.95))
+    assert live == zero
+    assert averaged[0] == live[0] and averaged[-1] != live[-1]
+
+
+def test_the_averaged_target_is_not_the_student():
+    """It stays where it was when the student moves, and follows by update_ema."""
+    unet = tiny_unet()
+    objective = training.objective_of(training.Recipe(rank=4))
+    nets = training.averaged_target(make_networks(objective, unet, setup.HALF), unet)
+    inputs = torch.zeros(1, 4, 8, 8), torch.tensor([500]), pictures.conds_of(PROMPTS[:1])[0], None
+    before = nets.target(*inputs)
+    for up, _, _ in get_tau(unet).values():
+        up.data.fill_(0.1)
+    assert torch.equal(nets.target(*inputs), before) and not torch.equal(nets.student(*inputs), before)
+    lcm.update_ema(nets.target_unet, unet, ema_rate=0.0)
+    assert torch.equal(nets.target(*inputs), nets.student(*inputs))
+
+
+def test_a_run_keeps_its_marks(monkeypatch):
+    """A LoRA at step 0 does nothing; at the end it is what was trained; the second call reads the first's; on another
+    base it is another one.
+    """
+    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+    recipe = training.Recipe(steps=3, batch=2, rank=4, marks=(0, 1))
+    made = training.train(recipe)
+    assert sorted(made.at) == [0, 1, 3] and made.loss.shape == (3,) and made.end is made.at[3]
+    assert all(not up.any() for up, _, _ in made.at[0].tau.values())
+    assert all(up.any() for up, _, _ in made.end.tau.values())
+    again = training.train(recipe).end
+    assert all(torch.equal(a, b) for p in again.tau for a, b in zip(again.tau[p][:2], made.end.tau[p][:2]))
+    tuned = training.train(training.Recipe("diffusion", None, steps=2, batch=2, lr=1e-2)).end
+    assert set(tuned.weights) == dict(setup.shipped().unet.named_parameters()).keys()
+    there = training.train(recipe, tuned)
+    assert there.end.key != made.end.key and there.loss[0] != made.loss[0]
+
+
+def test_the_loss_is_that_of_the_recipe(monkeypatch):
+    """The first loss of a run is loss_of on the first batch, with the recipe's w and k."""
+    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+    model = setup.shipped()
+    for recipe in (
+        training.Recipe(steps=1, batch=2, rank=4),
+        training.Recipe(steps=1, batch=2, rank=4, w=(0.0, 0.0), k=20),
+    ):
+        z0, captions, _, generator = next(training.art_batches(some_data(), 2, 0))
+        objective = training.objective_of(recipe)
+        assert objective.w_range == recipe.w and objective.k == recipe.k
+        nets = make_networks(objective, load_model(setup.MODEL).unet, setup.HALF)
+        conds = model.text.encode(captions), model.text.null_cond(2)
+        assert training.train_now(recipe)["loss"][0] == loss_of(objective, nets, z0, *conds, generator)
+
+
+def test_a_tau_is_kept_whole():
+    """lora_alpha too, which is not the rank."""
+    unet = tiny_unet()
+    add_lora(unet, 4, 2.0)
+    tau = random_tau(unet, 3, 4, 2.0)
+    for path, (up, down, _) in get_tau(unet).items():
+        up.data.copy_(tau[path][0])
+        down.data.copy_(tau[path][1])
+    kept = training.to_tau(training.trained_weights(unet))
+    assert kept.keys() == tau.keys()
+    assert all(torch.equal(a, b) for p in tau for a, b in zip(kept[p][:2], tau[p][:2]))
+    assert {lora_alpha for _, _, lora_alpha in kept.values()} == {2.0}
+
+
+# ---- styles
+
+
+@pytest.mark.parametrize("style", styles.PROCESSED)
+def test_styles_keep_what_they_should(style):
+    """Size and kind of picture stay, the drawing changes; what is far from the drawing stays empty."""
+    image = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
+    image.paste((230, 120, 40, 255), (24, 24, 72, 72))
+    image.paste((250, 250, 250, 255), (40, 30, 60, 40))
+    image.paste((10, 60, 30, 255), (30, 50, 66, 64))
+    out = styles.PROCESSED[style][1](image)
+    assert out.size == image.size and out.mode == "RGBA"
+    assert out.tobytes() != image.tobytes() and out.getpixel((2, 2))[3] == 0
+
+
+def test_a_shadow_does_not_come_back_on_the_other_side():
+    """papercut of a square that touches the right and lower edges: nothing at the left and at the top."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste((200, 40, 40, 255), (32, 32, 64, 64))
+    alpha = styles.PROCESSED["papercut"][1](image).getchannel("A")
+    assert alpha.crop((0, 0, 16, 64)).getextrema() == alpha.crop((0, 0, 64, 16)).getextrema() == (0, 0)
+    assert alpha.getpixel((62, 62)) == 255
+
+
+def test_all_styles_have_drawings():
+    """Sixteen, of four kinds; those held out are not trained on."""
+    assert len(styles.KINDS) == 16 and set(styles.KINDS.values()) == {"colour", "line", "texture", "shape"}
+    names = setup.shipped().names
+    for style in ("outline", *styles.REAL):
+        seen, held_out = styles.split_style(style, names)
+        assert {a.style for a in seen + held_out} == {style} and len(held_out) >= 8
+        assert not {a.image.tobytes() for a in seen} & {a.image.tobytes() for a in held_out}
