@@ -1,33 +1,33 @@
-"""Put the trained autoencoder and text tower and a fresh UNet into one file, from which train.py starts.
+"""Put the trained autoencoder and text tower and a fresh UNet into one file, from which train.py
+starts.
 
-    python weights/emoji/assemble.py --vae runs/vae/vae.safetensors --text runs/clip/text.safetensors --names 64 \\
-        --out runs/start.safetensors
+    python -m weights.emoji.assemble --vae runs/vae/vae.safetensors \\
+        --text runs/text/text.safetensors --names 300 --out runs/start.safetensors
 
-With --unet FILE the UNet is taken from that model file instead (a new decoder for a trained UNet).
+With --unet FILE the UNet is taken from that model file instead: a new decoder for a trained UNet.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from minilcm.files.checkpoint import load_model, save_model
+from minilcm.files.identify import Config
+from minilcm.files.safetensors_file import read_tensors
+from minilcm.model.layers import ResBlock, SpatialTransformer
+from minilcm.model.text import TextConfig, TextEncoder, clip_l_to_open_clip
+from minilcm.model.unet import UNet, emoji
+from minilcm.model.vae import VAE, VAEConfig
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.files.checkpoint import load_model, save_model  # noqa: E402
-from minilcm.files.identify import Config  # noqa: E402
-from minilcm.files.safetensors_file import read_tensors  # noqa: E402
-from minilcm.model.layers import ResBlock, SpatialTransformer  # noqa: E402
-from minilcm.model.text import TextConfig, TextEncoder, clip_l_to_open_clip  # noqa: E402
-from minilcm.model.unet import UNet, emoji  # noqa: E402
-from minilcm.model.vae import VAE, VAEConfig  # noqa: E402
 
 
 def fresh_unet(seed: int) -> UNet:
-    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM: every branch starts
-    shut.
+    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM:
+    every branch starts shut.
     """
     torch.manual_seed(seed)
     unet = UNet(emoji())
@@ -43,8 +43,13 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--unet", type=Path, help="a model file whose UNet to keep (default: a fresh one)")
-    parser.add_argument("--names", type=int, default=64, help="how many names of names.txt it is to know (default 64)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="default guidance of ddim and dpmpp (default 3)")
+    parser.add_argument(
+        "--names",
+        type=int,
+        default=300,
+        help="how many names of names.txt it is to know (default 300)",
+    )
+    parser.add_argument("--guidance", type=float, default=4.0, help="default guidance of ddim and dpmpp (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -57,7 +62,7 @@ def main() -> None:
     text.tower.load_state_dict(clip_l_to_open_clip(tensors))
     unet = load_model(args.unet)[0] if args.unet else fresh_unet(args.seed)
     names = tuple((HERE / "names.txt").read_text().splitlines()[: args.names])
-    config = Config(unet.cfg, vae.cfg, text.cfg, size=64, guidance=args.guidance, names=names)
+    config = Config(unet.cfg, vae.cfg, text.cfg, size=16 * vae.factor, guidance=args.guidance, names=names)
     save_model(args.out, unet.state_dict(), vae, text, config)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(names)} names")
 

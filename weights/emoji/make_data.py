@@ -1,11 +1,13 @@
 """Make the art: rasterise four openly licensed emoji sets into one webdataset tar each.
 
-    npm install @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji-flat @iconify-json/emojione
-    emojibase-data pip install resvg-py
-    python weights/emoji/make_data.py node_modules
+    npm install @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji-flat \\
+        @iconify-json/emojione emojibase-data
+    pip install resvg-py
+    python -m weights.emoji.make_data node_modules
 
-Writes art/{noto,twemoji,fluent,emojione}.tar (PNG 128x128 RGBA + JSON: name, label, keywords, style), art/held_out.txt,
-the (name, style) pairs that training never sees. The result is committed, so nobody needs npm to train.
+Writes art/{noto,twemoji,fluent,emojione}.tar (PNG 128x128 RGBA + JSON: name, label, keywords,
+style), art/held_out.txt, the (name, style) pairs that training never sees. The result is committed,
+so nobody needs npm to train.
 """
 
 import io
@@ -16,7 +18,12 @@ import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SETS = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat", "emojione": "emojione"}  # style: package
+SETS = {
+    "noto": "noto",
+    "twemoji": "twemoji",
+    "fluent": "fluent-emoji-flat",
+    "emojione": "emojione",
+}  # style: package
 CATEGORIES = [
     "Activities",
     "Animals & Nature",
@@ -34,9 +41,8 @@ def svg(icon_set: dict, name: str) -> str:
     icon = icon_set["icons"][name]
     width, height = icon.get("width", icon_set["width"]), icon.get("height", icon_set["height"])
     box = f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}>{icon["body"]}</svg>'
-    )
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"<svg {names} {box}>{icon['body']}</svg>"
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -54,7 +60,8 @@ def main(node_modules: Path) -> None:
     emojibase = json.loads((node_modules / "emojibase-data/en/data.json").read_text())
     by_code = {e["hexcode"].lower().replace("-fe0f", ""): e for e in emojibase}
 
-    # emojione is in the package without Unicode's categories and code points: the other three sets name the icons
+    # emojione is in the package without Unicode's categories and code points: the other three sets
+    # name the icons
     names, code = {}, {}
     for style in ["noto", "twemoji", "fluent"]:
         folder = node_modules / "@iconify-json" / SETS[style]
@@ -76,7 +83,12 @@ def main(node_modules: Path) -> None:
                 png = resvg_py.svg_to_bytes(svg_string=svg(sets[style], name), width=SIZE, height=SIZE)
                 entry = by_code.get(code[name].lower().replace("-fe0f", ""), {"label": "", "tags": []})
                 words = name.replace("-", " ")
-                meta = {"name": words, "label": entry["label"], "keywords": entry.get("tags", []), "style": style}
+                meta = {
+                    "name": words,
+                    "label": entry["label"],
+                    "keywords": entry.get("tags", []),
+                    "style": style,
+                }
                 add(tar, f"{name}.png", bytes(png))
                 add(tar, f"{name}.json", json.dumps(meta, ensure_ascii=False).encode())
 

@@ -1,10 +1,10 @@
 """Two styles the base has never seen, made from the art by image processing, for two style LoRAs.
 
-    python weights/emoji/make_styles.py runs/styles --names 64
-    python weights/emoji/make_styles.py my_pictures --pictures 20    a folder of pictures with captions, as people have
+    python -m weights.emoji.make_styles runs/styles --names 300
+    python -m weights.emoji.make_styles my_pictures --pictures 20    pictures with captions
 
-blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a white paper rim and a
-shadow. Both keep the drawing's transparency, so they stand on any background.
+blueprint: the drawing as white lines on its own blue silhouette. papercut: few flat colours, a
+white paper rim and a shadow. Both keep the drawing's transparency, so they stand on any background.
 """
 
 import argparse
@@ -17,16 +17,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-from make_data import add  # noqa: E402
+from minilcm.data.emoji import COLORS, article, read_art, split_art
 
-from minilcm.data.emoji import COLORS, article, read_art, split_art  # noqa: E402
+from .make_data import add
+
+HERE = Path(__file__).parent
 
 
 def blueprint(image: Image.Image) -> Image.Image:
     """White where colour or outline changes, deep blue inside."""
-    rgb, alpha = np.asarray(image.convert("RGB"), np.float32), np.asarray(image.getchannel("A"), np.float32)
+    rgb, alpha = (
+        np.asarray(image.convert("RGB"), np.float32),
+        np.asarray(image.getchannel("A"), np.float32),
+    )
     planes = np.dstack([rgb * (alpha[..., None] / 255), alpha])  # (H, W, 4)
     dy, dx = np.gradient(planes, axis=(0, 1))
     line = np.clip(np.sqrt(dx**2 + dy**2).max(axis=2) / 24, 0, 1)  # (H, W)
@@ -63,9 +66,12 @@ MADE = {"blueprint": blueprint, "papercut": papercut}  # style: drawing -> drawi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/")
-    parser.add_argument("--names", type=int, default=64, help="how many names of names.txt (default 64)")
+    parser.add_argument("--names", type=int, default=300, help="how many names of names.txt (default 300)")
     parser.add_argument(
-        "--pictures", type=int, metavar="N", help="at most N .png with .txt captions, instead of a .tar of all"
+        "--pictures",
+        type=int,
+        metavar="N",
+        help="at most N .png with .txt captions, instead of a .tar of all",
     )
     args = parser.parse_args()
     if args.names < 1 or (args.pictures is not None and args.pictures < 1):
@@ -91,7 +97,12 @@ def main() -> None:
                 stem = f"{a.name} {a.style}".replace(" ", "-")
                 png = io.BytesIO()
                 draw(a.image).save(png, "PNG")
-                meta = {"name": a.name, "label": a.words[0], "keywords": a.words[1:], "style": style}
+                meta = {
+                    "name": a.name,
+                    "label": a.words[0],
+                    "keywords": a.words[1:],
+                    "style": style,
+                }
                 add(tar, f"{stem}.png", png.getvalue())
                 add(tar, f"{stem}.json", json.dumps(meta).encode())
         print(f"{args.out / style}: {len(seen)} pictures")

@@ -1,114 +1,193 @@
-"""Train the autoencoder on all four sets: f4, pictures of 64x64, latents 4x16x16.
+"""Train the autoencoder on all four sets: f8, pictures of 128x128, latents 4x16x16, as Stable
+Diffusion's.
 
-    python weights/emoji/train_vae.py --out runs/vae --steps 6000
-    python weights/emoji/train_vae.py --out runs/vae_decoder --init runs/vae/vae.safetensors --decoder-only --steps 4000
+    python -m weights.emoji.train_vae --out runs/vae --steps 5000
+    python -m weights.emoji.train_vae --out runs/decoder --steps 2000 --adversarial 0.2 \\
+        --init runs/vae/vae.safetensors
 
-Loss: L1 + L1 of the picture's gradients (edges) + 1e-4 KL, which keeps the latents small and the decoder used to a
-little noise. The scale factor in the written file is 1 / (measured std of the latents). --decoder-only freezes the
-encoder, as Stable Diffusion's ft-MSE decoders did, so a UNet trained on the latents stays valid.
+Loss: L1 + L1 of the picture's gradients (edges) + 1e-4 KL, which keeps the latents small and the
+decoder used to a little noise. The scale factor in the written file is 1 / (measured std of the
+latents).
+
+--adversarial W freezes the encoder, so that the latents stay those a UNet knows, and trains the
+decoder against a patch discriminator with a hinge loss as well, whose gradient has W times the size
+of the other loss's at the decoder's last layer. Latent Diffusion (2112.10752) section 3.1; VQGAN
+(2012.09841) eq. 7 for that weight.
 """
 
 import argparse
 import json
-import math
-import random
-import sys
+import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-from minilcm.data.emoji import compose, read_art, split_art  # noqa: E402
-from minilcm.files.safetensors_file import write_tensors  # noqa: E402
-from minilcm.model.precision import default_dtype  # noqa: E402
-from minilcm.model.vae import VAE, VAEConfig  # noqa: E402
+from minilcm.data.emoji import pool_of, read_art, split_art
+from minilcm.files.checkpoint import load_model
+from minilcm.files.safetensors_file import read_tensors, write_tensors
+from minilcm.metrics import sharpness
+from minilcm.model.precision import autocast, forward_dtype
+from minilcm.model.vae import VAE, VAEConfig
+from minilcm.objective import learning_rate
 
-CONFIG = VAEConfig(channels=(32, 64, 128), res_blocks=1, groups=8, scale=1.0)
+HERE = Path(__file__).parent
+CONFIG = VAEConfig(channels=(32, 32, 64, 128), res_blocks=1, groups=8, scale=1.0)
+SIZE = 128
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def vae_loss(vae: VAE, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 + edge L1 + 1e-4 KL(q(z|x) || N(0, 1)), each a mean over elements."""
+def vae_loss(vae: VAE, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L1 + edge L1 + 1e-4 KL(q(z|x) || N(0, 1)), each a mean over elements; the decoded picture;
+    its mean latents).
+    """
     mean, std = vae.moments(pixels)
-    x = vae.decode(mean + std * torch.randn(mean.shape, generator=generator))
+    x = vae.decode(mean + std * eps)
     l1 = (x - pixels).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(x), edges(pixels)))
     kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-    return l1 + 1e-4 * kl
+    return l1 + 1e-4 * kl, x, mean
+
+
+def grow(vae: VAE, small: VAE) -> VAE:
+    """Start from an autoencoder of half the size: only the new level, at full resolution, keeps its
+    random weights.
+    """
+    state = {}
+    for key, value in small.state_dict().items():
+        match = re.match(r"(.*\.(?:down|up)\.)(\d+)(\..*)", key)
+        state[f"{match[1]}{int(match[2]) + 1}{match[3]}" if match else key] = value
+    missing, unexpected = vae.load_state_dict(state, strict=False)
+    assert not unexpected and all(re.search(r"\.(down|up)\.[01]\.", key) for key in missing), (
+        missing,
+        unexpected,
+    )
+    vae.cfg = replace(vae.cfg, scale=small.cfg.scale)
+    return vae
+
+
+def make_discriminator() -> nn.Module:
+    """Pixels (b, 3, H, W) -> (b, 1, H/8 - 1, W/8 - 1): is this patch drawn (above 0) or decoded?
+
+    The patch discriminator of pix2pix (1611.07004).
+    """
+    layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+    layers += [nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.GroupNorm(8, 128), nn.LeakyReLU(0.2)]
+    layers += [nn.Conv2d(128, 256, 4, 2, 1, bias=False), nn.GroupNorm(8, 256), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(256, 1, 4, 1, 1))
+
+
+def against(loss: Tensor, adversarial: Tensor, last: Tensor, weight: float) -> Tensor:
+    """loss + lambda adversarial, with lambda such that at `last` the second gradient is `weight`
+    times the first.
+    """
+    sizes = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (loss, adversarial)]
+    # lambda = weight |grad loss| / (|grad adversarial| + 1e-6)
+    return loss + (weight * sizes[0] / (sizes[1] + 1e-6)).clamp(max=1e4) * adversarial
 
 
 @torch.no_grad()
-def psnr(vae: VAE, pixels: Tensor) -> float:
-    """Peak signal to noise ratio in dB of decode(encode_mean(x)), averaged over pictures; 8-bit range."""
-    x = torch.cat([vae.decode(vae.encode_mean(p)).clamp(-1, 1) for p in pixels.split(32)])
+def judged(vae: VAE, pixels: Tensor) -> tuple[float, float, float]:
+    """(PSNR in dB over the 8-bit range, sharpness against the art's, std of the latents) of
+    decode(encode_mean(x)).
+    """
+    z = torch.cat([vae.encode_mean(p) for p in pixels.split(32)])
+    x = torch.cat([vae.decode(part).clamp(-1, 1) for part in z.split(32)])
     mse = ((x - pixels) / 2).square().flatten(1).mean(dim=1)  # (b,), range [0, 1]
-    return (-10 * mse.log10()).mean().item()
+    sharp = sharpness(x).mean() / sharpness(pixels).mean()
+    return (-10 * mse.log10()).mean().item(), sharp.item(), z.std().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets vae.safetensors")
     parser.add_argument("--init", type=Path, help="start from this vae.safetensors")
-    parser.add_argument("--decoder-only", action="store_true", help="freeze the encoder and its latents")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=8)
+    half = "start from this model's autoencoder of half the size, and keep to its latents"
+    parser.add_argument("--grow", type=Path, metavar="MODEL", help=half)
+    parser.add_argument(
+        "--adversarial",
+        type=float,
+        metavar="W",
+        help="train the decoder only, with a discriminator",
+    )
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--looks", type=int, default=8, help="compositions made of each drawing (default 8)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss: faster on a GPU")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     vae = VAE(CONFIG)
-    with torch.no_grad():  # start at a posterior std of 0.05: behind full noise two of four channels never come to life
+    # start at a posterior std of 0.05: behind full noise two of four channels never come to life
+    with torch.no_grad():
         vae.quant_conv.bias[CONFIG.z_channels :] = -6
     if args.init:
-        with safe_open(args.init, "pt") as f:
-            vae = VAE(VAEConfig(**json.loads(f.metadata()["config"])))
-        vae.load_state_dict(load_file(args.init))
-    if args.decoder_only:
+        tensors, metadata = read_tensors(args.init)
+        vae = VAE(VAEConfig(**json.loads(metadata["config"])))
+        vae.load_state_dict(tensors)
+    small = load_model(args.grow)[1].to(args.device).requires_grad_(False) if args.grow else None
+    if small:
+        vae = grow(vae, small)
+    vae.to(args.device, memory_format=torch.channels_last)
+    discriminator = make_discriminator().to(args.device, memory_format=torch.channels_last)
+    if args.adversarial:
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
+
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt")
-    rng = random.Random(-1)
-    fixed = torch.stack([compose(a, 64, rng)[0] for a in held_out])  # (b, 3, 64, 64)
+    pool, _ = pool_of(seen, SIZE, args.looks, args.seed, args.device)
+    fixed = pool_of(held_out[::3], SIZE, 1, -1, args.device)[0] / 127.5 - 1
 
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    critic = torch.optim.AdamW(discriminator.parameters(), args.lr / 2, weight_decay=0.0, betas=(0.5, 0.9), fused=True)
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(1.0, step, args.steps))
     average = {k: v.clone() for k, v in vae.state_dict().items()}
-    bf16 = default_dtype("cpu") == torch.bfloat16
+    loss_fn = torch.compile(vae_loss, dynamic=False) if args.compile and not args.adversarial else vae_loss
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     start = time.time()
     for step in tqdm(range(args.steps), disable=None):
-        lr = args.lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rng = random.Random(f"{args.seed} {step}")
-        pixels = torch.stack([compose(rng.choice(seen), 64, rng)[0] for _ in range(args.batch)])
-        generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = vae_loss(vae, pixels, generator)
-        optimizer.zero_grad()
+        index = torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)
+        pixels = (pool[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        eps = torch.randn(args.batch, 4, SIZE // 8, SIZE // 8, generator=generator, device=args.device)
+        with autocast(args.device, forward_dtype(args.device)):
+            loss, x, mean = loss_fn(vae, pixels, eps)
+            if small:  # latents that a UNet of the small one knows
+                loss = loss + 0.05 * (mean - small.encode_mean(F.avg_pool2d(pixels, 2))).square().mean()
+            if args.adversarial:
+                real, fake = discriminator(pixels).float(), discriminator(x.detach()).float()
+                # hinge loss: max(0, 1 - D(x)) + max(0, 1 + D(decoded))
+                F.relu(1 - real).mean().add(F.relu(1 + fake).mean()).backward()
+                critic.step(), critic.zero_grad()
+                if step >= 100:  # once the discriminator knows something
+                    fooled = -discriminator(x).float().mean()
+                    loss = against(loss, fooled, vae.decoder.conv_out.weight, args.adversarial)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizer.step(), optimizer.zero_grad(), critic.zero_grad()
+        cosine.step()
         rate = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), list(vae.state_dict().values()), 1 - rate)
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
             now = {k: v.clone() for k, v in vae.state_dict().items()}
             vae.load_state_dict(average)
-            with torch.no_grad():
-                std = vae.encode_mean(fixed[:128]).std().item()
-            seconds = time.time() - start
-            good = f"held-out {psnr(vae, fixed):.2f} dB std {std:.3f}"
-            print(f"step {step + 1} loss {loss.item():.4f} {good} {seconds:.0f} s", flush=True)
-            scale = vae.cfg.scale if args.decoder_only else vae.cfg.scale / std
+            db, sharp, std = judged(vae, fixed)
+            print(
+                f"step {step + 1} loss {loss.item():.4f} held-out {db:.2f} dB, "
+                f"sharpness {sharp:.3f} of the art's, "
+                f"std {std:.3f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
+            scale = vae.cfg.scale if args.adversarial else vae.cfg.scale / std
             config = json.dumps(asdict(replace(vae.cfg, scale=scale)))
             write_tensors(args.out / "vae.safetensors", average, {"config": config})
             vae.load_state_dict(now)
