@@ -6,9 +6,10 @@ from tiny import ROOT
 
 import sample
 from minilcm.files.checkpoint import load_model
+from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.merge import check_fit
-from minilcm.metrics import load_judge
+from minilcm.metrics import accuracy, load_judge
 from minilcm.model.unet import emoji
 
 WEIGHTS = ROOT / "weights/emoji"
@@ -22,7 +23,7 @@ def test_the_model_is_one_official_single_file():
         prefixes = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model.")
         assert all(key.startswith(prefixes) and f.get_tensor(key).dtype == torch.float16 for key in f.keys())
     unet, vae, text, config = load_model(path)
-    assert config.unet == emoji() and config.size == 64 and vae.factor == 4
+    assert config.unet == emoji() and config.size == 128 and vae.factor == 8
     assert list(config.names) == (WEIGHTS / "names.txt").read_text().splitlines()[: len(config.names)]
     rows = text.tower.token_embedding.weight
     assert 0.9 < (rows == 0).all(dim=1).float().mean() < 1
@@ -39,15 +40,14 @@ def test_the_loras_fit_the_model():
 
 @torch.no_grad()
 def test_the_first_command_draws_what_it_says(tmp_path):
-    """`sample.py NAME` with no flag, for eight names: the judge finds at least five right (chance: one in 64)."""
-    unet, vae, text, config = load_model(WEIGHTS / "model.safetensors")
-    judge, names = load_judge(WEIGHTS / "judge.safetensors"), list(config.names)
+    """`sample.py NAME` with no flag, for eight names: the judge finds at least six right (chance: one in 300)."""
+    judge = load_judge(WEIGHTS / "judge.safetensors")
+    assert judge.names == list(identify(WEIGHTS / "model.safetensors").names)
     chosen = ["pizza", "red apple", "banana", "strawberry", "cactus", "penguin", "soccer ball", "rainbow"]
     sample.main(sample.parse([*chosen, "--out", f"{tmp_path}/"]))
     pictures = sorted(tmp_path.iterdir())
-    pixels = torch.cat([sample.read_image(p, (64, 64)) for p in pictures])
-    picked = (judge.image_features(pixels) @ judge.text_features(text, names).T).argmax(dim=1)
-    assert sum(names[i] == name for i, name in zip(picked, chosen)) >= 5
+    pixels = torch.cat([sample.read_image(p, (128, 128)) for p in pictures])
+    assert accuracy(judge, pixels, chosen)[0].sum() >= 6
 
 
 def test_the_readme_prompt_holds_a_known_name():
