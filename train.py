@@ -46,7 +46,7 @@ from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 # Flags that do not change a run's numbers
-NOT_OF_THE_RUN = ("resume", "out", "device", "save_every", "plan", "w_range")
+NOT_OF_THE_RUN = ("resume", "out", "device", "compile", "save_every", "plan", "w_range")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -119,6 +119,12 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
 
 
+def psnr(pixels: Tensor, other: Tensor) -> Tensor:
+    """Peak signal to noise ratio in dB of two batches (b, 3, H, W) in [-1, 1] -> (b,)."""
+    # 10 log10(peak^2 / mean squared error), with the peak 1 of a range [0, 1]
+    return -10 * ((pixels - other) / 2).square().flatten(1).mean(dim=1).log10()
+
+
 def sharpness(pixels: Tensor) -> Tensor:
     """Mean absolute Laplacian of grey levels, of the inner pixels: (b, 3, H, W) in [-1, 1] -> (b,)."""
     # x[i - 1, j] + x[i + 1, j] + x[i, j - 1] + x[i, j + 1] - 4 x[i, j]

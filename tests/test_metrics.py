@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minilcm.files.safetensors_file import write_tensors
-from minilcm.metrics import Judge, accuracy, frechet, interval, load_judge, picked, sharpness, wilson
+from minilcm.metrics import Judge, accuracy, frechet, interval, load_judge, picked, psnr, sharpness, wilson
 
 NAMES, STYLES = ["cat face", "pizza", "rocket"], ["noto", "sepia"]
 NARROW = dict(width=8, dim=16)  # a small judge: width of the ResNet, features
@@ -188,3 +188,10 @@ def test_sharpness():
     line = torch.zeros(1, 3, 12, 12)
     line[..., 5, :] = 0.5
     assert sharpness(line).item() == pytest.approx((0.5 + 1 + 0.5) / 10, abs=1e-5)
+
+
+def test_psnr():
+    """An error of 0.1 of the range everywhere is 20 dB, of half of it 6.02; each picture has its own."""
+    x = torch.zeros(2, 3, 4, 4)
+    y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 1.0)])
+    torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 6.0206]), rtol=0, atol=1e-3)

@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 import tarfile
+from itertools import islice
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny import CONFIG, ROOT, TWO_TOWERS, drawing, load_tau, png, write_art, wr
 
 import train
 from minilcm.data.emoji import art_batches
+from minilcm.data.open import Reading, open_data
 from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe, read_tau
@@ -245,6 +247,15 @@ def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, o
     with pytest.raises(KeyboardInterrupt):
         run(files, tmp_path, objective, 1)
     assert seen == [drop]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_the_arts_captions_are_empty_as_often_as_asked(files, drop):
+    """None of the emoji art's captions for a consistency loss; half of them if half is asked for."""
+    how = Reading(CONFIG.size, 16, 1, 1, 0, drop, "cpu")
+    data = open_data(files / "art", load_model(files / "model.safetensors"), "", files / "none", how)
+    captions = [caption for batch in islice(data.batches(0), 20) for caption in batch[1]]
+    assert captions.count("") / len(captions) == pytest.approx(drop, abs=0.1 if drop else 0)
 
 
 def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch):
@@ -545,6 +556,7 @@ def test_resume_of_a_finished_run_changes_nothing(files, finished):
     """Nothing is left to do, and nothing is written."""
     before = {p: p.read_bytes() for p in finished.iterdir()}
     run(files, finished, "attention", 1, "--resume")
+    run(files, finished, "attention", 1, "--resume", "--compile")  # faster, not another run
     assert before == {p: p.read_bytes() for p in finished.iterdir()}
 
 

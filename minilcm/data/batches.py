@@ -75,13 +75,15 @@ def in_background(items: Iterator, ahead: int = 2) -> Iterator:
         try:
             for item in items:
                 made.put(item)
+            made.put(None)
         except Exception as error:  # raised where the item is asked for
             made.put(error)
 
     Thread(target=make, daemon=True).start()
-    while not isinstance(item := made.get(), Exception):
+    while (item := made.get()) is not None:
+        if isinstance(item, Exception):
+            raise item
         yield item
-    raise item
 
 
 def batches(

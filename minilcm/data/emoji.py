@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import batch_order
+from .pictures import to_pixels
 
 STYLES = ("noto", "twemoji", "fluent", "emojione")
 SIDE = 128  # of the drawings, in pixels
@@ -145,7 +146,7 @@ def photograph(image: Image.Image, size: int) -> Tensor:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     crop = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
     canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_pixels(canvas)
 
 
 def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Tensor) -> Tensor:

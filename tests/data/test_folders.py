@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import png, tiny_text
 from torch import Tensor
 
-from minilcm.data.batches import batch_order, batches
+from minilcm.data.batches import batch_order, batches, in_background
 from minilcm.data.folders import Picture, read_pictures
 from minilcm.data.latents import Example, cache_latents, cache_text, read_cond
 from minilcm.data.pictures import buckets, crop, nearest, open_picture
@@ -508,3 +508,21 @@ def test_captions_are_dropped_as_often_as_asked(cache):
     assert abs(said.count("") / len(said) - 0.25) < 0.03
     assert not any("" in captions for _, captions, _, _ in none)
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) for a, b in zip(some, none))
+
+
+# ---- batches in the background
+
+
+def test_in_background_gives_the_same_items_and_errors():
+    """All items in their order and then the end; an error comes where the item that it prevents was asked for."""
+    assert list(in_background(iter(range(20)))) == list(range(20))
+
+    def broken():
+        yield 1
+        yield 2
+        raise ValueError("cut off")
+
+    items = in_background(broken())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(ValueError, match="cut off"):
+        next(items)

@@ -20,7 +20,8 @@ from minilcm.files.safetensors_file import read_tensors
 from minilcm.model.layers import ResBlock, SpatialTransformer
 from minilcm.model.text import TextConfig, TextEncoder, clip_l_to_open_clip
 from minilcm.model.unet import UNet, emoji
-from minilcm.model.vae import VAE, VAEConfig
+
+from .train_vae import read_vae
 
 HERE = Path(__file__).parent
 
@@ -54,9 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    tensors, metadata = read_tensors(args.vae)
-    vae = VAE(VAEConfig(**json.loads(metadata["config"])))
-    vae.load_state_dict(tensors)
+    vae = read_vae(args.vae)
     tensors, metadata = read_tensors(args.text)
     text = TextEncoder(TextConfig(**json.loads(metadata["config"])))
     text.tower.load_state_dict(clip_l_to_open_clip(tensors))

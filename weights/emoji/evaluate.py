@@ -31,7 +31,7 @@ from minilcm.files.checkpoint import Model, load_model
 from minilcm.files.lora_file import read_tau
 from minilcm.generate import generate
 from minilcm.merge import combine, merge_into, unmerge
-from minilcm.metrics import Judge, accuracy, interval, load_judge, picked, sharpness
+from minilcm.metrics import Judge, accuracy, interval, load_judge, picked, psnr, sharpness
 from minilcm.model.precision import autocast, default_dtype
 from minilcm.objective import run
 from minilcm.solver import guided_eps
@@ -101,7 +101,6 @@ def autoencoder(args: argparse.Namespace, model: Model, judge: Judge) -> None:
         with torch.no_grad():
             z0 = torch.cat([model.vae.encode_mean(p) for p in x.split(32)])
         decoded = decode(model, z0)
-        psnr = -10 * ((decoded - x) / 2).square().flatten(1).mean(dim=1).log10()
         sharp = sharpness(decoded).mean() / sharpness(x).mean()
         names, styles = [a.name for a in art], [a.style for a in art]
         for how, pixels in (("drawn", x), ("decoded", decoded)):
@@ -109,7 +108,7 @@ def autoencoder(args: argparse.Namespace, model: Model, judge: Judge) -> None:
             mean, low, high = interval(name.float()[:, None])
             share = f"names {mean:.3f} [{low:.3f}, {high:.3f}], styles {style.float().mean():.3f}"
             print(f"judge on {what} art, {how}: {share}", flush=True)
-        print(f"autoencoder, {what}: {psnr.mean():.2f} dB, {sharp:.3f} of the art's sharpness")
+        print(f"autoencoder, {what}: {psnr(decoded, x).mean():.2f} dB, {sharp:.3f} of the art's sharpness")
         sheet += [x[:12], decoded[:12]]
     images = to_images(F.interpolate(torch.cat(sheet), scale_factor=2, mode="nearest"))
     labels = [w for w in ("art", "decoded", "held-out art", "decoded") for _ in range(12)]

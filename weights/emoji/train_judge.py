@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilcm.data.emoji import STYLES, Art, pool_of, read_art, split_art
-from minilcm.files.safetensors_file import read_tensors, write_tensors
+from minilcm.files.safetensors_file import write_tensors
 from minilcm.metrics import Judge
 from minilcm.model.precision import autocast, forward_dtype
-from minilcm.model.vae import VAE, VAEConfig
+from minilcm.model.vae import VAE
 from paper.styles import KINDS, split_style
 
 from .train_clip import degrade
+from .train_vae import read_vae
 
 HERE = Path(__file__).parent
 SIZE = 128
@@ -72,19 +73,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     names, styles = (HERE / "names.txt").read_text().splitlines()[: args.names], [*STYLES, *KINDS]
-    tensors, metadata = read_tensors(args.vae)
-    vae = VAE(VAEConfig(**json.loads(metadata["config"])))
-    vae.load_state_dict(tensors)
-    vae.to(args.device)
+    vae = read_vae(args.vae).to(args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
     def lessons(art: list[Art], looks: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(pixels (m, 3, S, S) uint8, names (m,), styles (m,)) on the device."""
         pixels = decoded(vae, pool_of(art, SIZE, looks, seed, args.device)[0], 0.5, generator)
         shown = [a for a in art for _ in range(looks)]
-        true = [torch.tensor([of.index(x) for x in xs]) for of, xs in
-                ((names, [a.name for a in shown]), (styles, [a.style for a in shown]))]  # fmt: skip
-        return pixels, *(x.to(args.device) for x in true)
+        true = torch.tensor([(names.index(a.name), styles.index(a.style)) for a in shown], device=args.device)
+        return pixels, true[:, 0], true[:, 1]
 
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
     with ProcessPoolExecutor() as pool:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from minilcm.data.emoji import pool_of, read_art, split_art
 from minilcm.files.checkpoint import load_model
 from minilcm.files.safetensors_file import read_tensors, write_tensors
-from minilcm.metrics import sharpness
+from minilcm.metrics import psnr, sharpness
 from minilcm.model.precision import autocast, forward_dtype
 from minilcm.model.vae import VAE, VAEConfig
 from minilcm.objective import learning_rate
@@ -53,6 +53,14 @@ def vae_loss(vae: VAE, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Ten
     l1 = (x - pixels).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(x), edges(pixels)))
     kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
     return l1 + 1e-4 * kl, x, mean
+
+
+def read_vae(path: Path) -> VAE:
+    """The autoencoder of a vae.safetensors."""
+    tensors, metadata = read_tensors(path)
+    vae = VAE(VAEConfig(**json.loads(metadata["config"])))
+    vae.load_state_dict(tensors)
+    return vae
 
 
 def grow(vae: VAE, small: VAE) -> VAE:
@@ -83,6 +91,11 @@ def make_discriminator() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(256, 1, 4, 1, 1))
 
 
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator lowers: mean max(0, 1 - D(x)) + mean max(0, 1 + D(decoded))."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
 def against(loss: Tensor, adversarial: Tensor, last: Tensor, weight: float) -> Tensor:
     """loss + lambda adversarial, with lambda such that at `last` the second gradient is `weight`
     times the first.
@@ -99,9 +112,8 @@ def judged(vae: VAE, pixels: Tensor) -> tuple[float, float, float]:
     """
     z = torch.cat([vae.encode_mean(p) for p in pixels.split(32)])
     x = torch.cat([vae.decode(part).clamp(-1, 1) for part in z.split(32)])
-    mse = ((x - pixels) / 2).square().flatten(1).mean(dim=1)  # (b,), range [0, 1]
     sharp = sharpness(x).mean() / sharpness(pixels).mean()
-    return (-10 * mse.log10()).mean().item(), sharp.item(), z.std().item()
+    return psnr(x, pixels).mean().item(), sharp.item(), z.std().item()
 
 
 def main() -> None:
@@ -132,9 +144,7 @@ def main() -> None:
     with torch.no_grad():
         vae.quant_conv.bias[CONFIG.z_channels :] = -6
     if args.init:
-        tensors, metadata = read_tensors(args.init)
-        vae = VAE(VAEConfig(**json.loads(metadata["config"])))
-        vae.load_state_dict(tensors)
+        vae = read_vae(args.init)
     small = load_model(args.grow)[1].to(args.device).requires_grad_(False) if args.grow else None
     if small:
         vae = grow(vae, small)
@@ -158,15 +168,15 @@ def main() -> None:
     for step in tqdm(range(args.steps), disable=None):
         index = torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)
         pixels = (pool[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        eps = torch.randn(args.batch, 4, SIZE // 8, SIZE // 8, generator=generator, device=args.device)
+        shape = args.batch, 4, SIZE // vae.factor, SIZE // vae.factor
+        eps = torch.randn(shape, generator=generator, device=args.device)
         with autocast(args.device, forward_dtype(args.device)):
             loss, x, mean = loss_fn(vae, pixels, eps)
             if small:  # latents that a UNet of the small one knows
                 loss = loss + 0.05 * (mean - small.encode_mean(F.avg_pool2d(pixels, 2))).square().mean()
             if args.adversarial:
                 real, fake = discriminator(pixels).float(), discriminator(x.detach()).float()
-                # hinge loss: max(0, 1 - D(x)) + max(0, 1 + D(decoded))
-                F.relu(1 - real).mean().add(F.relu(1 + fake).mean()).backward()
+                hinge(real, fake).backward()
                 critic.step(), critic.zero_grad()
                 if step >= 100:  # once the discriminator knows something
                     fooled = -discriminator(x).float().mean()
