@@ -32,9 +32,10 @@ from minilcm.data.batches import Batch, in_background
 from minilcm.data.open import Reading, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
 from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_large, open_checkpoint
+from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, update_ema
-from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau
+from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau, set_tau
 from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import UNet
@@ -63,6 +64,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
     model = "where to start (default: the shipped model); with --plan also sd15, ssd1b, sdxl"
     add("--model", type=Path, default=SHIPPED, help=model)
+    init = "a LoRA to start from, of this --rank and these layers (default: one that changes nothing)"
+    add("--init", type=Path, metavar="FILE", help=init)
     add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
@@ -109,6 +112,8 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     """Call `error` for the first senseless value; fill in what depends on other flags."""
     if args.plan is None and (args.data is None or args.out is None):
         error("--data and --out are required, except with --plan")
+    if args.init is not None and args.rank is None:
+        error(f"--init {args.init} is a LoRA to start from; give its --rank in place of --full")
     for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
         if getattr(args, flag) < 1:
             error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
@@ -168,6 +173,8 @@ def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Re
 def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading) -> states.Training:
     wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
+    if args.init is not None:
+        set_tau(unet, read_tau(args.init), str(args.init))
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
     if how.process == 0:

@@ -146,3 +146,22 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 def get_tau(model: nn.Module) -> Tau:
     """The model's LoRA as {path: (up, down, lora_alpha)}; the tensors are the live parameters."""
     return {path: (m.lora_up.weight, m.lora_down.weight, m.lora_alpha) for path, m in lora_layers(model).items()}
+
+
+def set_tau(model: nn.Module, tau: Tau, name: str = "LoRA") -> None:
+    """Copy tau, {path: (up, down, lora_alpha)}, into the layers that `add_lora` adapted, as a start for training.
+
+    Raises ValueError if the layers or their ranks differ; `name` is what the message calls tau.
+    """
+    layers = lora_layers(model)
+    if layers.keys() != tau.keys():
+        path = min(layers.keys() ^ tau.keys())
+        raise ValueError(f"{name}: it adapts {len(tau)} layers, this run {len(layers)}; first difference: {path}")
+    for path, (up, down, lora_alpha) in tau.items():
+        layer = layers[path]
+        if len(down) != layer.rank:
+            raise ValueError(f"{name}: {path} has rank {len(down)}, this run has {layer.rank}; give --rank {len(down)}")
+        layer.lora_alpha = lora_alpha
+        with torch.no_grad():
+            layer.lora_up.weight.copy_(up.view_as(layer.lora_up.weight))
+            layer.lora_down.weight.copy_(down.view_as(layer.lora_down.weight))
