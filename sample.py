@@ -5,8 +5,9 @@
     python sample.py "cat face" --lora weights/emoji/blueprint.safetensors:0.8 --lora lcm:1.0
     python sample.py "cat face" --sampler ddim --steps 25 --guidance 3
 
-With an LCM-LoRA the guidance is distilled into the weights: --guidance 1 (off) is right, at most 2. The paper's w is
-guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2 tau_lcm.
+With an LCM-LoRA the guidance is distilled into the weights: --guidance 1 (off) is right, at most 2.
+The paper's w is guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2
+tau_lcm.
 """
 
 import argparse
@@ -115,7 +116,9 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
 
 
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
-    """`WxH` -> (W, H), both multiples of `multiple` so that every level of the networks halves evenly."""
+    """`WxH` -> (W, H), both multiples of `multiple` so that every level of the networks halves
+    evenly.
+    """
     match = re.fullmatch(r"(\d+)x(\d+)", text or f"{native}x{native}")
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if min(size) < multiple or size[0] % multiple or size[1] % multiple:
@@ -125,7 +128,9 @@ def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
 
 
 def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
-    """[] if the prompt holds a known name, or a word that only one name has; else the three most similar names."""
+    """[] if the prompt holds a known name, or a word that only one name has; else the three most
+    similar names.
+    """
     words = re.findall(r"[a-z0-9]+", prompt.lower())
     once = [w for w in words if sum(w in name.split() for name in names) == 1]
     if once or any(f" {name} " in f" {' '.join(words)} " for name in names):
@@ -134,7 +139,9 @@ def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
 
 
 def speeds_up(path: Path) -> bool:
-    """Whether the recipe in this LoRA file says that it holds an LCM-LoRA, alone or combined with others."""
+    """Whether the recipe in this LoRA file says that it holds an LCM-LoRA, alone or combined with
+    others.
+    """
     recipe = read_recipe(path)
     return recipe.get("objective") == "lcm" or "combined" in recipe
 
@@ -142,8 +149,12 @@ def speeds_up(path: Path) -> bool:
 # ---- the steps of main
 
 
-def read_loras(args: argparse.Namespace, shapes: dict[str, Tensor], full_lcm: bool) -> tuple[list[Lora], list[Tau]]:
-    """What --lora names, or else the shipped LCM-LoRA where it belongs; `shapes` is of the model that it must fit."""
+def read_loras(
+    args: argparse.Namespace, shapes: dict[str, Tensor], full_lcm: bool
+) -> tuple[list[Lora], list[Tau]]:
+    """What --lora names, or else the shipped LCM-LoRA where it belongs; `shapes` is of the model
+    that it must fit.
+    """
     needs_lcm = SAMPLERS[args.sampler].needs_lcm_lora
     shipped = args.model.resolve() == (WEIGHTS / "model.safetensors").resolve()
     words = args.lora or (["lcm"] if shipped and needs_lcm else [])
@@ -167,7 +178,9 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
     merge_into(lora_weights(text), of_text)
 
 
-def encode(args: argparse.Namespace, text: TextEncoder, size: tuple[int, int]) -> tuple[list[Cond], Cond]:
+def encode(
+    args: argparse.Namespace, text: TextEncoder, size: tuple[int, int]
+) -> tuple[list[Cond], Cond]:
     """(the Cond of each prompt, that of --negative or the null condition), on the CPU."""
     with resident(text, args.device):
         # one at a time: a batch rounds differently
@@ -210,7 +223,9 @@ def draw_all(
     return latents
 
 
-def write_pictures(args: argparse.Namespace, images: list[Image.Image], settings: dict[str, str]) -> None:
+def write_pictures(
+    args: argparse.Namespace, images: list[Image.Image], settings: dict[str, str]
+) -> None:
     """A PNG for each image, with its recipe in A1111's form, and the sheet."""
     out = Path(args.out)
     # pictures of earlier runs are kept
@@ -220,7 +235,9 @@ def write_pictures(args: argparse.Namespace, images: list[Image.Image], settings
     for i, (prompt, picture) in enumerate(zip(jobs, images)):
         recipe = settings | {"Seed": str(args.seed + i)}
         order = "Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "Lora", "Version"
-        parameters = f"{prompt}\n" + (f"Negative prompt: {args.negative}\n" if args.negative else "")
+        parameters = f"{prompt}\n" + (
+            f"Negative prompt: {args.negative}\n" if args.negative else ""
+        )
         parameters += ", ".join(f"{key}: {recipe[key]}" for key in order)
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         name = f"{first + i:04d}_{slug}_seed{args.seed + i}.png"

@@ -8,11 +8,12 @@
     will it fit?   python train.py --objective lcm --rank 64 --model sdxl --plan 12
     many GPUs      torchrun --nproc_per_node 8 train.py ...
 
-diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the teacher's trajectory: the
-teacher is the model itself with its LoRA off (for a full LCM: a frozen copy), guided by w. At every save, --out gets
-lora.safetensors (or model.safetensors), a sheet of pictures and a line of measurements in metrics.jsonl. It also keeps
-the last two states, from which --resume continues as if never stopped. Under torchrun, a --shutdown-timeout of some
-seconds leaves time to save on Ctrl-C.
+diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the
+teacher's trajectory: the teacher is the model itself with its LoRA off (for a full LCM: a frozen
+copy), guided by w. At every save, --out gets lora.safetensors (or model.safetensors), a sheet of
+pictures and a line of measurements in metrics.jsonl. It also keeps the last two states, from which
+--resume continues as if never stopped. Under torchrun, a --shutdown-timeout of some seconds leaves
+time to save on Ctrl-C.
 """
 
 import argparse
@@ -31,7 +32,14 @@ from tqdm import tqdm
 from minilcm.data.batches import Batch, in_background
 from minilcm.data.open import Reading, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
-from minilcm.files.identify import FAMILIES, Checkpoint, Config, check_size, is_large, open_checkpoint
+from minilcm.files.identify import (
+    FAMILIES,
+    Checkpoint,
+    Config,
+    check_size,
+    is_large,
+    open_checkpoint,
+)
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, update_ema
@@ -64,7 +72,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
     model = "where to start (default: the shipped model); with --plan also sd15, ssd1b, sdxl"
     add("--model", type=Path, default=SHIPPED, help=model)
-    init = "a LoRA to start from, of this --rank and these layers (default: one that changes nothing)"
+    init = (
+        "a LoRA to start from, of this --rank and these layers (default: one that changes nothing)"
+    )
     add("--init", type=Path, metavar="FILE", help=init)
     add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
@@ -136,7 +146,9 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
         error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
     if args.objective == "lcm" and args.rank is not None and len(words) == 2:
-        error(f"--w is {args.w}: an LCM-LoRA has no input for w; give one number to distil, or --full")
+        error(
+            f"--w is {args.w}: an LCM-LoRA has no input for w; give one number to distil, or --full"
+        )
 
 
 # ---- set-up
@@ -170,7 +182,9 @@ def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Re
     return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
 
 
-def start_training(args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading) -> states.Training:
+def start_training(
+    args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading
+) -> states.Training:
     wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     if args.init is not None:
@@ -317,8 +331,9 @@ def loop(
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
         loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}, norm of its gradient {norm} at step {step}, with {batch.captions[0]!r}"
-            raise ValueError(f"{what} and others; the last saved state is good, lower --lr")
+            what = f"loss is {loss}, norm of its gradient {norm} at step {step}"
+            captions = f"with {batch.captions[0]!r} and others"
+            raise ValueError(f"{what}, {captions}; the last saved state is good, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         if nets.target_unet is not None:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.algebra sd15    (or sdxl, ssd1b; 20 GB of disk, some minutes)
 
-combine against the sum of deltas, and against averaging A and B; merge then unmerge of a float32 and of a float16
-checkpoint; the residual that resize prints against the one measured on the file it wrote; extract(base, merged)
-against the delta that was merged. Every command runs as a user runs it, on files. Prints one line each, exits 1 if one
-fails.
+combine against the sum of deltas, and against averaging A and B; merge then unmerge of a float32
+and of a float16 checkpoint; the residual that resize prints against the one measured on the file it
+wrote; extract(base, merged) against the delta that was merged. Every command runs as a user runs
+it, on files. Prints one line each, exits 1 if one fails.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def combine(folder: Path, tau_a: Tau, tau_b: Tau) -> None:
         expected = delta(*tau_a[path]) + 0.8 * delta(*tau_b[path])
         exact = max(exact, far(delta(*parts), expected))
         (up_a, down_a, alpha_a), (up_b, down_b, alpha_b) = tau_a[path], tau_b[path]
-        # both factors averaged separately, here for the ranks that both have: B = B_a + B_b, A = A_a + A_b
+        # both factors averaged separately, here for the ranks that both have: B = B_a + B_b, A =
+        # A_a + A_b
         r = min(len(down_a), len(down_b))
         up = alpha_a / len(down_a) * up_a[:, :r] + 0.8 * alpha_b / len(down_b) * up_b[:, :r]
         worst = max(worst, far(delta(up, down_a[:r] + down_b[:r], r), expected))
@@ -80,10 +81,16 @@ def merge_and_back(folder: Path, model: Path, lora: Path, what: str) -> None:
             if what == "float32":
                 worst = max(worst, far(z, x))
             else:  # each of two roundings moves a value by half a unit in the last place, of the larger of the two
-                unit = torch.finfo(torch.float16).eps * torch.maximum(x.abs(), y.abs()).clamp(min=2**-14)
+                unit = torch.finfo(torch.float16).eps * torch.maximum(x.abs(), y.abs()).clamp(
+                    min=2**-14
+                )
                 worst = max(worst, ((z - x).abs() / unit).max().item())
     units = "" if what == "float32" else ", in units of rounding"
-    say(f"{what} merge, unmerge: worst of {changed} changed{units}", worst, 1e-6 if what == "float32" else 1.0)
+    say(
+        f"{what} merge, unmerge: worst of {changed} changed{units}",
+        worst,
+        1e-6 if what == "float32" else 1.0,
+    )
     back.unlink()
 
 
@@ -96,15 +103,34 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
         whole, rest = delta(*parts), delta(*parts) - delta(*got[path])
         residual = float(re.search(rf"(\S+)  rank \d+ -> 16  {re.escape(path)}$", printed, re.M)[1])
         worst = max(worst, abs(residual - (rest.double().norm() / whole.double().norm()).item()))
-        lost, norm = lost + rest.double().square().sum().item(), norm + whole.double().square().sum().item()
-    say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)  # four digits are printed
+        lost, norm = (
+            lost + rest.double().square().sum().item(),
+            norm + whole.double().square().sum().item(),
+        )
+    say(
+        "resize to 16: printed residual against the direct one, worst", worst, 6e-5
+    )  # four digits are printed
     in_all = float(re.search(r"in all .* = (\S+)", printed)[1])
-    say(f"resize to 16: printed in all {in_all:.4f}, against the direct one", abs(in_all - (lost / norm) ** 0.5), 6e-5)
+    say(
+        f"resize to 16: printed in all {in_all:.4f}, against the direct one",
+        abs(in_all - (lost / norm) ** 0.5),
+        6e-5,
+    )
 
 
 def extract(folder: Path, base: Path, tau: Tau) -> None:
     out = folder / "extracted.safetensors"
-    run("extract", base, folder / "merged.safetensors", "--rank", 64, "-o", out, "--dtype", "float32")
+    run(
+        "extract",
+        base,
+        folder / "merged.safetensors",
+        "--rank",
+        64,
+        "-o",
+        out,
+        "--dtype",
+        "float32",
+    )
     got = read_tau(out)
     assert got.keys() == tau.keys()
     worst = 0.0
@@ -132,7 +158,9 @@ def check(family: str, folder: Path) -> None:
     merge_and_back(folder, model, lora, "float16")
     tensors, _ = read_tensors(model)
     base = folder / "float32.safetensors"
-    write_tensors(base, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, {})
+    write_tensors(
+        base, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, {}
+    )
     del tensors
     model.unlink()
     merge_and_back(folder, base, lora, "float32")
@@ -140,7 +168,9 @@ def check(family: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("family", choices=["sd15", "sdxl", "ssd1b"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

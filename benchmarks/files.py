@@ -1,13 +1,15 @@
-"""Time and memory of loading a checkpoint and of merging an LCM-LoRA into it, beside diffusers; not in CI.
+"""Time and memory of loading a checkpoint and of merging an LCM-LoRA into it, beside diffusers; not
+in CI.
 
     python -m benchmarks.files    (needs the `reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
 
-SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own, the two programs
-take turns. load: the file to a model that could run, in the file's dtype. merge: from the two files to the merged model
-on disk, here `python -m minilcm merge`, there from_single_file, load_lora_weights, fuse_lora, save_pretrained; both
-wait until the disk has it; with --out in memory the disk's speed, the same for both, is left out. Seconds leave out
-Python's imports; the memory is the process's highest resident set, pages of the mapped file and imports included.
-Prints medians and ratios.
+SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own,
+the two programs take turns. load: the file to a model that could run, in the file's dtype. merge:
+from the two files to the merged model on disk, here `python -m minilcm merge`, there
+from_single_file, load_lora_weights, fuse_lora, save_pretrained; both wait until the disk has it;
+with --out in memory the disk's speed, the same for both, is left out. Seconds leave out Python's
+imports; the memory is the process's highest resident set, pages of the mapped file and imports
+included. Prints medians and ratios.
 """
 
 import argparse
@@ -42,7 +44,18 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
         if what == "load":
             load_model(model, dtype)
         else:
-            main(parse(["merge", str(model), str(lora), "-o", str(out / "merged.safetensors"), "--force"]))
+            main(
+                parse(
+                    [
+                        "merge",
+                        str(model),
+                        str(lora),
+                        "-o",
+                        str(out / "merged.safetensors"),
+                        "--force",
+                    ]
+                )
+            )
     else:
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -63,7 +76,9 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
 
 def run(*argv) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.files", *map(str, argv)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     lines = done.stdout.splitlines()
     return json.loads(lines[-1])
 
@@ -77,7 +92,9 @@ def make(family: str, folder: Path) -> None:
     model, _ = make_files(family, folder)
     if DTYPES[family] == torch.float32:
         tensors, _ = read_tensors(model)
-        write_tensors(model, {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}, {})
+        write_tensors(
+            model, {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}, {}
+        )
     write_configs(folder / "config", family)
     os.sync()
 
@@ -96,7 +113,10 @@ def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
                 results[who] += [run(who, what, family, folder, out)] * (i > 0)
                 for old in out.glob("merged*"):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
-        ours, theirs = ({key: median(x[key] for x in results[who]) for key in ("seconds", "peak")} for who in results)
+        ours, theirs = (
+            {key: median(x[key] for x in results[who]) for key in ("seconds", "peak")}
+            for who in results
+        )
         for who, x in (("minilcm", ours), ("diffusers", theirs)):
             print(f"  {what:6} {who:10} {x['seconds']:6.1f} s  {x['peak'] / size:5.2f} x the file")
         ratio, memory = ours["seconds"] / theirs["seconds"], ours["peak"] / size
@@ -110,11 +130,15 @@ if __name__ == "__main__":
     if len(sys.argv) == 6:
         job(*sys.argv[1:4], Path(sys.argv[4]), Path(sys.argv[5]))
     else:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         parser.add_argument("--rounds", type=int, default=3)
         parser.add_argument("--family", choices=[*DTYPES, "both"], default="both")
         parser.add_argument(
-            "--out", type=Path, help="where merged models go: memory, e.g. /dev/shm, or TMPDIR (default)"
+            "--out",
+            type=Path,
+            help="where merged models go: memory, e.g. /dev/shm, or TMPDIR (default)",
         )
         args = parser.parse_args()
         for family in DTYPES if args.family == "both" else [args.family]:

@@ -1,11 +1,13 @@
-"""Parity at full size with diffusers, transformers and open_clip on the same random weights; not in CI.
+"""Parity at full size with diffusers, transformers and open_clip on the same random weights; not in
+CI.
 
     python -m benchmarks.full_size sd15    (or sdxl, ssd1b; needs the `reference` extra, 20 GB of memory)
 
-Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64, alpha 8), lets
-minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others, in float32, and prints the largest
-difference as a share of the largest value; also with the LoRA as minilcm writes it, read by diffusers. For sd15 also
-prompt to pixels: 4 LCM steps at 256x256 by diffusers' pipeline. Seeds: each tensor's from the crc32 of its name.
+Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64,
+alpha 8), lets minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others,
+in float32, and prints the largest difference as a share of the largest value; also with the LoRA as
+minilcm writes it, read by diffusers. For sd15 also prompt to pixels: 4 LCM steps at 256x256 by
+diffusers' pipeline. Seeds: each tensor's from the crc32 of its name.
 """
 
 import argparse
@@ -36,8 +38,12 @@ SIDE = 32  # latents, 256 pixels
 def make_files(family: str, folder: Path) -> tuple[Path, Path]:
     """(checkpoint, LoRA) with random float16 weights; deltas are about a tenth of the weights."""
     keys = json.loads(gzip.decompress((HERE / "official_keys.json.gz").read_bytes()))
-    lora = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))[f"lcm_{family}"]
-    clip_l = {"sd15": "cond_stage_model.transformer."}.get(family, "conditioner.embedders.0.transformer.")
+    lora = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))[
+        f"lcm_{family}"
+    ]
+    clip_l = {"sd15": "cond_stage_model.transformer."}.get(
+        family, "conditioner.embedders.0.transformer."
+    )
     shapes = {f"model.diffusion_model.{k}": s for k, s in keys[family].items()}
     shapes |= {f"first_stage_model.{k}": s for k, s in keys["vae"].items()}
     shapes |= {f"{clip_l}text_model.{k}": s for k, s in keys["clip_l"].items()}
@@ -52,7 +58,9 @@ def make_files(family: str, folder: Path) -> tuple[Path, Path]:
     write_tensors(folder / "model.safetensors", tensors, {})
     tensors = {}
     for key, shape in lora.items():
-        tensors[key] = torch.tensor(8.0).half() if key.endswith("alpha") else fill(key, shape).half()
+        tensors[key] = (
+            torch.tensor(8.0).half() if key.endswith("alpha") else fill(key, shape).half()
+        )
         if key.endswith("lora_up.weight"):
             tensors[key] = tensors[key] * 0.8  # times alpha / rank = 1/8
     write_tensors(folder / "lora.safetensors", tensors, {})
@@ -75,7 +83,10 @@ def by_minilcm(family: str, model: Path, lora: Path) -> dict[str, Tensor]:
     cond = text.encode([PROMPT], (1024, 1024))
     out["tokens"] = text.tokenize([PROMPT])
     out["tokens_big"] = text.tokenize([PROMPT], pad=0)
-    out["context"], out["vector"] = cond.context, cond.vector if cond.vector is not None else torch.zeros(1, 1)
+    out["context"], out["vector"] = (
+        cond.context,
+        cond.vector if cond.vector is not None else torch.zeros(1, 1),
+    )
     out["eps_hat"] = unet(x["z_t"], 500, cond)
     tau = read_tau(lora)
     merge_into(unet, tau, 0.7)
@@ -92,15 +103,22 @@ def by_minilcm(family: str, model: Path, lora: Path) -> dict[str, Tensor]:
 
 def load(module, state: dict[str, Tensor], rename=lambda key: key) -> None:
     """Strictly, but for position_ids, which newer transformers do not keep."""
-    state = {rename(k): v for k, v in state.items() if not k.endswith(("position_ids", "logit_scale"))}
+    state = {
+        rename(k): v for k, v in state.items() if not k.endswith(("position_ids", "logit_scale"))
+    }
     missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not [k for k in missing if not k.endswith("position_ids")] and not unexpected, (missing[:3], unexpected[:3])
+    assert not [k for k in missing if not k.endswith("position_ids")] and not unexpected, (
+        missing[:3],
+        unexpected[:3],
+    )
     module.eval()
 
 
 @torch.no_grad()
 def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' converters, networks, LoRA loader and pipeline; transformers' text models; open_clip's tokens."""
+    """diffusers' converters, networks, LoRA loader and pipeline; transformers' text models;
+    open_clip's tokens.
+    """
     from diffusers import (
         AutoencoderKL,
         LCMScheduler,
@@ -118,7 +136,9 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
 
     x, out = inputs(family), {}
     tensors, _ = read_tensors(model)
-    config = dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407)
+    config = dict(
+        vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407
+    )
     clip_l = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
         num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407, **config))  # fmt: skip
     state = convert_ldm_clip_checkpoint(dict(tensors))
@@ -131,7 +151,12 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     else:
         big = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
             num_attention_heads=20, hidden_act="gelu", projection_dim=1280, pad_token_id=0, **config))  # fmt: skip
-        load(big, convert_open_clip_checkpoint(big, dict(tensors), prefix="conditioner.embedders.1.model."))
+        load(
+            big,
+            convert_open_clip_checkpoint(
+                big, dict(tensors), prefix="conditioner.embedders.1.model."
+            ),
+        )
         states_big = big(ours["tokens_big"], output_hidden_states=True)
         context = torch.cat([states.hidden_states[-2], states_big.hidden_states[-2]], dim=-1)
         time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
@@ -148,7 +173,11 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
         projection_class_embeddings_input_dim=2816)  # fmt: skip
     small = dict(transformer_layers_per_block=[1, [2, 2], [4, 4]], mid_block_type="UNetMidBlock2D",
         reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1])  # fmt: skip
-    configs = {"sd15": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": xl, "ssd1b": xl | small}
+    configs = {
+        "sd15": dict(cross_attention_dim=768, attention_head_dim=8),
+        "sdxl": xl,
+        "ssd1b": xl | small,
+    }
     unet = UNet2DConditionModel(**configs[family])
     load(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -169,8 +198,12 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     out["eps_hat + 0.7 LoRA"] = unet(x["z_t"], 500, context, added_cond_kwargs=added).sample
     for style in (None, "diffusers", "peft"):  # the same LoRA as minilcm writes it
         write_tau(lora.with_name("written.safetensors"), read_tau(lora), {}, style=style)
-        state, alphas = pipeline.lora_state_dict(lora.with_name("written.safetensors"), unet_config=unet.config)
-        metadata = read_header(lora.with_name("written.safetensors"))[1].get("lora_adapter_metadata")
+        state, alphas = pipeline.lora_state_dict(
+            lora.with_name("written.safetensors"), unet_config=unet.config
+        )
+        metadata = read_header(lora.with_name("written.safetensors"))[1].get(
+            "lora_adapter_metadata"
+        )
         metadata = json.loads(metadata) if metadata else None
         unet.delete_adapters(["lcm"])
         pipeline.load_lora_into_unet(state, alphas, unet, adapter_name="lcm", metadata=metadata)
@@ -180,7 +213,9 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
         ours[f"written, {style}"] = ours["eps_hat + 0.7 LoRA"]
     if family == "sd15":
         scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
+        )
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(1)
         z_T = torch.randn(1, 4, SIDE, SIDE, generator=generator)
@@ -191,7 +226,9 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("family", choices=["sd15", "sdxl", "ssd1b"])
     family = parser.parse_args().family
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +243,9 @@ def main() -> None:
         far = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
         print(f"{key:20} {far:.2e} of the largest value, {expected.abs().max():.2f}")
         if key == "4 steps, pixels":
-            print(f"{'':20} mean difference {(got - expected).abs().mean().item() * 127.5:.4f} of 255 levels")
+            print(
+                f"{'':20} mean difference {(got - expected).abs().mean().item() * 127.5:.4f} of 255 levels"
+            )
         else:
             worst = max(worst, far)
     print(f"{family}: worst {worst:.2e}, goal 1e-4")

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --out gpu.json         four or five minutes on an H100
     python -m benchmarks.gpu --tiny --device cpu    every line of it on a processor: the numbers mean nothing
 
-Random weights and conditions, SD1.5 at 512 x 512 pixels, SDXL and SSD-1B at 1024 x 1024. Sections of the table:
+Random weights and conditions, SD1.5 at 512 x 512 pixels, SDXL and SSD-1B at 1024 x 1024. Sections
+of the table:
 
     machine     a large matrix product and a copy: rates of the card, to place the other numbers
     draw        four LCM steps without guidance, then the VAE, a picture at a time: seconds a picture. UNet in float16,
@@ -14,8 +15,9 @@ Random weights and conditions, SD1.5 at 512 x 512 pixels, SDXL and SSD-1B at 102
     decode      the VAE alone, in its number formats and memory layouts
     compile     draw with torch.compile, which works for a minute at the first call
 
-"channels last": what belongs to one pixel lies together in memory, as the card's convolutions want it. Seconds are
-medians of five runs (of three slow ones) after one or two that do not count, GB the peak during them, weights included.
+"channels last": what belongs to one pixel lies together in memory, as the card's convolutions want
+it. Seconds are medians of five runs (of three slow ones) after one or two that do not count, GB the
+peak during them, weights included.
 """
 
 import argparse
@@ -46,12 +48,19 @@ from minilcm.schedule import Schedule, make_schedule
 from minilcm.solver import guided_eps
 
 FAMILIES = {"SD1.5": sd15_config(), "SSD-1B": ssd1b_config(), "SDXL": sdxl_config()}
-EMOJI = replace(FAMILIES["SDXL"], unet=emoji(), vae=VAEConfig((32, 32, 64, 128), res_blocks=1, groups=8), size=128)
+EMOJI = replace(
+    FAMILIES["SDXL"],
+    unet=emoji(),
+    vae=VAEConfig((32, 32, 64, 128), res_blocks=1, groups=8),
+    size=128,
+)
 OBJECTIVE = Objective("lcm", rank=64, checkpointing=True)
 COLUMNS = ("section", "model", "by", "batch", "seconds", "GB", "remark")
 
 Result = tuple[float | None, float | None, str]  # (seconds, GB, remark)
-Sampler = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]  # () -> z0 (b, 4, h, w); z0 -> pixels (b, 3, H, W)
+Sampler = tuple[
+    Callable[[], Tensor], Callable[[Tensor], Tensor]
+]  # () -> z0 (b, 4, h, w); z0 -> pixels (b, 3, H, W)
 
 
 class Bench(NamedTuple):
@@ -67,7 +76,10 @@ def config_of(model: str, tiny: bool) -> Config:
     config = EMOJI if model == "emoji" else FAMILIES[model]
     if not tiny or model == "emoji":
         return replace(config, size=32) if tiny else config
-    u, first = config.unet, lambda levels: tuple(tuple(min(d, 1) for d in level) for level in levels)
+    u, first = (
+        config.unet,
+        lambda levels: tuple(tuple(min(d, 1) for d in level) for level in levels),
+    )
     channels = tuple(c // 5 for c in u.channels)
     unet = replace(u, channels=channels, down=first(u.down), up=first(u.up), middle=u.middle and 1)
     return replace(config, unet=unet, vae=replace(config.vae, channels=(32, 64, 64, 64)), size=64)
@@ -76,7 +88,9 @@ def config_of(model: str, tiny: bool) -> Config:
 # ---- measuring
 
 
-def build(bench: Bench, dtype: torch.dtype, make: Callable[[], nn.Module], by: str = "") -> nn.Module:
+def build(
+    bench: Bench, dtype: torch.dtype, make: Callable[[], nn.Module], by: str = ""
+) -> nn.Module:
     """make(), frozen, with random weights of `dtype` drawn on the device itself."""
     torch.set_default_dtype(dtype)
     try:
@@ -128,7 +142,9 @@ def matrix_product(bench: Bench, *_) -> Result:
 
 
 def copy(bench: Bench, *_) -> Result:
-    x = torch.randn(2 ** (20 if bench.tiny else 30), device=bench.device)  # 4 GiB: no cache holds them
+    x = torch.randn(
+        2 ** (20 if bench.tiny else 30), device=bench.device
+    )  # 4 GiB: no cache holds them
     y = torch.empty_like(x)
     seconds = measure(bench, lambda: y.copy_(x))[0]
     return seconds, None, f"{2e-12 * x.nbytes / seconds:.3g} TB/s, read and written"
@@ -142,11 +158,15 @@ def draw(bench: Bench, model: str, by: str, batch: int) -> Result:
     """Noise on the CPU -> latents -> pixels."""
     config = config_of(model, bench.tiny)
     vae_dtype = bench.half if model == "SD1.5" else torch.float32
-    sample, decode = (by_diffusers if by == "diffusers" else by_minilcm)(bench, config, vae_dtype, by, batch)
+    sample, decode = (by_diffusers if by == "diffusers" else by_minilcm)(
+        bench, config, vae_dtype, by, batch
+    )
     steps, first, gb_steps = measure(bench, sample)
     z0 = sample().float()  # (b, 4, h, w)
     pixels, _, gb = measure(bench, lambda: [decode(row) for row in z0.split(1)])
-    remark = f"UNet {steps / batch:.4f}, VAE {pixels / batch:.4f}" + f", first call {first:.0f}" * (by == "compiled")
+    remark = f"UNet {steps / batch:.4f}, VAE {pixels / batch:.4f}" + f", first call {first:.0f}" * (
+        by == "compiled"
+    )
     return (steps + pixels) / batch, max(gb_steps, gb), remark
 
 
@@ -157,17 +177,23 @@ def noise(batch: int, config: Config) -> tuple[Tensor, list[torch.Generator]]:
     ), generators
 
 
-def by_minilcm(bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, batch: int) -> Sampler:
+def by_minilcm(
+    bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, batch: int
+) -> Sampler:
     unet = build(bench, bench.half, lambda: UNet(config.unet), by)
     vae = build(bench, vae_dtype, lambda: VAE(config.vae), by)
     cond, schedule = random_cond(bench, config, batch, bench.half), make_schedule()
     network = unet
     if by == "compiled":
         # reduce-overhead: CUDA graphs, so that the card waits for no launch
-        compiled = torch.compile(unet, **(dict(backend="eager") if bench.tiny else dict(mode="reduce-overhead")))
+        compiled = torch.compile(
+            unet, **(dict(backend="eager") if bench.tiny else dict(mode="reduce-overhead"))
+        )
 
         def network(z_t: Tensor, t: int, cond: Cond) -> Tensor:
-            return compiled(z_t, torch.full((batch,), t, device=bench.device), cond)  # an int would be compiled in
+            return compiled(
+                z_t, torch.full((batch,), t, device=bench.device), cond
+            )  # an int would be compiled in
 
     def sample() -> Tensor:
         z_T, generators = noise(batch, config)
@@ -177,7 +203,9 @@ def by_minilcm(bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, ba
     return sample, vae.decode
 
 
-def by_diffusers(bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, batch: int) -> Sampler:
+def by_diffusers(
+    bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, batch: int
+) -> Sampler:
     """What its pipelines do between text encoders and safety checker."""
     from diffusers import AutoencoderKL, LCMScheduler
 
@@ -196,20 +224,29 @@ def by_diffusers(bench: Bench, config: Config, vae_dtype: torch.dtype, by: str, 
             z_t, z0 = scheduler.step(eps_hat, t, z_t, generators, return_dict=False)
         return z0
 
-    return sample, lambda z0: vae.decode(z0.to(vae_dtype) / config.vae.scale, return_dict=False)[0].float()
+    return sample, lambda z0: vae.decode(z0.to(vae_dtype) / config.vae.scale, return_dict=False)[
+        0
+    ].float()
 
 
 def diffusers_unet(u: UNetConfig) -> nn.Module:
     """diffusers' UNet of the same sizes: SD1.5's or SDXL's."""
     from diffusers import UNet2DConditionModel
 
-    xl = dict(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=u.adm)
+    xl = dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=u.adm,
+    )
     return UNet2DConditionModel(
         block_out_channels=u.channels,
-        down_block_types=["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in u.down],
+        down_block_types=[
+            "CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in u.down
+        ],
         up_block_types=["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in u.up],
         transformer_layers_per_block=[max(1, *depths) for depths in u.down],
-        attention_head_dim=u.heads or [c // u.head_dim for c in u.channels],  # the number of heads, whatever it says
+        attention_head_dim=u.heads
+        or [c // u.head_dim for c in u.channels],  # the number of heads, whatever it says
         cross_attention_dim=u.context_dim,
         use_linear_projection=u.linear,
         **(xl if u.adm else {}),
@@ -244,7 +281,9 @@ def train(bench: Bench, model: str, by: str, batch: int) -> Result:
     if by == "diffusers":
         nets = networks_by_diffusers(bench, config)
     else:  # a frozen base is read in float16
-        nets = make_networks(OBJECTIVE, build(bench, bench.half, lambda: UNet(config.unet)), bench.forward)
+        nets = make_networks(
+            OBJECTIVE, build(bench, bench.half, lambda: UNet(config.unet)), bench.forward
+        )
     parameters = [x for x in nets.net.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     z0 = torch.randn(batch, 4, config.size // 8, config.size // 8, device=bench.device)
@@ -268,13 +307,17 @@ def train(bench: Bench, model: str, by: str, batch: int) -> Result:
 
 
 def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
-    """The official SDXL script's way: one UNet, PEFT's adapters off for the teacher and on for the target."""
+    """The official SDXL script's way: one UNet, PEFT's adapters off for the teacher and on for the
+    target.
+    """
     from peft import LoraConfig
 
     unet = build(bench, bench.forward, lambda: diffusers_unet(config.unet))
     targets = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut " \
         "downsamplers.0.conv upsamplers.0.conv time_emb_proj"  # fmt: skip
-    unet.add_adapter(LoraConfig(r=OBJECTIVE.rank, lora_alpha=OBJECTIVE.rank, target_modules=targets.split()))
+    unet.add_adapter(
+        LoraConfig(r=OBJECTIVE.rank, lora_alpha=OBJECTIVE.rank, target_modules=targets.split())
+    )
     for x in unet.parameters():
         if x.requires_grad:
             x.data = x.data.float()
@@ -301,11 +344,15 @@ def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
 def sections() -> dict[str, list[tuple[Callable, str, str, int]]]:
     """{section: [(function, model, by, batch)]}, what says most first."""
     three, layouts = ("ours", "ours, channels last", "diffusers"), ("", " channels last")
-    formats = [f"{dtype}{layout}" for dtype in ("float32", "float16", "bfloat16") for layout in layouts]
+    formats = [
+        f"{dtype}{layout}" for dtype in ("float32", "float16", "bfloat16") for layout in layouts
+    ]
     return {
         "machine": [(matrix_product, "", "torch", 1), (copy, "", "torch", 1)],
         "draw SD1.5": [(draw, "SD1.5", by, b) for b in (1, 8) for by in three],
-        "train SD1.5": [(train, "SD1.5", by, b) for b, by in ((1, "ours"), (4, "ours"), (4, "diffusers"))],
+        "train SD1.5": [
+            (train, "SD1.5", by, b) for b, by in ((1, "ours"), (4, "ours"), (4, "diffusers"))
+        ],
         "draw SDXL": [(draw, "SDXL", by, b) for b in (1, 8) for by in three],
         "train SDXL": [(train, "SDXL", "ours", b) for b in (1, 4)],
         "emoji": [(draw, "emoji", "ours", b) for b in (1, 8, 64)],
@@ -317,7 +364,9 @@ def sections() -> dict[str, list[tuple[Callable, str, str, int]]]:
 
 def run_case(bench: Bench, function: Callable, model: str, by: str, batch: int) -> Result:
     """What `function` says; where it cannot, the remark says why."""
-    if by == "diffusers" and (missing := [name for name in ("diffusers", "peft") if not find_spec(name)]):
+    if by == "diffusers" and (
+        missing := [name for name in ("diffusers", "peft") if not find_spec(name)]
+    ):
         return None, None, f"skipped: no {' and no '.join(missing)} here"
     try:
         return function(bench, model, by, batch)
@@ -328,21 +377,51 @@ def run_case(bench: Bench, function: Callable, model: str, by: str, batch: int) 
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=cuda, help=f"where to run (default here: {cuda})")
-    add("--budget", type=float, default=170, metavar="SECONDS", help="begin no section later than this (default 170)")
-    add("--only", nargs="+", choices=list(sections()), metavar="SECTION", help=f"some of: {', '.join(sections())}")
-    add("--out", type=Path, metavar="FILE.json", help="write the rows there too, after each of them")
-    add("--tiny", action="store_true", help="narrow networks and small pictures, to try the program, not to measure")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default=cuda,
+        help=f"where to run (default here: {cuda})",
+    )
+    add(
+        "--budget",
+        type=float,
+        default=170,
+        metavar="SECONDS",
+        help="begin no section later than this (default 170)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=list(sections()),
+        metavar="SECTION",
+        help=f"some of: {', '.join(sections())}",
+    )
+    add(
+        "--out", type=Path, metavar="FILE.json", help="write the rows there too, after each of them"
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="narrow networks and small pictures, to try the program, not to measure",
+    )
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     start, rows, on_card = time.perf_counter(), [], args.device == "cuda"
     card = torch.cuda.get_device_name() if on_card else "a processor"
-    about = {"card": card, "torch": torch.__version__, "CUDA": torch.version.cuda, "tiny": args.tiny}
+    about = {
+        "card": card,
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "tiny": args.tiny,
+    }
     if find_spec("diffusers"):
         import diffusers  # takes seconds, which belong to no case
 
@@ -350,11 +429,17 @@ def main(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
 
-    chosen = {section: cases for section, cases in sections().items() if not args.only or section in args.only}
+    chosen = {
+        section: cases
+        for section, cases in sections().items()
+        if not args.only or section in args.only
+    }
     half, forward = (torch.float16, torch.bfloat16) if on_card else (torch.float32, torch.float32)
     bench = Bench(args.device, half, forward, args.tiny, {})
     with ProcessPoolExecutor(6, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for _, model, by, batch in (case for cases in chosen.values() for case in cases if case[0] is train):
+        for _, model, by, batch in (
+            case for cases in chosen.values() for case in cases if case[0] is train
+        ):
             if by == "ours":  # fake tensors are slow: plan beside the drawing
                 config = config_of(model, args.tiny)
                 step = Step(batch, config.size, args.device, forward)
@@ -371,7 +456,10 @@ def main(args: argparse.Namespace) -> None:
                     torch.cuda.empty_cache()
                 row = dict(zip(COLUMNS, (section, model, by, batch, *result)))
                 rows.append(row)
-                cells = ["" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()]
+                cells = [
+                    "" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+                    for x in row.values()
+                ]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 if args.out:
                     args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1))

@@ -1,9 +1,11 @@
-"""Files of other programs that minilcm reads, and files of minilcm that other programs read; not in CI.
+"""Files of other programs that minilcm reads, and files of minilcm that other programs read; not in
+CI.
 
     python -m benchmarks.other_programs all    (or kohya, peft, diffusers-old, merged, sdcpp, lists)
 
-Needs the `reference` extra; from PyPI also lycoris-lora for kohya, cyllama for sdcpp, pytest for lists; 16 GB of
-memory and, under TMPDIR, 8 GB of disk. Weights are random and full size, nothing is downloaded.
+Needs the `reference` extra; from PyPI also lycoris-lora for kohya, cyllama for sdcpp, pytest for
+lists; 16 GB of memory and, under TMPDIR, 8 GB of disk. Weights are random and full size, nothing is
+downloaded.
 
     kohya          LoRA files by LyCORIS as kohya's trainer runs it: plain, rsLoRA, Tucker, text encoders
     peft           adapter folders by PEFT, files by diffusers' save_lora_weights: patterns of rank and alpha, rsLoRA
@@ -12,8 +14,8 @@ memory and, under TMPDIR, 8 GB of disk. Weights are random and full size, nothin
     sdcpp          the same by stable-diffusion.cpp
     lists          names that ComfyUI and A1111 look for
 
-A LoRA file is compared module by module: minilcm's delta against the one that the other program's own layer gives.
-Prints a line for each fact and exits with 1 if one fails.
+A LoRA file is compared module by module: minilcm's delta against the one that the other program's
+own layer gives. Prints a line for each fact and exits with 1 if one fails.
 """
 
 import argparse
@@ -76,12 +78,16 @@ def diffusers_unet(family: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**{"sd15": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": XL}[family])
+        unet = UNet2DConditionModel(
+            **{"sd15": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": XL}[family]
+        )
     return unet.to_empty(device="cpu").requires_grad_(False)
 
 
 def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
-    """A text encoder, likewise. `flat`: transformers 5 has no `text_model.` in the names of CLIPTextModel any more."""
+    """A text encoder, likewise. `flat`: transformers 5 has no `text_model.` in the names of
+    CLIPTextModel any more.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
@@ -94,11 +100,15 @@ def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
 
 def paths_in_tau(family: str, unet: nn.Module, texts: list[nn.Module]) -> dict[nn.Module, str]:
     """{module: its path in a tau}; the UNet's by the official map, which is not minilcm's own."""
-    official = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))[family]
+    official = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))[
+        family
+    ]
     names = dict(unet.named_modules())
     paths = {names[diffusers]: ldm for ldm, diffusers in official.items() if diffusers in names}
     for i, text in enumerate(texts, start=1):
-        paths |= {m: f"te{i}.{name.removeprefix('text_model.')}" for name, m in text.named_modules()}
+        paths |= {
+            m: f"te{i}.{name.removeprefix('text_model.')}" for name, m in text.named_modules()
+        }
     return paths
 
 
@@ -112,10 +122,16 @@ def compare(what: str, file: Path, expected: dict[str, Callable[[], Tensor]]) ->
     for path in tau.keys() & expected.keys():
         theirs = expected[path]().detach()
         ours = delta(*tau[path])
-        far = ((ours - theirs).abs().max() / theirs.abs().max()).item() if ours.shape == theirs.shape else float("inf")
+        far = (
+            ((ours - theirs).abs().max() / theirs.abs().max()).item()
+            if ours.shape == theirs.shape
+            else float("inf")
+        )
         if not far <= worst:
             worst, where = far, path
-    figures = f"{len(tau)} of {len(expected)} modules, largest relative difference {worst:.1e} ({where})"
+    figures = (
+        f"{len(tau)} of {len(expected)} modules, largest relative difference {worst:.1e} ({where})"
+    )
     return Fact(what, tau.keys() == expected.keys() and worst <= 1e-6, figures)
 
 
@@ -123,11 +139,15 @@ def compare(what: str, file: Path, expected: dict[str, Callable[[], Tensor]]) ->
 
 
 def kohya(folder: Path) -> Iterator[Fact]:
-    """LyCORIS' network for kohya's trainer; different ranks and alphas in Linear, kernels and downsamplers."""
+    """LyCORIS' network for kohya's trainer; different ranks and alphas in Linear, kernels and
+    downsamplers.
+    """
     from lycoris.kohya import create_network
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    (folder / "preset.toml").write_text(  # the built-in "full" preset fails: it finds time_embedding twice
+    (
+        folder / "preset.toml"
+    ).write_text(  # the built-in "full" preset fails: it finds time_embedding twice
         "enable_conv = true\n"
         'unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]\n'
         'unet_target_name = ["conv_in", "conv_out"]\n'
@@ -137,7 +157,12 @@ def kohya(folder: Path) -> Iterator[Fact]:
     )
     for family, texts, dtype, options in (
         ("sd15", [clip()], torch.float32, {}),
-        ("sd15", [clip()], torch.float32, {"rs_lora": True}),  # its alpha is no number that float16 holds
+        (
+            "sd15",
+            [clip()],
+            torch.float32,
+            {"rs_lora": True},
+        ),  # its alpha is no number that float16 holds
         ("sd15", [clip()], torch.float32, {"use_tucker": True}),
         ("sd15", [clip(flat=True)], torch.float32, {}),
         ("sdxl", [clip(), clip(1280, 32)], torch.float16, {"use_tucker": True}),
@@ -151,7 +176,9 @@ def kohya(folder: Path) -> Iterator[Fact]:
             parameter.data = torch.randn(parameter.shape).half().float()
         network.save_weights(str(file), dtype, {})
         paths = paths_in_tau(family, unet, texts)
-        expected = {paths[x.org_module[0]]: lambda x=x: x.get_diff_weight()[0] for x in network.loras}
+        expected = {
+            paths[x.org_module[0]]: lambda x=x: x.get_diff_weight()[0] for x in network.loras
+        }
         kind = " ".join(options) or "plain"
         names = "" if hasattr(texts[0], "text_model") else ", text encoder of transformers 5"
         yield compare(f"LyCORIS, {family}, {kind}, {str(dtype)[6:]}{names}", file, expected)
@@ -164,8 +191,17 @@ def peft(folder: Path) -> Iterator[Fact]:
     from peft.tuners.lora import LoraLayer
 
     patterns = dict(  # of the names' ends, or regular expressions
-        rank_pattern={"to_k": 3, r"up_blocks\.\d.attentions.1.proj_in": 5, "mid_block.resnets.0.conv1": 2},
-        alpha_pattern={"to_k": 2, "attn1.to_q": 1.5, r"down_blocks\.[02].resnets.0.conv\d": 7, "mlp.fc1": 3},
+        rank_pattern={
+            "to_k": 3,
+            r"up_blocks\.\d.attentions.1.proj_in": 5,
+            "mid_block.resnets.0.conv1": 2,
+        },
+        alpha_pattern={
+            "to_k": 2,
+            "attn1.to_q": 1.5,
+            r"down_blocks\.[02].resnets.0.conv\d": 7,
+            "mlp.fc1": 3,
+        },
     )
     for family, flat, what, options in (
         ("sd15", False, "alpha 4 of rank 8", {}),
@@ -176,15 +212,21 @@ def peft(folder: Path) -> Iterator[Fact]:
         ("sdxl", False, "patterns", patterns),
     ):
         unet, text = diffusers_unet(family), clip(flat=flat)
-        config = LoraConfig(r=8, lora_alpha=4, target_modules=LAYERS, init_lora_weights=False, **options)
-        text_config = LoraConfig(r=2, lora_alpha=6, target_modules=TEXT_LAYERS, init_lora_weights=False, **options)
+        config = LoraConfig(
+            r=8, lora_alpha=4, target_modules=LAYERS, init_lora_weights=False, **options
+        )
+        text_config = LoraConfig(
+            r=2, lora_alpha=6, target_modules=TEXT_LAYERS, init_lora_weights=False, **options
+        )
         bases = paths_in_tau(family, unet, [text])
         model = get_peft_model(unet, config)
         inject_adapter_in_model(text_config, text)
 
         def layers(*models: nn.Module) -> dict[str, Callable[[], Tensor]]:
             found = [m for model in models for m in model.modules() if isinstance(m, LoraLayer)]
-            return {bases[m.get_base_layer()]: partial(m.get_delta_weight, "default") for m in found}
+            return {
+                bases[m.get_base_layer()]: partial(m.get_delta_weight, "default") for m in found
+            }
 
         if not flat:
             model.save_pretrained(folder / "adapter")
@@ -203,7 +245,9 @@ def peft(folder: Path) -> Iterator[Fact]:
 
 
 def diffusers_old(folder: Path) -> Iterator[Fact]:
-    """Attention processors with LoRA inside (0.17), `.lora.down` (0.22), and diffusers' converter to kohya's names."""
+    """Attention processors with LoRA inside (0.17), `.lora.down` (0.22), and diffusers' converter
+    to kohya's names.
+    """
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.utils import AttnProcsLayers
     from diffusers.models.attention_processor import Attention
@@ -219,7 +263,9 @@ def diffusers_old(folder: Path) -> Iterator[Fact]:
     def old_layers(linears: dict[str, nn.Linear]) -> nn.ModuleDict:
         layers = {}
         for name, linear in linears.items():
-            layer = layers[f"{name}_lora"] = LoRALinearLayer(linear.in_features, linear.out_features, rank=4)
+            layer = layers[f"{name}_lora"] = LoRALinearLayer(
+                linear.in_features, linear.out_features, rank=4
+            )
             nn.init.normal_(layer.up.weight)
             expected[paths[linear]] = lambda layer=layer: layer(torch.eye(layer.in_features)).T
         return nn.ModuleDict(layers)
@@ -230,7 +276,9 @@ def diffusers_old(folder: Path) -> Iterator[Fact]:
             processors["unet"][f"{name}.processor"] = old_layers(linears)
     layers = AttnProcsLayers(processors["unet"])
     what = "processor.to_q_lora.down"
-    StableDiffusionPipeline.write_lora_layers(layers.state_dict(), str(folder), True, file.name, None, True)
+    StableDiffusionPipeline.write_lora_layers(
+        layers.state_dict(), str(folder), True, file.name, None, True
+    )
     yield compare(f"diffusers of 2023, {what}, no prefix", file, expected)
     for name, m in text.named_modules():
         if name.endswith("self_attn"):
@@ -239,14 +287,25 @@ def diffusers_old(folder: Path) -> Iterator[Fact]:
     StableDiffusionPipeline.save_lora_weights(folder, layers, AttnProcsLayers(processors["text"]))
     yield compare(f"diffusers of 2023, {what}, unet. and text_encoder.", file, expected)
 
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=LAYERS + TEXT_LAYERS, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=LAYERS + TEXT_LAYERS, init_lora_weights=False
+    )
     for model in (unet, text):
         inject_adapter_in_model(config, model)
-    layers = {paths[m.get_base_layer()]: m for x in (unet, text) for m in x.modules() if isinstance(m, LoraLayer)}
+    layers = {
+        paths[m.get_base_layer()]: m
+        for x in (unet, text)
+        for m in x.modules()
+        if isinstance(m, LoraLayer)
+    }
     expected = {path: partial(m.get_delta_weight, "default") for path, m in layers.items()}
     states = [get_peft_model_state_dict(model) for model in (unet, text)]
-    StableDiffusionPipeline.save_lora_weights(folder, *[convert_state_dict_to_diffusers(state) for state in states])
-    yield compare("diffusers of 2023, to_q.lora.down, q_proj.lora_linear_layer.down", file, expected)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, *[convert_state_dict_to_diffusers(state) for state in states]
+    )
+    yield compare(
+        "diffusers of 2023, to_q.lora.down, q_proj.lora_linear_layer.down", file, expected
+    )
     state = StableDiffusionPipeline.pack_weights(states[0], "unet")
     state |= StableDiffusionPipeline.pack_weights(states[1], "text_encoder")
     save_file(convert_state_dict_to_kohya(state), file)
@@ -257,7 +316,9 @@ def diffusers_old(folder: Path) -> Iterator[Fact]:
 
 
 def make_merged(folder: Path) -> tuple[Path, Path, Path]:
-    """(base, LoRA as minilcm writes it, base + 0.7 LoRA merged by the command line) of SD1.5, rank 64, alpha 8."""
+    """(base, LoRA as minilcm writes it, base + 0.7 LoRA merged by the command line) of SD1.5, rank
+    64, alpha 8.
+    """
     model, lora = make_files("sd15", folder)
     write_tau(folder / "written.safetensors", read_tau(lora), {})
     merged, lora = folder / "merged.safetensors", folder / "written.safetensors"
@@ -278,29 +339,46 @@ def by_minilcm(model: Path) -> Tensor:
 
 
 def same_picture(what: str, a: Tensor, b: Tensor, more: str = "", holds: bool = True) -> Fact:
-    """The mean difference is at most a level of 255; `more` and `holds` are what else was looked at."""
+    """The mean difference is at most a level of 255; `more` and `holds` are what else was looked
+    at.
+    """
     far = (a - b).abs()
     figures = f"mean difference {far.mean():.4f} of 255 levels, largest {far.max():.2f}, spread {b.std():.1f}{more}"
     return Fact(what, holds and far.mean().item() <= 1 and b.std().item() > 10, figures)
 
 
 def write_configs(folder: Path, family: str = "sd15") -> None:
-    """What diffusers wants beside a single file: the classes' own configurations, and open_clip's vocabulary."""
+    """What diffusers wants beside a single file: the classes' own configurations, and open_clip's
+    vocabulary.
+    """
     import open_clip.tokenizer as open_clip
-    from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        AutoencoderKL,
+        LCMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
     from transformers import CLIPTokenizer
 
-    merges = gzip.decompress(Path(open_clip.default_bpe()).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = (
+        gzip.decompress(Path(open_clip.default_bpe()).read_bytes())
+        .decode()
+        .split("\n")[1 : 49152 - 256 - 2 + 1]
+    )
     letters = list(open_clip.bytes_to_unicode().values())
     words = [*letters, *(x + "</w>" for x in letters), *(x.replace(" ", "") for x in merges)]
     vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocabulary, [tuple(x.split()) for x in merges], model_max_length=77)
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE)
-    schedule = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    schedule = LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
     unet, text, big = diffusers_unet(family), clip(flat=True), clip(1280, 32)
     if family == "sd15":
-        pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, schedule, None, None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            vae, text, tokenizer, unet, schedule, None, None, requires_safety_checker=False
+        )
     else:
         pipe = StableDiffusionXLPipeline(vae, text, big, tokenizer, tokenizer, unet, schedule)
         big.config.save_pretrained(folder / "text_encoder_2")
@@ -313,7 +391,9 @@ def write_configs(folder: Path, family: str = "sd15") -> None:
 
 
 def merged(folder: Path) -> Iterator[Fact]:
-    """from_single_file, prompt to pixels: the merged file, then the base with LoRA files of minilcm."""
+    """from_single_file, prompt to pixels: the merged file, then the base with LoRA files of
+    minilcm.
+    """
     from diffusers import StableDiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
@@ -323,7 +403,9 @@ def merged(folder: Path) -> Iterator[Fact]:
 
     def open_pipe(file: Path) -> StableDiffusionPipeline:
         gc.collect()
-        pipe = StableDiffusionPipeline.from_single_file(file, config=str(folder / "config"), torch_dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_single_file(
+            file, config=str(folder / "config"), torch_dtype=torch.float32
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -336,26 +418,36 @@ def merged(folder: Path) -> Iterator[Fact]:
     yield same_picture("diffusers, merged file", draw(open_pipe(both)), picture)
     pipe, tau = open_pipe(model), read_tau(lora)
     far = (draw(pipe) - picture).abs().mean().item()
-    yield Fact("diffusers, base alone, for comparison", far > 5, f"mean difference {far:.4f} of 255 levels")
+    yield Fact(
+        "diffusers, base alone, for comparison", far > 5, f"mean difference {far:.4f} of 255 levels"
+    )
     paths = paths_in_tau("sd15", pipe.unet, [])
     for style in ("diffusers", "peft"):
         write_tau(lora, tau, {}, style=style)
         pipe.load_lora_weights(str(lora), adapter_name="lcm")
         pipe.set_adapters("lcm", SCALE)
-        layers = {paths[m.get_base_layer()]: m for m in pipe.unet.modules() if isinstance(m, LoraLayer)}
+        layers = {
+            paths[m.get_base_layer()]: m for m in pipe.unet.modules() if isinstance(m, LoraLayer)
+        }
         scales = {round(m.scaling["lcm"] / SCALE, 9) for m in layers.values()}
         worst = 0.0
         for path, parts in tau.items():
             theirs, ours = layers[path].get_delta_weight("lcm"), SCALE * delta(*parts)
             worst = max(worst, ((ours - theirs).abs().max() / ours.abs().max()).item())
         more = f"; {len(layers)} of {len(tau)} modules, alpha / rank {scales}, deltas within {worst:.1e}"
-        holds = layers.keys() == tau.keys() and len(tau) == 278 and scales == {8 / 64} and worst <= 1e-6
-        yield same_picture(f"diffusers, base + {SCALE} LoRA, style {style}", draw(pipe), picture, more, holds)
+        holds = (
+            layers.keys() == tau.keys() and len(tau) == 278 and scales == {8 / 64} and worst <= 1e-6
+        )
+        yield same_picture(
+            f"diffusers, base + {SCALE} LoRA, style {style}", draw(pipe), picture, more, holds
+        )
         pipe.unload_lora_weights()
 
 
 def draw_sdcpp(model: Path, lora: Path | None, mode: str) -> tuple[Tensor, str]:
-    """(picture (H, W, 3), log) by stable-diffusion.cpp: its LCM sampler and grid, torch's random numbers, seed 1."""
+    """(picture (H, W, 3), log) by stable-diffusion.cpp: its LCM sampler and grid, torch's random
+    numbers, seed 1.
+    """
     from cyllama import sd
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it draws progress bars there
@@ -373,12 +465,16 @@ def draw_sdcpp(model: Path, lora: Path | None, mode: str) -> tuple[Tensor, str]:
 
 
 def sdcpp(folder: Path) -> Iterator[Fact]:
-    """stable-diffusion.cpp: the merged file, then base and LoRA, merged by it when loading or added in each layer."""
+    """stable-diffusion.cpp: the merged file, then base and LoRA, merged by it when loading or added
+    in each layer.
+    """
     model, lora, both = make_merged(folder)
     picture = by_minilcm(both)
 
     def run(*job) -> tuple[Tensor, str]:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # C++ that may take its process down
+        with ProcessPoolExecutor(
+            1, get_context("spawn")
+        ) as pool:  # C++ that may take its process down
             return pool.submit(draw_sdcpp, *job).result()
 
     merged, _ = run(both, None, "AUTO")
@@ -392,8 +488,16 @@ def sdcpp(folder: Path) -> Iterator[Fact]:
 
 
 def lists(folder: Path) -> Iterator[Fact]:
-    """The rules of ComfyUI and A1111 on names: tests/files/test_readers.py holds them, and checks more."""
-    from tests.files.test_readers import CASES, a1111_table, comfyui_table, read_names, write_numbered
+    """The rules of ComfyUI and A1111 on names: tests/files/test_readers.py holds them, and checks
+    more.
+    """
+    from tests.files.test_readers import (
+        CASES,
+        a1111_table,
+        comfyui_table,
+        read_names,
+        write_numbered,
+    )
 
     unets = json.loads(gzip.decompress((HERE / "official_keys.json.gz").read_bytes()))
     to_diffusers = json.loads(gzip.decompress((HERE / "official_lora_keys.json.gz").read_bytes()))
@@ -404,7 +508,11 @@ def lists(folder: Path) -> Iterator[Fact]:
             ("ComfyUI", comfyui_table(keys, to_diffusers[family.__name__])),
             ("A1111", a1111_table(keys, list(names))),
         ):
-            found = [name for name, number in names.items() if name in table and numbers[table[name]] == number]
+            found = [
+                name
+                for name, number in names.items()
+                if name in table and numbers[table[name]] == number
+            ]
             expected = modules - len(lost) if program == "A1111" else modules
             not_found = sorted(names.keys() - set(found))
             figures = f"{len(found)} of {len(names)} modules, {expected} expected{'; not ' if not_found else ''}"
@@ -412,11 +520,20 @@ def lists(folder: Path) -> Iterator[Fact]:
             yield Fact(what, len(found) == expected, figures + ", ".join(not_found))
 
 
-PARTS = {"kohya": kohya, "peft": peft, "diffusers-old": diffusers_old, "merged": merged, "sdcpp": sdcpp, "lists": lists}
+PARTS = {
+    "kohya": kohya,
+    "peft": peft,
+    "diffusers-old": diffusers_old,
+    "merged": merged,
+    "sdcpp": sdcpp,
+    "lists": lists,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=[*PARTS, "all"])
     part = parser.parse_args().part
     if part == "all":  # a process each, which gives its memory back

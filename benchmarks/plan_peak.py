@@ -3,13 +3,14 @@
     python -m benchmarks.plan_peak emoji     some minutes
     python -m benchmarks.plan_peak sd15      half an hour; a random SD1.5 (2 GB) is written under TMPDIR first
 
-Each run is a process of its own: two steps of train.py on eight pictures, twice. `process` is the highest resident set
-of the first run, all in, against the plan's total and what it says Python takes beside it. `run` is by how much the
-second run rises above what the first one left, which is Python, its libraries and the kernels that oneDNN compiles for
-each shape, against the plan's total alone. Both as the C library is, and with tensors given back when they are freed
-(MALLOC_MMAP_THRESHOLD_=65536): glibc raises that threshold by itself up to 32 MB and keeps what is smaller in a heap
-with gaps, of a small model's step a third. What is drawn and measured for the sheets, for SD1.5 an hour here and no
-more memory than a step, is left out. Goal: within 10 %.
+Each run is a process of its own: two steps of train.py on eight pictures, twice. `process` is the
+highest resident set of the first run, all in, against the plan's total and what it says Python
+takes beside it. `run` is by how much the second run rises above what the first one left, which is
+Python, its libraries and the kernels that oneDNN compiles for each shape, against the plan's total
+alone. Both as the C library is, and with tensors given back when they are freed
+(MALLOC_MMAP_THRESHOLD_=65536): glibc raises that threshold by itself up to 32 MB and keeps what is
+smaller in a heap with gaps, of a small model's step a third. What is drawn and measured for the
+sheets, for SD1.5 an hour here and no more memory than a step, is left out. Goal: within 10 %.
 """
 
 import contextlib
@@ -37,31 +38,53 @@ RUNS = {
     ],
     "sd15": [
         ["--objective", "lcm", "--rank", "64", "--batch", "1", "--size", "512"],
-        ["--objective", "lcm", "--rank", "64", "--batch", "2", "--size", "256", "--no-checkpointing"],
+        [
+            "--objective",
+            "lcm",
+            "--rank",
+            "64",
+            "--batch",
+            "2",
+            "--size",
+            "256",
+            "--no-checkpointing",
+        ],
     ],
 }
 
 
 def resident(which: str) -> float:
-    return 1024 * int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e9
+    return (
+        1024
+        * int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+        / 1e9
+    )
 
 
 def job(argv: list[str]) -> None:
-    """Train twice; print the GB of the process after the first run, and by which the second rises above its rest."""
+    """Train twice; print the GB of the process after the first run, and by which the second rises
+    above its rest.
+    """
     import train
     from minilcm.run import diagnostics
 
     diagnostics.guided_trajectory = lambda network, z_T, *_: torch.zeros(51, *z_T.shape)
     diagnostics.guided_ddim = lambda network, like, *_: torch.zeros_like(like)
     diagnostics.consistency_along_trajectory = lambda *_: ({}, {})
-    diagnostics.distance_to_teacher = diagnostics.loss_by_index = diagnostics.loss_by_band = lambda *_: {}
+    diagnostics.distance_to_teacher = diagnostics.loss_by_index = diagnostics.loss_by_band = (
+        lambda *_: {}
+    )
     diagnostics.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
-    train.islice = lambda batches, _: itertools.islice(batches, 1)  # one fixed batch instead of eight
+    train.islice = lambda batches, _: itertools.islice(
+        batches, 1
+    )  # one fixed batch instead of eight
     train.main(train.parse(argv))
     process = resident("VmHWM")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts at what is resident now
     before = resident("VmRSS")
     shutil.rmtree(argv[argv.index("--out") + 1])
     train.main(train.parse(argv))
@@ -84,7 +107,11 @@ def main(name: str, folder: Path) -> None:
     pictures = folder / "pictures"
     pictures.mkdir()
     for i in range(8):
-        pixels = torch.randint(0, 256, (600, 600, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
+        pixels = (
+            torch.randint(0, 256, (600, 600, 3), generator=torch.Generator().manual_seed(i))
+            .byte()
+            .numpy()
+        )
         Image.fromarray(pixels).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"picture {i}")
     model = ROOT / "weights/emoji/model.safetensors"
@@ -95,11 +122,25 @@ def main(name: str, folder: Path) -> None:
     print(f"{'flags':72} {'plan':>8} {'allocator':>9} {'process':>17} {'run':>17}")
     for i, flags in enumerate(RUNS[name]):
         argv = [*flags, "--model", str(model)]
-        run = ["--data", str(pictures), "--out", str(folder / f"run{i}"), "--steps", "2", "--looks", "1"]
+        run = [
+            "--data",
+            str(pictures),
+            "--out",
+            str(folder / f"run{i}"),
+            "--steps",
+            "2",
+            "--looks",
+            "1",
+        ]
         plan = planned(argv)
-        for allocator, environment in {"as it is": {}, "no gaps": {"MALLOC_MMAP_THRESHOLD_": "65536"}}.items():
+        for allocator, environment in {
+            "as it is": {},
+            "no gaps": {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        }.items():
             command = [sys.executable, "-m", "benchmarks.plan_peak", "--job", *argv, *run]
-            job = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+            job = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+            )
             shutil.rmtree(folder / f"run{i}")
             process, rise = map(float, job.stdout.splitlines()[-1].split())
             line = f"{' '.join(flags):72} {plan:5.2f} GB {allocator:>9}"

@@ -1,10 +1,12 @@
-"""The arithmetic of many GPUs: time of a step, bytes over the wire, reading rate of shards, where it stops scaling.
+"""The arithmetic of many GPUs: time of a step, bytes over the wire, reading rate of shards, where
+it stops scaling.
 
     python -m benchmarks.scale > benchmarks/scale.md    (no GPU, no weights; two minutes)
 
-Operations are counted in the real step on fake tensors; what a GPU and its links do is assumed, and said. Ring
-all-reduce of S bytes over N ranks: each sends and receives 2 (N - 1) / N S. FSDP2 over N ranks: each gathers
-(N - 1) / N of the weights for every pass through a network, and scatters (N - 1) / N of the gradients once.
+Operations are counted in the real step on fake tensors; what a GPU and its links do is assumed, and
+said. Ring all-reduce of S bytes over N ranks: each sends and receives 2 (N - 1) / N S. FSDP2 over N
+ranks: each gathers (N - 1) / N of the weights for every pass through a network, and scatters (N -
+1) / N of the gradients once.
 """
 
 import torch
@@ -28,7 +30,9 @@ USEFUL = 512  # pictures in a step, beyond which more of them shorten a distilla
 
 
 def operations(objective: Objective, config, size: int) -> tuple[float, int, int]:
-    """(floating-point operations of a step on one picture, bytes of the trained weights, of a teacher's weights)."""
+    """(floating-point operations of a step on one picture, bytes of the trained weights, of a
+    teacher's weights).
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         unet = UNet(config.unet)
         nets = make_networks(objective, unet, torch.bfloat16)
@@ -47,7 +51,8 @@ def wire(full: bool, trained: int, teacher: int, n: int) -> float:
     share = (n - 1) / n
     if not full:
         return 2 * share * trained  # gradients of the LoRA, all-reduced
-    # the student's weights, there and back; the target's; the teacher's, for cond and null; the student's gradients
+    # the student's weights, there and back; the target's; the teacher's, for cond and null; the
+    # student's gradients
     return share * (2 * trained + trained + 2 * teacher + trained)
 
 
@@ -95,12 +100,19 @@ def main() -> None:
         "cores a GPU",
     )
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for name, config in (("SD1.5", sd15_config()), ("SSD-1B", ssd1b_config()), ("SDXL", sdxl_config())):
+    for name, config in (
+        ("SD1.5", sd15_config()),
+        ("SSD-1B", ssd1b_config()),
+        ("SDXL", sdxl_config()),
+    ):
         for rank in (64, None):
             objective = Objective("lcm", rank, checkpointing=True)
             flops, trained, teacher = operations(objective, config, config.size)
             for n in GPUS:
-                compute, moved = flops * BATCH / (FLOPS * SHARE), wire(rank is None, trained, teacher, n)
+                compute, moved = (
+                    flops * BATCH / (FLOPS * SHARE),
+                    wire(rank is None, trained, teacher, n),
+                )
                 passed = moved / (NVLINK if n <= 8 else NETWORK)
                 slow, fast = (n * BATCH / x for x in (compute + passed, max(compute, passed)))
                 row = (

@@ -2,16 +2,18 @@
 
     python -m benchmarks.train    (needs the `reference` extra; 14 GB of memory, 3 GB of disk under TMPDIR)
 
-SD1.5 at 256x256, batch 1, a LoRA of rank 64, random weights, on the CPU. A step is forward, backward, clipping, AdamW.
+SD1.5 at 256x256, batch 1, a LoRA of rank 64, random weights, on the CPU. A step is forward,
+backward, clipping, AdamW.
 
     minilcm             what train.py does: one UNet, in float32 with the frozen weights in float16 until they are used
     diffusers one UNet  what the official SDXL script does: adapters disabled for the teacher, enabled for the target
     diffusers two UNets what the official webdataset scripts do: the teacher is a UNet of its own
 
-Weights, latents, noise, n, w and contexts are the same, and so must be the loss of the first step, to 1e-4. Each run is
-a process of its own, the programs take turns. The memory is the highest resident set from the first step on, weights
-and imports included; the peak while loading stands beside. Prints medians of the steps after the first, and ratios.
-With and without gradient checkpointing.
+Weights, latents, noise, n, w and contexts are the same, and so must be the loss of the first step,
+to 1e-4. Each run is a process of its own, the programs take turns. The memory is the highest
+resident set from the first step on, weights and imports included; the peak while loading stands
+beside. Prints medians of the steps after the first, and ratios. With and without gradient
+checkpointing.
 """
 
 import argparse
@@ -47,7 +49,9 @@ from tests.tiny import load_tau
 
 W, RANK, LORA_ALPHA, LR = 7.5, 64, 8.0, 1e-4
 
-LossFn = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]  # (z0, cond, null_cond, generator) -> scalar
+LossFn = Callable[
+    [Tensor, Tensor, Tensor, torch.Generator], Tensor
+]  # (z0, cond, null_cond, generator) -> scalar
 
 
 def read_unet(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -63,9 +67,13 @@ def autocast(dtype: torch.dtype):
 # ---- the programs: weights in, (loss function, trained parameters) out
 
 
-def by_minilcm(folder: Path, dtype: torch.dtype, checkpointing: bool) -> tuple[LossFn, list[nn.Parameter]]:
+def by_minilcm(
+    folder: Path, dtype: torch.dtype, checkpointing: bool
+) -> tuple[LossFn, list[nn.Parameter]]:
     narrow = dtype == torch.float32
-    objective = Objective("lcm", RANK, LORA_ALPHA, w_range=(W, W), checkpointing=checkpointing, narrow=narrow)
+    objective = Objective(
+        "lcm", RANK, LORA_ALPHA, w_range=(W, W), checkpointing=checkpointing, narrow=narrow
+    )
     with torch.device("meta"):
         unet = UNet(sd15())
     load_strict(unet, read_unet(folder, torch.float16 if narrow else dtype), "UNet")
@@ -78,7 +86,9 @@ def by_minilcm(folder: Path, dtype: torch.dtype, checkpointing: bool) -> tuple[L
     return loss, [x for x in unet.parameters() if x.requires_grad]
 
 
-def by_diffusers(folder: Path, dtype: torch.dtype, checkpointing: bool, two: bool) -> tuple[LossFn, list[nn.Parameter]]:
+def by_diffusers(
+    folder: Path, dtype: torch.dtype, checkpointing: bool, two: bool
+) -> tuple[LossFn, list[nn.Parameter]]:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -89,7 +99,9 @@ def by_diffusers(folder: Path, dtype: torch.dtype, checkpointing: bool, two: boo
     unet.requires_grad_(False)
     del state
     teacher_unet = copy.deepcopy(unet) if two else None
-    lora = StableDiffusionPipeline.lora_state_dict(folder / "lora.safetensors", unet_config=unet.config)
+    lora = StableDiffusionPipeline.lora_state_dict(
+        folder / "lora.safetensors", unet_config=unet.config
+    )
     StableDiffusionPipeline.load_lora_into_unet(*lora, unet, adapter_name="lcm")
     parameters = []
     for name, x in unet.named_parameters():
@@ -167,7 +179,9 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
     count = sum(x.numel() for x in parameters)
     assert count == 67_252_224 and all(x.dtype == torch.float32 for x in parameters), count
     g = torch.Generator().manual_seed(0)
-    z0, cond, null_cond = (torch.randn(shape, generator=g) for shape in ((1, 4, SIDE, SIDE), *[(1, 77, 768)] * 2))
+    z0, cond, null_cond = (
+        torch.randn(shape, generator=g) for shape in ((1, 4, SIDE, SIDE), *[(1, 77, 768)] * 2)
+    )
     loading = peak()
     forget_peak()
     losses, seconds, processor = [], [], []
@@ -181,13 +195,23 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - start_processor)
-    facts = {"losses": losses, "seconds": seconds[1:], "processor": processor[1:], "peak": peak(), "loading": loading}
+    facts = {
+        "losses": losses,
+        "seconds": seconds[1:],
+        "processor": processor[1:],
+        "peak": peak(),
+        "loading": loading,
+    }
     print(json.dumps(facts))
 
 
 def run(*argv) -> dict:
     command = [sys.executable, "-m", "benchmarks.train", "--job", *map(str, argv)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
+            -1
+        ]
+    )
 
 
 def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
@@ -202,12 +226,17 @@ def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
                 results.setdefault((program, checkpointing), []).append(
                     run(program, checkpointing, dtype, steps, folder)
                 )
-    print(f"SD1.5, {8 * SIDE} pixels, batch 1, rank {RANK}, {dtype}, {torch.get_num_threads()} threads")
+    print(
+        f"SD1.5, {8 * SIDE} pixels, batch 1, rank {RANK}, {dtype}, {torch.get_num_threads()} threads"
+    )
     print(f"{rounds} processes each, {steps} steps after the first\n")
     table = {}
     for (program, checkpointing), runs in results.items():
         seconds = [x for one in runs for x in one["seconds"]]
-        middle, memory = table[program, checkpointing] = median(seconds), max(one["peak"] for one in runs)
+        middle, memory = table[program, checkpointing] = (
+            median(seconds),
+            max(one["peak"] for one in runs),
+        )
         first, last = runs[0]["losses"][0], runs[0]["losses"][-1]
         print(
             f"{program + (', checkpointing' if checkpointing else ''):36} {middle:6.2f} s ({min(seconds):.2f} to "
@@ -234,8 +263,13 @@ if __name__ == "__main__":
         _, _, program, checkpointing, dtype, steps, folder = sys.argv
         job(program, checkpointing == "True", getattr(torch, dtype), int(steps), Path(folder))
     else:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add, best = parser.add_argument, str(minilcm.model.precision.default_dtype("cpu")).removeprefix("torch.")
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add, best = (
+            parser.add_argument,
+            str(minilcm.model.precision.default_dtype("cpu")).removeprefix("torch."),
+        )
         add("--dtype", choices=["float32", "bfloat16", "float16"], default=best,
             help=f"of the frozen base (default: what this processor does well, {best})")  # fmt: skip
         add("--rounds", type=int, default=2, help="processes of each program (default 2)")

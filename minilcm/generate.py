@@ -2,7 +2,8 @@
 
     seeds --noise--> z_T --sampler--> z0 --decode--> pixels
 
-A new sampler is one function beside its paper and one line in SAMPLERS; flags, defaults and checks follow from it.
+A new sampler is one function beside its paper and one line in SAMPLERS; flags, defaults and checks
+follow from it.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +22,28 @@ Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
 class Sampler(NamedTuple):
     """A way from noise to z0, as the command line offers it."""
 
-    sample: Callable[..., Tensor]  # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength)
-    grid: Callable[..., list[int]]  # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
+    sample: Callable[
+        ..., Tensor
+    ]  # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength)
+    grid: Callable[
+        ..., list[int]
+    ]  # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
     steps: int  # by default
     most: int  # steps
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
-    stochastic: bool = False  # draws noise between steps, and so can start from a noisy picture (image to image)
+    stochastic: bool = (
+        False  # draws noise between steps, and so can start from a noisy picture (image to image)
+    )
 
 
 SAMPLERS = {
     "lcm": Sampler(sample_lcm, lcm_grid, steps=4, most=50, needs_lcm_lora=True, stochastic=True),
     "ddim": Sampler(
-        sample_ddim, lambda steps: [t for t, _ in ddim_grid(steps)], steps=25, most=1000, needs_lcm_lora=False
+        sample_ddim,
+        lambda steps: [t for t, _ in ddim_grid(steps)],
+        steps=25,
+        most=1000,
+        needs_lcm_lora=False,
     ),
     "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, steps=20, most=1000, needs_lcm_lora=False),
 }
@@ -41,15 +52,17 @@ SAMPLERS = {
 def noise(
     seeds: Sequence[int], shape: tuple[int, ...], device: str | torch.device = "cpu"
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """z_T (b, *shape) and the CPU generators that drew it, one for each seed: a picture depends on its seed only, not
-    on batch or device.
+    """z_T (b, *shape) and the CPU generators that drew it, one for each seed: a picture depends on
+    its seed only, not on batch or device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device), generators
 
 
 def timesteps(sampler: str, steps: int, strength: float = 1.0) -> list[int]:
-    """Where the sampler evaluates the network, descending. Raises ValueError for steps or a strength it has not."""
+    """Where the sampler evaluates the network, descending. Raises ValueError for steps or a
+    strength it has not.
+    """
     way = SAMPLERS[sampler]
     return way.grid(steps, strength) if way.stochastic else way.grid(steps)
 
@@ -67,10 +80,12 @@ def generate(
     device: str | torch.device = "cpu",
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, *shape), *shape = (4, h, w).
+    """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, *shape), *shape =
+    (4, h, w).
 
-    eps_fn(z_t, t) -> eps_hat has text, guidance and LoRA in it, for the b rows. `image`: latents (1 or b, *shape) to
-    start from, redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`, or if the sampler takes no image.
+    eps_fn(z_t, t) -> eps_hat has text, guidance and LoRA in it, for the b rows. `image`: latents (1
+    or b, *shape) to start from, redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`,
+    or if the sampler takes no image.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     steps = way.steps if steps is None else steps

@@ -1,8 +1,10 @@
-"""Latent consistency models (2310.04378, "the paper" in this file): boundary, f, loss, grid, sampler.
+"""Latent consistency models (2310.04378, "the paper" in this file): boundary, f, loss, grid,
+sampler.
 
-A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is distilled from a teacher by
-asking that two points of the teacher's trajectory have the same image, and it then samples in one to eight steps.
-Nothing here knows a UNet, a file or a LoRA: student, teacher and target are callables (z_t, t, cond, w) -> eps_hat.
+A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is
+distilled from a teacher by asking that two points of the teacher's trajectory have the same image,
+and it then samples in one to eight steps. Nothing here knows a UNet, a file or a LoRA: student,
+teacher and target are callables (z_t, t, cond, w) -> eps_hat.
 """
 
 from collections.abc import Callable
@@ -28,11 +30,12 @@ Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat
 
 
 def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) at the integer timestep t, with c_skip(0) = 1 and c_out(0) = 0. 2310.04378 section 3 and code.
+    """(c_skip, c_out) at the integer timestep t, with c_skip(0) = 1 and c_out(0) = 0. 2310.04378
+    section 3 and code.
 
-    s grows so fast that the two switch over between t = 0 and the first point of the grid: at t = 19 c_skip is 7e-6,
-    so f is x0 everywhere but at t = 0. Unlike Consistency Models (2303.01469 eq. 5) c_out has no factor sigma_data:
-    c_skip + c_out^2 = 1.
+    s grows so fast that the two switch over between t = 0 and the first point of the grid: at t =
+    19 c_skip is 7e-6, so f is x0 everywhere but at t = 0. Unlike Consistency Models (2303.01469 eq.
+    5) c_out has no factor sigma_data: c_skip + c_out^2 = 1.
     """
     s = T_SCALE * torch.as_tensor(t, dtype=torch.float32)
     # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = 10 t
@@ -40,19 +43,27 @@ def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def f_theta(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, eps_hat, t), float32 (b, c, h, w). 2310.04378 eq. 9.
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, eps_hat, t), float32 (b, c, h, w). 2310.04378
+    eq. 9.
 
-    f is the identity at t = 0, although z_0 of this schedule still holds noise of sigma 0.029: what a trajectory ends
-    in, and what the autoencoder decodes, is its point at t = 0, not the limit without any noise.
+    f is the identity at t = 0, although z_0 of this schedule still holds noise of sigma 0.029: what
+    a trajectory ends in, and what the autoencoder decodes, is its point at t = 0, not the limit
+    without any noise.
     """
-    c_skip, c_out = (c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t))
+    c_skip, c_out = (
+        c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t)
+    )
     return c_skip * z_t + c_out * x0_from_eps(z_t, eps_hat, t, schedule)
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of 1000 w for w (b,) -> (b, dim), sines first, divisor dim/2 - 1: only for a full LCM's `cond_proj`."""
+    """Sinusoids of 1000 w for w (b,) -> (b, dim), sines first, divisor dim/2 - 1: only for a full
+    LCM's `cond_proj`.
+    """
     half = dim // 2
-    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(w.device)
+    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(
+        w.device
+    )
     args = 1000 * w.float()[:, None] * freqs  # (b, half)
     return torch.cat([args.sin(), args.cos()], dim=-1)  # (b, dim)
 
@@ -77,10 +88,11 @@ def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
 def draw(
     shape: tuple[int, ...], generator: torch.Generator, w_range: tuple[float, float] = (7.5, 7.5)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What Algorithm 1 draws for latents of `shape` (b, c, h, w): n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1).
+    """What Algorithm 1 draws for latents of `shape` (b, c, h, w): n ~ U{0, ..., 49}, w ~
+    U[w_range], eps ~ N(0, 1).
 
-    n (b,) indexes the grid; all three are on the CPU. An LCM-LoRA has no input for w, so it can only learn one:
-    w_range then is a single value, which gets distilled into the weights.
+    n (b,) indexes the grid; all three are on the CPU. An LCM-LoRA has no input for w, so it can
+    only learn one: w_range then is a single value, which gets distilled into the weights.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
@@ -101,13 +113,15 @@ def lcd_loss(
     k: int = T // GRID,
     together: bool = False,
 ) -> Tensor:
-    """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w); -> scalar.
+    """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w);
+    -> scalar.
 
-    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For LCM-LoRA the three
-    networks are one UNet with LoRA on, off, and on without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
-    `k` is the skipping interval in timesteps: the pair is (t, t - k). A large k needs fewer hops to carry the clean
-    image from t = 0 up to 999, but one DDIM step of that length is a coarser teacher; with k = 1 the signal would have
-    to travel through 999 hops. `together`: the teacher gets cond and null_cond (b rows each) in one batch of 2b, which
+    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For
+    LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient. n (b,), w
+    (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the pair is (t, t
+    - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999, but one DDIM
+    step of that length is a coarser teacher; with k = 1 the signal would have to travel through 999
+    hops. `together`: the teacher gets cond and null_cond (b rows each) in one batch of 2b, which
     takes more memory and is faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
@@ -116,22 +130,28 @@ def lcd_loss(
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)
-    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}); first, so that checkpointing recomputes with LoRA on
+    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}); first, so that checkpointing recomputes with LoRA
+    # on
     f_start = f_theta(z_start, student(z_start, t_start, cond, w), t_start, schedule)
 
     with torch.no_grad():
-        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and (1 + w) - w = 1, so
-        # guiding eps gives exactly this z
+        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and (1 +
+        # w) - w = 1, so guiding eps gives exactly this z
         if together:
             twice = (torch.cat([x, x]) for x in (z_start, t_start))
-            eps_cond, eps_null = teacher(*twice, cond.cat(null_cond), torch.cat([w, w])).float().chunk(2)
+            eps_cond, eps_null = (
+                teacher(*twice, cond.cat(null_cond), torch.cat([w, w])).float().chunk(2)
+            )
         else:
             eps_cond = teacher(z_start, t_start, cond, w).float()
             eps_null = teacher(z_start, t_start, null_cond, w).float()
         eps_w = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
-        z_end = ddim_step(z_start, x0_from_eps(z_start, eps_w, t_start, schedule), eps_w, t_end, schedule)
-        # target: f_{theta^-}(z_{t_n}, c, t_n). For LCM-LoRA theta^- is theta itself, as in the official script: one
-        # UNet in memory and no average to keep; a LoRA is too small a change of its teacher to need one
+        z_end = ddim_step(
+            z_start, x0_from_eps(z_start, eps_w, t_start, schedule), eps_w, t_end, schedule
+        )
+        # target: f_{theta^-}(z_{t_n}, c, t_n). For LCM-LoRA theta^- is theta itself, as in the
+        # official script: one UNet in memory and no average to keep; a LoRA is too small a change
+        # of its teacher to need one
         f_end = f_theta(z_end, target(z_end, t_end, cond, w), t_end, schedule)
 
     return huber(f_start, f_end)
@@ -139,7 +159,9 @@ def lcd_loss(
 
 @torch.no_grad()
 def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) -> None:
-    """theta^- <- mu theta^- + (1 - mu) theta, after each optimizer step. Only a full LCM has a separate target."""
+    """theta^- <- mu theta^- + (1 - mu) theta, after each optimizer step. Only a full LCM has a
+    separate target.
+    """
     theta = dict(student.named_parameters())
     names, averages = zip(*target.named_parameters())
     torch._foreach_lerp_(list(averages), [theta[name] for name in names], 1 - ema_rate)
@@ -149,9 +171,11 @@ def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) ->
 
 
 def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
-    """Descending timesteps of the training grid: 4 steps are 999 759 499 259. diffusers' rule since its PR #5836.
+    """Descending timesteps of the training grid: 4 steps are 999 759 499 259. diffusers' rule since
+    its PR #5836.
 
-    strength < 1 (image to image) keeps the lower part of the grid, and there are still `steps` steps.
+    strength < 1 (image to image) keeps the lower part of the grid, and there are still `steps`
+    steps.
     """
     length = int(GRID * strength)
     if length < 1:
@@ -170,16 +194,21 @@ def sample_lcm(
     generators: list[torch.Generator],
     strength: float = 1.0,
 ) -> Tensor:
-    """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first t -> z0.
+    """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first
+    t -> z0.
 
-    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU generator per image;
-    draw z_T with it first, then pass it on. A single step draws nothing more.
+    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU
+    generator per image; draw z_T with it first, then pass it on. A single step draws nothing more.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T
-    for t, t_next in tqdm(list(zip(grid, [*grid[1:], None])), desc="lcm", disable=None, leave=False):
+    for t, t_next in tqdm(
+        list(zip(grid, [*grid[1:], None])), desc="lcm", disable=None, leave=False
+    ):
         z0 = f_theta(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is not None:
-            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators]).to(z_T.device)
+            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators]).to(
+                z_T.device
+            )
             z_t = add_noise(z0, eps, t_next, schedule)
     return z0

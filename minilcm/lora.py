@@ -4,9 +4,9 @@
 
 LoRA (2106.09685) eq. 3.
 
-A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still loads official
-files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau is the dict {path: (up, down,
-lora_alpha)}.
+A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still
+loads official files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau
+is the dict {path: (up, down, lora_alpha)}.
 """
 
 import math
@@ -22,7 +22,9 @@ Tau = dict[str, tuple[Tensor, Tensor, float]]
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear with a low-rank term; `scale` multiplies it (0: off), on top of lora_alpha / rank."""
+    """An nn.Linear with a low-rank term; `scale` multiplies it (0: off), on top of lora_alpha /
+    rank.
+    """
 
     def adapt(self, rank: int, lora_alpha: float) -> None:
         self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0
@@ -55,7 +57,8 @@ class LoRAConv2d(nn.Conv2d):
 
 # ---- which layers are adapted
 
-# The official LCM-LoRA's modules, by the ends of their LDM paths: all but conv_in, conv_out, embeddings and norms
+# The official LCM-LoRA's modules, by the ends of their LDM paths: all but conv_in, conv_out,
+# embeddings and norms
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = (
     *ATTENTION,
@@ -82,19 +85,25 @@ def target_paths(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> list[s
     return [
         path
         for path, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d) and any(path == end or path.endswith("." + end) for end in targets)
+        if isinstance(m, nn.Linear | nn.Conv2d)
+        and any(path == end or path.endswith("." + end) for end in targets)
     ]
 
 
 def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) -> None:
-    """Raises ValueError for a rank below 1, or above the full rank of the smallest target's weight."""
+    """Raises ValueError for a rank below 1 or above the full rank of the smallest target's weight."""
     if rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more")
-    full_rank = {path: min(model.get_submodule(path).weight.flatten(1).shape) for path in target_paths(model, targets)}
+    full_rank = {
+        path: min(model.get_submodule(path).weight.flatten(1).shape)
+        for path in target_paths(model, targets)
+    }
     path = min(full_rank, key=full_rank.get)
     if rank > full_rank[path]:
         most = full_rank[path]
-        raise ValueError(f"rank is {rank}, but the weight of {path} has rank {most}; give 1 to {most}")
+        raise ValueError(
+            f"rank is {rank}, but the weight of {path} has rank {most}; give 1 to {most}"
+        )
 
 
 def add_lora(
@@ -104,23 +113,27 @@ def add_lora(
     targets: tuple[str, ...] = TARGETS,
     generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze the model, adapt its target layers in place (same weights, same keys) and return the new parameters.
+    """Freeze the model, adapt its target layers in place (same weights, same keys) and return the
+    new parameters.
 
-    A is drawn by `generator`, B is zero, so the model's output does not change yet. Both are float32. lora_alpha
-    defaults to the rank. Raises ValueError for a rank that `check_rank` refuses.
+    A is drawn by `generator`, B is zero, so the model's output does not change yet. Both are
+    float32. lora_alpha defaults to the rank. Raises ValueError for a rank that `check_rank`
+    refuses.
     """
     check_rank(model, rank, targets)
     model.requires_grad_(False)
     parameters = []
     for path in target_paths(model, targets):
         layer = model.get_submodule(path)
-        # The layer becomes a LoRA layer by changing its class: a new module around it would rename its keys
-        # (`path.base.weight`), and a replacement would have to copy weight, hooks and settings.
+        # The layer becomes a LoRA layer by changing its class: a new module around it would rename
+        # its keys (`path.base.weight`), and a replacement would have to copy weight, hooks and
+        # settings.
         layer.__class__ = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
         with torch.device(layer.weight.device):
             layer.adapt(rank, float(rank if lora_alpha is None else lora_alpha))
         down, up = layer.lora_down.weight, layer.lora_up.weight
-        # A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's Kaiming-uniform with a = sqrt(5), drawn on the CPU
+        # A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's Kaiming-uniform with a = sqrt(5), drawn on
+        # the CPU
         bound = 1 / math.sqrt(down[0].numel())
         with torch.no_grad():
             down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
@@ -145,22 +158,30 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 
 def get_tau(model: nn.Module) -> Tau:
     """The model's LoRA as {path: (up, down, lora_alpha)}; the tensors are the live parameters."""
-    return {path: (m.lora_up.weight, m.lora_down.weight, m.lora_alpha) for path, m in lora_layers(model).items()}
+    return {
+        path: (m.lora_up.weight, m.lora_down.weight, m.lora_alpha)
+        for path, m in lora_layers(model).items()
+    }
 
 
 def set_tau(model: nn.Module, tau: Tau, name: str = "LoRA") -> None:
-    """Copy tau, {path: (up, down, lora_alpha)}, into the layers that `add_lora` adapted, as a start for training.
+    """Copy tau, {path: (up, down, lora_alpha)}, into the layers that `add_lora` adapted, as a start
+    for training.
 
     Raises ValueError if the layers or their ranks differ; `name` is what the message calls tau.
     """
     layers = lora_layers(model)
     if layers.keys() != tau.keys():
         path = min(layers.keys() ^ tau.keys())
-        raise ValueError(f"{name}: it adapts {len(tau)} layers, this run {len(layers)}; first difference: {path}")
+        raise ValueError(
+            f"{name}: it adapts {len(tau)} layers, this run {len(layers)}; first difference: {path}"
+        )
     for path, (up, down, lora_alpha) in tau.items():
         layer = layers[path]
         if len(down) != layer.rank:
-            raise ValueError(f"{name}: {path} has rank {len(down)}, this run has {layer.rank}; give --rank {len(down)}")
+            raise ValueError(
+                f"{name}: {path} has rank {len(down)}, this run {layer.rank}; give --rank {len(down)}"
+            )
         layer.lora_alpha = lora_alpha
         with torch.no_grad():
             layer.lora_up.weight.copy_(up.view_as(layer.lora_up.weight))

@@ -1,11 +1,12 @@
 """Arithmetic on taus: tau_mix = lambda1 tau_style + lambda2 tau_lcm, exactly, and into weights.
 
-2311.05556 ("the paper" in this file) eq. 1 writes it tau'_LCM = lambda1 tau' + lambda2 tau_LCM. Two LoRA may be added
-because each is a small change of the same weights, W + dW1 + dW2, and the two were trained for different ends: that
-the sum does both is what the paper observed, not a theorem.
+2311.05556 ("the paper" in this file) eq. 1 writes it tau'_LCM = lambda1 tau' + lambda2 tau_LCM. Two
+LoRA may be added because each is a small change of the same weights, W + dW1 + dW2, and the two
+were trained for different ends: that the sum does both is what the paper observed, not a theorem.
 
-A tau is {path: (up, down, lora_alpha)}. What is added is what it does, the delta of a weight: averaging B and A
-separately, as some tools do, adds the cross terms B1 A2 + B2 A1, which are as large as the signal.
+A tau is {path: (up, down, lora_alpha)}. What is added is what it does, the delta of a weight:
+averaging B and A separately, as some tools do, adds the cross terms B1 A2 + B2 A1, which are as
+large as the signal.
 """
 
 import re
@@ -23,15 +24,20 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     Linear: up (out, r), down (r, in). Conv: up (out, r, 1, 1), down (r, in, k, k).
     """
     # dW = (lora_alpha / r) B A
-    up = rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r): a 1x1 kernel has nothing more
+    up = rearrange(
+        up.float(), "out r ... -> out (r ...)"
+    )  # (out, r): a 1x1 kernel has nothing more
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
 @torch.no_grad()
-def add_delta_(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float, block: int | None = None) -> None:
+def add_delta_(
+    weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float, block: int | None = None
+) -> None:
     """W <- W + (lora_alpha / r) B A in place, summed in float32 and rounded once to W's dtype.
 
-    `block`: about so many values at a time, for large weights: as many as a processor's cache holds are fastest.
+    `block`: about so many values at a time, for large weights: as many as a processor's cache holds
+    are fastest.
     """
     up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r)
     down = rearrange(down.float(), "r ... -> r (...)")  # (r, in k k)
@@ -46,8 +52,9 @@ def add_delta_(weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float, bloc
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter.
 
-    B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank, s_i = lora_alpha_i / r_i.
-    Raises ValueError if the taus' shapes differ at a path, or the lists' lengths.
+    B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank, s_i =
+    lora_alpha_i / r_i. Raises ValueError if the taus' shapes differ at a path, or the lists'
+    lengths.
     """
     if len(taus) != len(lambdas):
         raise ValueError(f"{len(taus)} LoRA but {len(lambdas)} lambdas; give one for each")
@@ -57,7 +64,10 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
         shapes = {(up.shape[0], *down.shape[1:]) for _, up, down, _ in parts}
         if len(shapes) > 1:
             raise ValueError(f"{path}: LoRA of different models, shapes {sorted(shapes)}")
-        up = torch.cat([lam * lora_alpha / down.shape[0] * up.float() for lam, up, down, lora_alpha in parts], dim=1)
+        up = torch.cat(
+            [lam * lora_alpha / down.shape[0] * up.float() for lam, up, down, lora_alpha in parts],
+            dim=1,
+        )
         down = torch.cat([down.float() for _, _, down, _ in parts])
         mix[path] = (up, down, float(down.shape[0]))
     return mix
@@ -75,8 +85,8 @@ def distance(a: Tau, b: Tau) -> float:
 
 @torch.no_grad()
 def delta_norms(tau: Tau) -> dict[str, float]:
-    """{block: ||dW||_F over all its modules}: input_blocks.i, middle_block, output_blocks.i, then layers of text
-    encoders; no dW is formed.
+    """{block: ||dW||_F over all its modules}: input_blocks.i, middle_block, output_blocks.i, then
+    layers of text encoders; no dW is formed.
     """
     squares = {}
     for path, (up, down, lora_alpha) in tau.items():
@@ -84,8 +94,12 @@ def delta_norms(tau: Tau) -> dict[str, float]:
         B = rearrange(up.double(), "out r ... -> out (r ...)")  # (out, r)
         A = rearrange(down.double(), "r ... -> r (...)")  # (r, in k k)
         # ||s B A||_F^2 = s^2 tr((B^T B)(A A^T)), s = lora_alpha / r; both factors are symmetric
-        squares[block] = squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
-    in_order = sorted(squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)])
+        squares[block] = (
+            squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
+        )
+    in_order = sorted(
+        squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)]
+    )
     return {block: squares[block].clamp(min=0).sqrt().item() for block in in_order}
 
 
@@ -102,24 +116,31 @@ def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA") -> None:
-    """Raises ValueError, one line beginning with `name`, unless the model has every path of tau, in its shape.
+    """Raises ValueError, one line beginning with `name`, unless the model has every path of tau, in
+    its shape.
 
-    `model`: a UNet, or {path + ".weight": weight}, as `text.lora_weights` and `checkpoint.weight_shapes` give it.
+    `model`: a UNet, or {path + ".weight": weight}, as `text.lora_weights` and
+    `checkpoint.weight_shapes` give it.
     """
     weights = weights_of(model)
     absent = [path for path in tau if f"{path}.weight" not in weights]
     if absent:
         count = f"{len(absent)} of {len(tau)} modules"
-        raise ValueError(f"{name}: made for another model: {count} are not here, first: {absent[0]}")
+        raise ValueError(
+            f"{name}: made for another model: {count} are not here, first: {absent[0]}"
+        )
     for path, (up, down, _) in tau.items():
         here, there = tuple(weights[f"{path}.weight"].shape), (up.shape[0], *down.shape[1:])
         if no_kernel(here) != no_kernel(there):
-            raise ValueError(f"{name}: made for another model: {path} is {here} here, {there} in the LoRA")
+            raise ValueError(
+                f"{name}: made for another model: {path} is {here} here, {there} in the LoRA"
+            )
 
 
 @torch.no_grad()
 def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
-    """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's dtype.
+    """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's
+    dtype.
 
     Raises ValueError if the model lacks a path or its shape differs; nothing has changed then.
     """
@@ -139,9 +160,11 @@ def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) 
 
 
 def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, V^T) of the delta as a matrix (out, in k k), without forming it: two QRs and an SVD of r x r.
+    """(U, S, V^T) of the delta as a matrix (out, in k k), without forming it: two QRs and an SVD of
+    r x r.
 
-    B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: the SVD of the middle is that of the delta.
+    B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: the SVD of the middle is that
+    of the delta.
     """
     q_b, r_b = torch.linalg.qr(rearrange(up.float(), "out r ... -> out (r ...)"))
     q_a, r_a = torch.linalg.qr(rearrange(down.float(), "r ... -> (...) r"))
@@ -150,16 +173,22 @@ def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tens
     return q_b @ u[:, :n], s[:n], vt[:n] @ q_a.T
 
 
-def reduce_rank(tau: Tau, rank: int | None = None, energy: float | None = None) -> tuple[Tau, dict[str, float]]:
-    """The best tau of a lower rank (Eckart-Young), and what it loses: {path: ||dW - dW'||_F / ||dW||_F}.
+def reduce_rank(
+    tau: Tau, rank: int | None = None, energy: float | None = None
+) -> tuple[Tau, dict[str, float]]:
+    """The best tau of a lower rank (Eckart-Young), and what it loses: {path: ||dW - dW'||_F /
+    ||dW||_F}.
 
-    `rank`: at most this rank in each module; `energy`: the lowest rank that keeps this share of the sum of squared
-    singular values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
+    `rank`: at most this rank in each module; `energy`: the lowest rank that keeps this share of the
+    sum of squared singular values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha
+    = rank.
     """
     small, residual = {}, {}
     for path, (up, down, lora_alpha) in tau.items():
         u, s, vt = factorise(up, down, lora_alpha)
-        left = s.double().square().flip(0).cumsum(0).flip(0)  # left[i] = sum_{j >= i} s_j^2: lost at rank i
+        left = (
+            s.double().square().flip(0).cumsum(0).flip(0)
+        )  # left[i] = sum_{j >= i} s_j^2: lost at rank i
         if energy is not None:
             r = int((left > (1 - energy) * left[0]).sum())
         else:
@@ -175,7 +204,9 @@ def reduce_rank(tau: Tau, rank: int | None = None, energy: float | None = None) 
 
 
 def extract_tau(path: str, difference: Tensor, rank: int) -> Tau:
-    """{path: best tau of this rank} of a difference of weights (out, in) or (out, in, k, k); randomised SVD, seed 0."""
+    """{path: best tau of this rank} of a difference of weights (out, in) or (out, in, k, k);
+    randomised SVD, seed 0.
+    """
     matrix = rearrange(difference.float(), "out ... -> out (...)")
     r = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):

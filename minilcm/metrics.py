@@ -2,8 +2,8 @@
 
 Then: how sure a share is, how far two sets of pictures are apart, and how sharp a picture is.
 
-The emoji model's judge was taught on the art (`weights/emoji/train_judge.py`) and has nothing in common with the text
-tower that conditions the UNet.
+The emoji model's judge was taught on the art (`weights/emoji/train_judge.py`) and has nothing in
+common with the text tower that conditions the UNet.
 """
 
 import json
@@ -44,7 +44,9 @@ def load_judge(path: str | Path) -> Judge:
     """The judge of `weights/emoji/judge.safetensors`, in float32."""
     tensors, metadata = read_tensors(path)
     judge = Judge(*json.loads(metadata["config"]))
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    judge.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    )
     return judge.eval().requires_grad_(False)
 
 
@@ -56,30 +58,44 @@ def picked(logits: Tensor, words: list[str], choices: list[str] | None = None) -
 
 @torch.no_grad()
 def accuracy(
-    judge: Judge, pixels: Tensor, names: list[str], styles: list[str] | None = None, choices: list[str] | None = None
+    judge: Judge,
+    pixels: Tensor,
+    names: list[str],
+    styles: list[str] | None = None,
+    choices: list[str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(does the judge see its own name in each picture, among all that it knows; and its own style, among `choices`).
+    """(does the judge see its own name in each picture, among all that it knows; and its own style,
+    among `choices`).
 
-    pixels (b, 3, H, W) in [-1, 1], names and styles of length b -> (b,) bool each; without styles the second is None.
+    pixels (b, 3, H, W) in [-1, 1], names and styles of length b -> (b,) bool each; without styles
+    the second is None.
     """
     parts = [judge(part.clamp(-1, 1)) for part in pixels.split(64)]
     of_names, of_styles = (torch.cat(x) for x in zip(*parts))
     name = torch.tensor([a == b for a, b in zip(picked(of_names, judge.names), names)])
     if styles is None:
         return name, None
-    return name, torch.tensor([a == b for a, b in zip(picked(of_styles, judge.styles, choices), styles)])
+    return name, torch.tensor(
+        [a == b for a, b in zip(picked(of_styles, judge.styles, choices), styles)]
+    )
 
 
 # ---- how sure a mean is
 
 
 def interval(
-    x: Tensor, y: Tensor | None = None, ratio: bool = False, groups: Tensor | None = None, draws: int = 2000
+    x: Tensor,
+    y: Tensor | None = None,
+    ratio: bool = False,
+    groups: Tensor | None = None,
+    draws: int = 2000,
 ) -> list[float]:
-    """[mean, low, high] of x (prompts, seeds), of x - y, or with `ratio` of mean(x) / mean(y): 95 % bootstrap, seed 0.
+    """[mean, low, high] of x (prompts, seeds), of x - y, or with `ratio` of mean(x) / mean(y): 95 %
+    bootstrap, seed 0.
 
-    `groups` (prompts,) numbers what is drawn with replacement, by default each prompt: pictures of one group are not
-    independent, so they are drawn together, with all their seeds. x and y are drawn in pairs. Efron (1979).
+    `groups` (prompts,) numbers what is drawn with replacement, by default each prompt: pictures of
+    one group are not independent, so they are drawn together, with all their seeds. x and y are
+    drawn in pairs. Efron (1979).
     """
     groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
     n = int(groups.max()) + 1
@@ -92,12 +108,19 @@ def interval(
 
     point, drawn = x.mean(), means(x)
     if y is not None:
-        drawn, point = (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
-    return [round(v, 4) for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())]
+        drawn, point = (
+            (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
+        )
+    return [
+        round(v, 4)
+        for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())
+    ]
 
 
 def wilson(k: int, n: int) -> list[float]:
-    """[share, low, high] of k in n, 95 %; unlike a bootstrap's it has a width for none or all of n. Wilson (1927)."""
+    """[share, low, high] of k in n, 95 %; unlike a bootstrap's it has a width for none or all of n.
+    Wilson (1927).
+    """
     # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = k / n,  z = 1.96
     z = 1.96
     middle, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
@@ -108,15 +131,20 @@ def wilson(k: int, n: int) -> list[float]:
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
-    """Frechet distance of two clouds of features (n, e) and (m, e), in float64: of the Gaussians with their moments.
+    """Frechet distance of two clouds of features (n, e) and (m, e), in float64: of the Gaussians
+    with their moments.
 
-    FID (1706.08500 eq. 6) with the judge in place of Inception. Biased upwards, the more the fewer pictures there are.
+    FID (1706.08500 eq. 6) with the judge in place of Inception. Biased upwards, the more the fewer
+    pictures there are.
     """
     x, y = x.double(), y.double()
     cx, cy = torch.cov(x.T), torch.cov(y.T)
-    # |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)); the last is the sum of square roots of the eigenvalues of C C'
+    # |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)); the last is the sum of square roots of the
+    # eigenvalues of C C'
     root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
-    return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
+    return (
+        (x.mean(dim=0) - y.mean(dim=0)).square().sum() + cx.trace() + cy.trace() - 2 * root
+    ).item()
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
@@ -126,7 +154,7 @@ def psnr(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor) -> Tensor:
-    """Mean absolute Laplacian of grey levels, of the inner pixels: (b, 3, H, W) in [-1, 1] -> (b,)."""
+    """Mean absolute Laplacian of grey levels, inner pixels only: (b, 3, H, W) in [-1, 1] -> (b,)."""
     # x[i - 1, j] + x[i + 1, j] + x[i, j - 1] + x[i, j + 1] - 4 x[i, j]
     laplace = pixels.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]  # (1, 1, 3, 3)
     return F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3))  # (b,)

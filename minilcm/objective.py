@@ -1,7 +1,9 @@
-"""What is learned, by which weights: the networks of a diffusion or a consistency loss, made out of one UNet.
+"""What is learned, by which weights: the networks of a diffusion or a consistency loss, made out of
+one UNet.
 
-Algorithm 1 of 2310.04378 asks for a student, a teacher and a target. For an LCM-LoRA (2311.05556) they are one UNet
-with its LoRA on, off, and on without gradient; for a full LCM they are three. The loss cannot tell the two apart.
+Algorithm 1 of 2310.04378 asks for a student, a teacher and a target. For an LCM-LoRA (2311.05556)
+they are one UNet with its LoRA on, off, and on without gradient; for a full LCM they are three. The
+loss cannot tell the two apart.
 """
 
 import math
@@ -31,7 +33,7 @@ class Objective(NamedTuple):
     w_range: tuple[float, float] = (7.5, 7.5)  # lcm: guidance distilled in
     k: int = T // GRID  # lcm: skipping interval
     checkpointing: bool = False
-    narrow: bool = False  # frozen weights of the adapted layers stay in float16 and are widened where they are used
+    narrow: bool = False  # adapted layers keep frozen weights in float16, widened where used
 
 
 class Networks(NamedTuple):
@@ -45,14 +47,18 @@ class Networks(NamedTuple):
     target_unet: UNet | None = None  # of a full LCM: the student's average
 
 
-Wrap = Callable[[nn.Module], nn.Module]  # prepares a UNet for many processes; by default there is one
+Wrap = Callable[
+    [nn.Module], nn.Module
+]  # prepares a UNet for many processes; by default there is one
 
 
 def one_process(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def run(net: nn.Module, half: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor) -> Tensor:
+def run(
+    net: nn.Module, half: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor
+) -> Tensor:
     """The network in mixed precision; everything around it is float32."""
     with autocast(z_t.device, half):
         return net(z_t, t, cond, *w_emb)
@@ -63,8 +69,8 @@ def make_networks(
 ) -> Networks:
     """Prepare the UNet for training, in place, and say what student, teacher and target are.
 
-    `half` is the dtype of the forward pass; `wrap` gets every UNet that is run and returns what to run instead.
-    Raises ValueError as `lora.check_rank` does.
+    `half` is the dtype of the forward pass; `wrap` gets every UNet that is run and returns what to
+    run instead. Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
         return lora_networks(objective, unet, half, seed, wrap)
@@ -85,7 +91,9 @@ def device_of(unet: UNet) -> torch.device:
     return unet.out[2].weight.device
 
 
-def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int, wrap: Wrap) -> Networks:
+def lora_networks(
+    objective: Objective, unet: UNet, half: torch.dtype, seed: int, wrap: Wrap
+) -> Networks:
     """One UNet: LoRA on, off, on. Frozen weights are stored in the dtype of the forward pass."""
     adapted = set(target_paths(unet, objective.targets))
     for path, layer in unet.named_modules():
@@ -106,7 +114,9 @@ def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int
             return run(unet, half, z_t, t, cond)
 
     def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(unet, half, z_t, t, cond)  # not `net`: DDP expects one forward pass per backward pass
+        return run(
+            unet, half, z_t, t, cond
+        )  # not `net`: DDP expects one forward pass per backward pass
 
     return Networks(student, teacher, target, net, make_schedule().to(device_of(unet)))
 
@@ -114,17 +124,25 @@ def lora_networks(objective: Objective, unet: UNet, half: torch.dtype, seed: int
 def frozen_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     with torch.device("meta"):
         copy = UNet(unet.cfg).requires_grad_(False)
-    copy.load_state_dict({key: x.to(dtype, copy=True) for key, x in unet.state_dict().items()}, assign=True)
+    copy.load_state_dict(
+        {key: x.to(dtype, copy=True) for key, x in unet.state_dict().items()}, assign=True
+    )
     return copy
 
 
 def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap: Wrap) -> Networks:
-    """Three UNets: a student with an input for w, a frozen teacher, and an average of the student as target."""
+    """Three UNets: a student with an input for w, a frozen teacher, and an average of the student
+    as target.
+    """
     device = device_of(unet)
     teacher_unet = frozen_copy(unet, half)
     with torch.device(device):
-        unet.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(W_DIM, unet.cfg.channels[0], bias=False)})
-    nn.init.zeros_(unet.time_embedding["cond_proj"].weight)  # the student begins as its teacher, whatever w is
+        unet.time_embedding = nn.ModuleDict(
+            {"cond_proj": nn.Linear(W_DIM, unet.cfg.channels[0], bias=False)}
+        )
+    nn.init.zeros_(
+        unet.time_embedding["cond_proj"].weight
+    )  # the student begins as its teacher, whatever w is
     unet.cfg = replace(unet.cfg, w_dim=W_DIM)
     target_unet = frozen_copy(unet, torch.float32)
     unet.requires_grad_(True)
@@ -156,8 +174,9 @@ def loss_of(
 ) -> Tensor:
     """The objective on clean latents z0 (b, 4, h, w) -> scalar.
 
-    Of `world` processes, every one draws the whole global batch's randomness (`generator` is the same on all of them)
-    and keeps its own rows, so the result does not depend on how many processes there are.
+    Of `world` processes, every one draws the whole global batch's randomness (`generator` is the
+    same on all of them) and keeps its own rows, so the result does not depend on how many processes
+    there are.
     """
     b = len(z0)
     rows, shape = slice(process * b, (process + 1) * b), (world * b, *z0.shape[1:])
@@ -165,12 +184,20 @@ def loss_of(
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
         together = not objective.checkpointing  # checkpointing means that memory is short
         networks = nets.student, nets.teacher, nets.target
-        return lcd_loss(*networks, z0, cond, null_cond, nets.schedule, n, w, eps, objective.k, together)
+        return lcd_loss(
+            *networks, z0, cond, null_cond, nets.schedule, n, w, eps, objective.k, together
+        )
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
     return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)
 
 
-def learning_rate(peak: float, step: int, steps: int, warmup: int = 100, floor: float = 0.0) -> float:
+def learning_rate(
+    peak: float, step: int, steps: int, warmup: int = 100, floor: float = 0.0
+) -> float:
     """At step 0 ... steps - 1: a linear warm-up, times a cosine from 1 to `floor`."""
-    return peak * min(1, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return (
+        peak
+        * min(1, (step + 1) / warmup)
+        * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )

@@ -3,8 +3,9 @@
     z_t = alpha(t) z0 + sigma(t) eps
     alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
-One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Even at t = 999 some signal is left: sigma/alpha is 14.6.
-And t = 0 is already slightly noisy (sigma is 0.029): there is no entry with alpha_bar = 1.
+One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Even at t = 999 some signal is left:
+sigma/alpha is 14.6. And t = 0 is already slightly noisy (sigma is 0.029): there is no entry with
+alpha_bar = 1.
 """
 
 from collections.abc import Callable
@@ -24,19 +25,25 @@ class Schedule(NamedTuple):
     sigma: Tensor  # sqrt(1 - alpha_bar), always in [0, 1]
 
     def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...): a scalar for an int t, (b, 1, 1, ...) for (b,)."""
+        """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...): a scalar for an int t, (b, 1, 1,
+        ...) for (b,).
+        """
         t = torch.as_tensor(t, device=self.alpha.device)
         shape = (-1, *[1] * (like.ndim - 1)) if t.ndim else ()
-        return self.alpha[t].reshape(shape).to(like.device), self.sigma[t].reshape(shape).to(like.device)
+        return self.alpha[t].reshape(shape).to(like.device), self.sigma[t].reshape(shape).to(
+            like.device
+        )
 
     def to(self, device: str | torch.device) -> "Schedule":
         return Schedule(*(table.to(device) for table in self))
 
 
 def make_schedule() -> Schedule:
-    """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of CompVis/stable-diffusion).
+    """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of
+    CompVis/stable-diffusion).
 
-    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64 differs by 4.7e-7.
+    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64
+    differs by 4.7e-7.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -44,14 +51,18 @@ def make_schedule() -> Schedule:
 
 
 def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """z_t from clean latents z0 (b, c, h, w) and noise eps of its shape; t an int or (b,). DDPM (2006.11239) eq. 4."""
+    """z_t from clean latents z0 (b, c, h, w) and noise eps of its shape; t an int or (b,). DDPM
+    (2006.11239) eq. 4.
+    """
     alpha, sigma = schedule.at(t, z0)
     # z_t = alpha z0 + sigma eps
     return alpha * z0 + sigma * eps
 
 
 def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """The network's estimate of z0, in float32: at t = 999 an error of eps_hat grows by sigma/alpha = 14.6."""
+    """The network's estimate of z0, in float32: at t = 999 an error of eps_hat grows by sigma/alpha
+    = 14.6.
+    """
     alpha, sigma = schedule.at(t, z_t)
     # x0 = (z_t - sigma eps_hat) / alpha
     return (z_t.float() - sigma * eps_hat.float()) / alpha
@@ -65,7 +76,9 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
 
 
 def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
-    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR, SNR = alpha^2 / sigma^2. Min-SNR (2303.09556) eq. 8."""
+    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR, SNR = alpha^2 / sigma^2. Min-SNR
+    (2303.09556) eq. 8.
+    """
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma) ** 2  # (b,)
     return snr.clamp(max=gamma) / snr
@@ -79,7 +92,8 @@ def diffusion_loss(
     schedule: Schedule,
     gamma: float | None = 5.0,
 ) -> Tensor:
-    """Mean squared error of eps_fn(z_t, t) against the noise drawn, weighted by Min-SNR; gamma None: not weighted.
+    """Mean squared error of eps_fn(z_t, t) against the noise drawn, weighted by Min-SNR; gamma
+    None: not weighted.
 
     z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14.
     """

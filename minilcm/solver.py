@@ -1,7 +1,9 @@
-"""Solvers of the probability-flow ODE: DDIM (the teacher's step Psi, and a baseline) and DPM-Solver++(2M) (a baseline).
+"""Solvers of the probability-flow ODE: DDIM (the teacher's step Psi, and a baseline) and
+DPM-Solver++(2M) (a baseline).
 
-A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidance, text and LoRA are already inside
-eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the network is float32.
+A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidance, text and LoRA
+are already inside eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the
+network is float32.
 """
 
 from collections.abc import Callable
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
 EpsFn = Callable[[Tensor, int | Tensor], Tensor]  # (z_t, t) -> eps_hat
 
 
-def guided_eps(unet: Callable[..., Tensor], cond: "Cond", null_cond: "Cond | None", w: float) -> EpsFn:
-    """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of 2b; w = 0 is off.
+def guided_eps(
+    unet: Callable[..., Tensor], cond: "Cond", null_cond: "Cond | None", w: float
+) -> EpsFn:
+    """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of
+    2b; w = 0 is off.
 
-    The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho & Salimans
-    (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may take null_cond's place.
+    The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho &
+    Salimans (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may
+    take null_cond's place.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
@@ -46,25 +52,31 @@ def check_steps(steps: int, most: int = T) -> None:
 def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
     """Pairs (t_start, t_end), descending; t_end = -1 stands for the end of the schedule.
 
-    trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for few steps. leading
-    is what SD1.5's own config says: 4 steps start at 751. t_end = t_start - T // steps always, as in diffusers.
+    trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for
+    few steps. leading is what SD1.5's own config says: 4 steps start at 751. t_end = t_start - T //
+    steps always, as in diffusers.
     """
     check_steps(steps)
     r = T // steps
     if spacing == "leading":
         starts = [r * i + 1 for i in reversed(range(steps))]  # steps_offset 1
     elif spacing == "trailing":
-        starts = [int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))]  # numpy rounds half to even
+        starts = [
+            int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))
+        ]  # numpy rounds half to even
     else:
         raise ValueError(f"spacing is {spacing!r}; choose trailing or leading")
     return [(t, t - r) for t in starts]
 
 
-def ddim_step(z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule) -> Tensor:
-    """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12 with eta = 0.
+def ddim_step(
+    z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule
+) -> Tensor:
+    """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12
+    with eta = 0.
 
-    The Psi of 2310.04378 is the increment: Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0 means t = 0, where
-    alpha_bar is 0.99915, not 1 (diffusers' set_alpha_to_one = False).
+    The Psi of 2310.04378 is the increment: Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0
+    means t = 0, where alpha_bar is 0.99915, not 1 (diffusers' set_alpha_to_one = False).
     """
     alpha, sigma = schedule.at(torch.as_tensor(t_end).clamp(min=0), z_start)
     # z_end = alpha' x0 + sigma' eps_hat
@@ -72,8 +84,12 @@ def ddim_step(z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor,
 
 
 @torch.no_grad()
-def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by `steps` DDIM steps. Equals diffusers' DDIMScheduler with SD's settings."""
+def sample_ddim(
+    eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
+) -> Tensor:
+    """z0 (b, c, h, w) from noise z_T by `steps` DDIM steps. Equals diffusers' DDIMScheduler with
+    SD's settings.
+    """
     z_t = z_T
     for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
         eps_hat = eps_fn(z_t, t_start).float()
@@ -82,7 +98,9 @@ def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spac
     return z_t
 
 
-def dpmpp_2m_step(z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_next, schedule: Schedule) -> Tensor:
+def dpmpp_2m_step(
+    z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_next, schedule: Schedule
+) -> Tensor:
     """One step of DPM-Solver++(2M) from t to t_next. DPM-Solver++ (2211.01095) algorithm 2.
 
     x0 is the estimate at t, x0_last the one at t_last; without x0_last the step is of first order.
@@ -101,7 +119,9 @@ def dpmpp_2m_step(z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_
 
 
 def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
-    """Timesteps of DPM-Solver++, descending: trailing as for DDIM; linspace is diffusers' default for SD1.5."""
+    """Timesteps of DPM-Solver++, descending: trailing as for DDIM; linspace is diffusers' default
+    for SD1.5.
+    """
     if spacing == "linspace":
         check_steps(steps)
         return [int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[:0:-1]]
@@ -111,14 +131,19 @@ def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
 
 
 @torch.no_grad()
-def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing") -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers' DPMSolverMultistepScheduler that ends at 0.
+def sample_dpmpp_2m(
+    eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
+) -> Tensor:
+    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers'
+    DPMSolverMultistepScheduler that ends at 0.
 
     A step to sigma' = 0 returns its x0, so the last step is x0 itself.
     """
     grid = dpmpp_grid(steps, spacing)
     z_t, x0_last, t_last = z_T, None, None
-    for t, t_next in tqdm(list(zip(grid, [*grid[1:], None])), desc="dpm++", disable=None, leave=False):
+    for t, t_next in tqdm(
+        list(zip(grid, [*grid[1:], None])), desc="dpm++", disable=None, leave=False
+    ):
         x0 = x0_from_eps(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is None:
             return x0

@@ -1,4 +1,5 @@
-"""The paper, measured: eight questions that the LCM-LoRA report (2311.05556) leaves its readers with, a file each.
+"""The paper, measured: eight questions that the LCM-LoRA report (2311.05556) leaves its readers
+with, a file each.
 
     python -m paper --quick          all eight, small, under ten minutes on 2 cores: proves the chain, no science
     python -m paper                  all eight, hours; what is done is kept under runs/paper/, so stop it at will
@@ -6,9 +7,9 @@
     python -m paper rank --seed 1    again with other pictures and other training noise, beside the first
     python -m paper report           the figures and README.md out of the results, as after a run of all
 
-Each writes results/NAME.json: numbers with 95 % intervals, the rule of the verdict and the verdict, seed, commit,
-processor, seconds; and pictures into figures/. --quick writes into runs/paper/quick, another seed
-results/NAME-seed1.json.
+Each writes results/NAME.json: numbers with 95 % intervals, the rule of the verdict and the verdict,
+seed, commit, processor, seconds; and pictures into figures/. --quick writes into runs/paper/quick,
+another seed results/NAME-seed1.json.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from .report import write_report
 from .setup import HALF, HERE, budget_of, place, spent, spent_now
 
 # {name: question, measurement, rule and figure}
-CLAIMS = {x.__name__.split(".")[1]: x for x in (memory, steps, combination, base, rank, solver, recipe, fail)}
+CLAIMS = {
+    x.__name__.split(".")[1]: x
+    for x in (memory, steps, combination, base, rank, solver, recipe, fail)
+}
 REPEATED = ("rank", "solver")  # with another seed
 
 
@@ -41,11 +45,23 @@ def measure_claim(name: str, quick: bool, seed: int) -> None:
     spent.clear()
     spent_now.clear()
     numbers = claim.measure(budget_of(quick, seed))
-    seconds = time.perf_counter() - start - sum(spent_now) + sum(spent.values())  # as if nothing had been kept
+    seconds = (
+        time.perf_counter() - start - sum(spent_now) + sum(spent.values())
+    )  # as if nothing had been kept
     verdict, rule = claim.verdict(numbers), " ".join(claim.verdict.__doc__.split())
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if sys.platform == "linux"
+        else []
+    )
     processor = f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}"
-    result = {"section": name, "quick": quick, "seed": seed, "commit": commit, "processor": processor}
+    result = {
+        "section": name,
+        "quick": quick,
+        "seed": seed,
+        "commit": commit,
+        "processor": processor,
+    }
     result |= {"seconds": seconds, "rule": rule, "verdict": verdict, "numbers": numbers}
     with atomic(place("results", quick) / f"{name}{f'-seed{seed}' if seed else ''}.json") as part:
         part.write_text(json.dumps(rounded(result), indent=1) + "\n")
@@ -66,8 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m paper", description=__doc__, formatter_class=raw)
     words = [*CLAIMS, "report"]
     default = f"all, then {' and '.join(REPEATED)} with another seed"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(words)} (default: {default})")
-    parser.add_argument("--quick", action="store_true", help="a small version, into runs/paper/quick")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(words)} (default: {default})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small version, into runs/paper/quick"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of pictures and training (default 0)")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in words]:

@@ -17,16 +17,27 @@ from .training import short, train, tuning
 def measure(budget: Budget) -> dict:
     prompts = [p for style in REAL for p in prompts_of(style, max(1, budget.few // 4))]
     groups, before = pairs(prompts), dict(shipped().unet.named_parameters())
-    vectors = {"none": [], "shipped": [(shipped_lora(), 1.0)], "short, old base": [(train(short(budget)).end, 1.0)]}
+    vectors = {
+        "none": [],
+        "shipped": [(shipped_lora(), 1.0)],
+        "short, old base": [(train(short(budget)).end, 1.0)],
+    }
 
     def found_on(base: Base | None, vectors: dict[str, Vectors]) -> dict[str, dict]:
         """{way: pictures}, 25 guided steps without a vector among them."""
         found = {way: pictures(prompts, budget.seeds, FOUR, v, base) for way, v in vectors.items()}
-        return found | {"25 guided steps": pictures(prompts, budget.seeds, Draw("ddim", 25, W), (), base)}
+        return found | {
+            "25 guided steps": pictures(prompts, budget.seeds, Draw("ddim", 25, W), (), base)
+        }
 
     def intervals(found: dict[str, dict]) -> dict:
-        both = {way: (x["right"], in_style(x, REAL)) for way, x in found.items()}  # any of the four new sets
-        return {way: {k: interval(v, groups=groups) for k, v in zip(("right", "style"), x)} for way, x in both.items()}
+        both = {
+            way: (x["right"], in_style(x, REAL)) for way, x in found.items()
+        }  # any of the four new sets
+        return {
+            way: {k: interval(v, groups=groups) for k, v in zip(("right", "style"), x)}
+            for way, x in both.items()
+        }
 
     numbers = {"untouched": intervals(found_on(None, vectors)), "bases": {}}
     for step, tuned in train(tuning(budget)).at.items():
@@ -38,14 +49,16 @@ def measure(budget: Budget) -> dict:
         right = {way: x["right"] for way, x in found.items()}
         row = intervals(found) | {"distance": far}
         row["shipped against none"] = interval(right["shipped"], right["none"], groups=groups)
-        row["short against there"] = interval(right["short, old base"], right["short, trained there"], groups=groups)
+        row["short against there"] = interval(
+            right["short, old base"], right["short, trained there"], groups=groups
+        )
         numbers["bases"][str(step)] = row
     return numbers
 
 
 def verdict(n: dict) -> str:
-    """Held if, on every base, the shipped vector is surely better than none, and a short vector of the old base is not
-    surely worse by 0.05 than the same made there; in part if the first only.
+    """Held if, on every base, the shipped vector is surely better than none, and a short vector of
+    the old base is not surely worse by 0.05 than the same made there; in part if the first only.
     """
     bases = n["bases"].values()
     if not all(b["shipped against none"][1] > 0 for b in bases):

@@ -2,7 +2,14 @@
 
 from matplotlib.figure import Figure
 
-BLUE, LIGHT, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#7fb2e5", "#e07b00", "#2e8b57", "#c0392b", "0.55"
+BLUE, LIGHT, ORANGE, GREEN, RED, GREY = (
+    "#1f5fa8",
+    "#7fb2e5",
+    "#e07b00",
+    "#2e8b57",
+    "#c0392b",
+    "0.55",
+)
 SAMPLERS = {
     "LCM-LoRA": (BLUE, "o-"),
     "LCM sampler, no LoRA": (GREY, "s-"),
@@ -13,7 +20,9 @@ SAMPLERS = {
 }
 
 
-def panels(count: int, title: str, width: float = 4.6, height: float = 3.9, **how) -> tuple[Figure, list]:
+def panels(
+    count: int, title: str, width: float = 4.6, height: float = 3.9, **how
+) -> tuple[Figure, list]:
     """A figure, and its panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     figure.suptitle(title)

@@ -1,7 +1,7 @@
 """3 combination: does it add to any style LoRA with no training?
 
-Claim (section 3.2, Fig. 3): tau_mix = lambda1 tau_style + lambda2 tau_lcm (its tau'_LCM) draws in the style in few
-steps, with no training, for any style LoRA.
+Claim (section 3.2, Fig. 3): tau_mix = lambda1 tau_style + lambda2 tau_lcm (its tau'_LCM) draws in
+the style in few steps, with no training, for any style LoRA.
 """
 
 import random
@@ -35,18 +35,31 @@ def measure(budget: Budget) -> dict:
             some = prompts_of(style, budget.few // 4)
             x = pictures(some, budget.seeds[:1], FOUR, [(tau, lambda1), (shipped_lora(), lambda2)])
             cell = numbers["grid"].setdefault(f"{lambda1:g} {lambda2:g}", {})
-            seen = {"right": x["right"], "style": in_style(x, [style]), "sharpness": x["sharpness"] / sharp}
+            seen = {
+                "right": x["right"],
+                "style": in_style(x, [style]),
+                "sharpness": x["sharpness"] / sharp,
+            }
             for what, each in seen.items():
                 cell.setdefault(what, []).append(each.mean().item())
-        for way, label in (("alone", f"{style} 25 steps"), ("both", f"0.8 {style} + 1.0 lcm, 4 steps")):
+        for way, label in (
+            ("alone", f"{style} 25 steps"),
+            ("both", f"0.8 {style} + 1.0 lcm, 4 steps"),
+        ):
             sheet[label] = found[way]["z0"][:: max(1, len(prompts) // 6), 0][:6]
     save_sheet("combination", sheet, [""] * 6, budget)
     rows, plain = list(numbers["styles"].values()), held_out_art(None, looks=8)
-    read = {word: mean(row[f"{x} in art"] for row in rows) for word, x in (("styles", "found"), ("names", "right"))}
+    read = {
+        word: mean(row[f"{x} in art"] for row in rows)
+        for word, x in (("styles", "found"), ("names", "right"))
+    }
     numbers["reader"] = read | {"plain names": plain["right"].mean().item()}
     numbers |= failures(rows)
     numbers["lowest accuracy"] = min(mean(cell["right"]) for cell in numbers["grid"].values())
-    product_of = {k: sum(a * b for a, b in zip(cell["right"], cell["style"])) for k, cell in numbers["grid"].items()}
+    product_of = {
+        k: sum(a * b for a, b in zip(cell["right"], cell["style"]))
+        for k, cell in numbers["grid"].items()
+    }
     return numbers | {"best lambdas": max(product_of, key=product_of.get)}
 
 
@@ -60,7 +73,10 @@ def compare(style: str, tau: Vector, budget: Budget) -> dict[str, dict]:
         "equal": (FOUR, [(tau, 1.0), lcm_lora]),  # the style as strong as it is alone
         "without lcm": (FOUR, [style_lora]),
     }
-    return {way: pictures(prompts_of(style, budget.prompts), budget.seeds, *how) for way, how in ways.items()}
+    return {
+        way: pictures(prompts_of(style, budget.prompts), budget.seeds, *how)
+        for way, how in ways.items()
+    }
 
 
 def measured_style(style: str, tau: Vector, found: dict[str, dict]) -> dict:
@@ -72,7 +88,9 @@ def measured_style(style: str, tau: Vector, found: dict[str, dict]) -> dict:
         "kind": KINDS[style],
         "right": {way: interval(x) for way, x in right.items()},
         "style": {way: interval(x) for way, x in kept.items()},
-        "sharpness": {way: interval(sharp[way], sharp["alone"], ratio=True) for way in ("both", "without lcm")},
+        "sharpness": {
+            way: interval(sharp[way], sharp["alone"], ratio=True) for way in ("both", "without lcm")
+        },
         "found in art": in_style(art, [style]).mean().item(),
         "right in art": art["right"].mean().item(),
         "lost accuracy": interval(right["alone"], right["both"]),
@@ -89,10 +107,12 @@ def measured_style(style: str, tau: Vector, found: dict[str, dict]) -> dict:
 
 
 def overlap(a: Tau, b: Tau) -> tuple[float, float, float]:
-    """(how much of a's delta lies in the column spaces of b's, the same by chance, ratio of norms |a| / |b|).
+    """(how much of a's delta lies in the column spaces of b's, the same by chance, ratio of norms
+    |a| / |b|).
 
-    The columns of U span what a delta can write. The first is sum_ij s_i^2 (u_i . u'_j)^2 / sum_i s_i^2 over U' of b,
-    all modules together: 0 if a writes where b does not, 1 if wholly within. A random U would give r' / out.
+    The columns of U span what a delta can write. The first is sum_ij s_i^2 (u_i . u'_j)^2 / sum_i
+    s_i^2 over U' of b, all modules together: 0 if a writes where b does not, 1 if wholly within. A
+    random U would give r' / out.
     """
     inside = chance = whole = other = 0.0
     for path in a.keys() & b.keys():
@@ -109,53 +129,80 @@ def blocks(tau: Tau) -> dict[str, float]:
     """Share of the squared norm on the way down, in the middle and on the way up."""
     squares = {block: norm**2 for block, norm in delta_norms(tau).items()}
     whole, starts = sum(squares.values()), {"down": "input", "middle": "middle", "up": "output"}
-    return {part: sum(v for k, v in squares.items() if k.startswith(x)) / whole for part, x in starts.items()}
+    return {
+        part: sum(v for k, v in squares.items() if k.startswith(x)) / whole
+        for part, x in starts.items()
+    }
 
 
 # ---- the rule, and what goes with failing
 
 
 def what_became(row: dict) -> dict:
-    """Of a style in the sum: did it fail, does its interval say so too, and would it with lambda1 = 1?"""
+    """Of a style in the sum: did it fail, does its interval say so too, and would it with lambda1 =
+    1?
+    """
     if min(row["right"]["alone"][0], row["style"]["alone"][0]) < FLOOR:
         return {"outcome": "not measurable", "surely": False, "failed, equal": False}
     lost = row["lost accuracy"], row["lost style"]
     outcome = "failed" if max(x for x, _, _ in lost) > ALLOWED else "works"
     surely = max(low for _, low, _ in lost) > ALLOWED
-    return {"outcome": outcome, "surely": surely, "failed, equal": max(row["lost, equal"]) > ALLOWED}
+    return {
+        "outcome": outcome,
+        "surely": surely,
+        "failed, equal": max(row["lost, equal"]) > ALLOWED,
+    }
 
 
 def failures(rows: list[dict]) -> dict:
     """How many styles failed, of those with something to lose, and what goes with their losses."""
     lost = [row for row in rows if row["outcome"] != "not measurable"]
     failed = sum(row["outcome"] == "failed" for row in lost)
-    numbers = {"failed": failed, "measurable": len(lost), "failure rate": wilson(failed, max(1, len(lost)))}
-    numbers |= {"surely failed": sum(r["surely"] for r in lost), "failed, equal": sum(r["failed, equal"] for r in lost)}
-    causes = {"overlap": [r["overlap"] - r["overlap by chance"] for r in lost], "norm": [r["norm"] for r in lost]}
-    causes |= {f"share {part}": [r["blocks"][part] for r in lost] for part in ("down", "middle", "up")}
+    numbers = {
+        "failed": failed,
+        "measurable": len(lost),
+        "failure rate": wilson(failed, max(1, len(lost))),
+    }
+    numbers |= {
+        "surely failed": sum(r["surely"] for r in lost),
+        "failed, equal": sum(r["failed, equal"] for r in lost),
+    }
+    causes = {
+        "overlap": [r["overlap"] - r["overlap by chance"] for r in lost],
+        "norm": [r["norm"] for r in lost],
+    }
+    causes |= {
+        f"share {part}": [r["blocks"][part] for r in lost] for part in ("down", "middle", "up")
+    }
     losses = {loss: [r[loss][0] for r in lost] for loss in ("lost accuracy", "lost style")}
     numbers["causes"] = {
-        cause: {loss: rank_correlation(x, y) for loss, y in losses.items()} for cause, x in causes.items()
+        cause: {loss: rank_correlation(x, y) for loss, y in losses.items()}
+        for cause, x in causes.items()
     }
     return numbers | {"by chance": correlation_by_chance(len(lost))}
 
 
 def correlation_by_chance(n: int) -> float:
-    """The size that one in a hundred rank correlations of `n` unrelated pairs surpasses, from 2,000 shuffles."""
+    """The size that one in a hundred rank correlations of `n` unrelated pairs surpasses, from 2,000
+    shuffles.
+    """
     rng, order = random.Random(0), list(range(n))
     return sorted(abs(rank_correlation(order, rng.sample(order, n))) for _ in range(2000))[1980]
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's, equal values sharing their mean rank; 0 if all of one are equal."""
-    ranks = [[mean(j for j, other in enumerate(sorted(v)) if other == value) for value in v] for v in (x, y)]
+    ranks = [
+        [mean(j for j, other in enumerate(sorted(v)) if other == value) for value in v]
+        for v in (x, y)
+    ]
     return correlation(*ranks) if all(len(set(v)) > 1 for v in ranks) else 0.0
 
 
 def verdict(n: dict) -> str:
-    """A style fails if accuracy or style is more than 0.1 below the style LoRA alone at 25 guided steps; styles whose
-    LoRA alone is below 0.5 in either have nothing to lose and are not counted. Held if none fails; in part if less
-    than half.
+    """A style fails if accuracy or style is more than 0.1 below the style LoRA alone at 25 guided
+    steps; styles whose LoRA alone is below 0.5 in either have nothing to lose and are not counted.
+    Held if none fails; in part if less than half.
     """
     if n["failed"] == 0 < n["measurable"]:
         return "held"
@@ -170,7 +217,14 @@ def figure(n: dict) -> Figure:
     for y, (style, r) in enumerate(ordered):
         mid, low, high = r["lost style"]
         fill = "none" if r["outcome"] == "not measurable" else "full"
-        a.errorbar(mid, y, xerr=[[mid - low], [high - mid]], fmt="o", color=colors[r["kind"]], fillstyle=fill)
+        a.errorbar(
+            mid,
+            y,
+            xerr=[[mid - low], [high - mid]],
+            fmt="o",
+            color=colors[r["kind"]],
+            fillstyle=fill,
+        )
         a.plot(r["lost accuracy"][0], y, "x", color="0.5", markersize=4)
     for kind, color in colors.items():
         a.plot([], [], "o", color=color, label=f"style lost: {kind}")
@@ -188,11 +242,20 @@ def figure(n: dict) -> Figure:
 def heat_map(ax, grid: dict, what: str, title: str) -> None:
     """Means of all styles over lambda1 and lambda2."""
     lambdas = sorted({float(cell.split()[0]) for cell in grid})
-    cells = [[mean(grid[f"{lambda1:g} {lambda2:g}"][what]) for lambda2 in lambdas] for lambda1 in lambdas]
+    cells = [
+        [mean(grid[f"{lambda1:g} {lambda2:g}"][what]) for lambda2 in lambdas] for lambda1 in lambdas
+    ]
     ax.imshow(cells, vmin=0, vmax=1, cmap="viridis", origin="lower")
     for i, row in enumerate(cells):
         for j, cell in enumerate(row):
-            ax.text(j, i, f"{cell:.2f}", ha="center", va="center", color="white" if cell < 0.6 else "black")
+            ax.text(
+                j,
+                i,
+                f"{cell:.2f}",
+                ha="center",
+                va="center",
+                color="white" if cell < 0.6 else "black",
+            )
     for set_ticks in (ax.set_xticks, ax.set_yticks):
         set_ticks(range(len(lambdas)), [f"{v:g}" for v in lambdas])
     ax.set(xlabel="lambda2, LCM-LoRA", ylabel="lambda1, style")

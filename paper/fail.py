@@ -1,7 +1,8 @@
 """8 fail: can its failures be recognised?
 
-Each failure that people meet is provoked, beside good cases that should not be flagged, with the numbers that may show
-it without a judge: sharpness, the error to the teacher's end, the norm of the delta.
+Each failure that people meet is provoked, beside good cases that should not be flagged, with the
+numbers that may show it without a judge: sharpness, the error to the teacher's end, the norm of the
+delta.
 """
 
 from copy import deepcopy
@@ -16,20 +17,34 @@ from minilcm.objective import Objective, loss_of, make_networks
 from minilcm.run.plan import LiveBytes, size_of
 
 from .charts import BLUE, GREY, RED, panels
-from .pictures import FOUR, Base, Vectors, conds_of, errors_along, pictures, save_sheet, teacher_path
+from .pictures import (
+    FOUR,
+    Base,
+    Vectors,
+    conds_of,
+    errors_along,
+    pictures,
+    save_sheet,
+    teacher_path,
+)
 from .setup import HALF, Budget, Prompt, Vector, prompts_of, shipped, shipped_lora
 from .training import short, style_vectors, train, tuning
 
 
 def cases_of(budget: Budget) -> dict[str, tuple[Vectors, Base | None, bool]]:
-    """{label: (vectors, base, is it a good one?)}; the first of each base is what the others are held against."""
+    """{label: (vectors, base, is it a good one?)}; the first of each base is what the others are
+    held against.
+    """
     tau_lcm, style = shipped_lora(), style_vectors(budget)[budget.styles[-1]]
     far = train(tuning(budget)).end
     there = train(short(budget)._replace(data="styles"), far).end
     nothing = train(short(budget)._replace(steps=2, lr=0.0, marks=())).end
     # the norms of the shipped vector, and what it reads, but written into the wrong channels
     order = torch.Generator().manual_seed(0)
-    rows = {path: (up[torch.randperm(len(up), generator=order)], *rest) for path, (up, *rest) in tau_lcm.tau.items()}
+    rows = {
+        path: (up[torch.randperm(len(up), generator=order)], *rest)
+        for path, (up, *rest) in tau_lcm.tau.items()
+    }
     shuffled = Vector(["rows shuffled", tau_lcm.key], rows)
     return {
         "as it should be": ([(tau_lcm, 1.0)], None, True),
@@ -67,11 +82,15 @@ def measure(budget: Budget) -> dict:
             "against good": interval(x["right"], best["right"]),
             "norm": sum(norm**2 for norm in delta_norms(tau).values()) ** 0.5,
         }
-        row["flagged"] = not 0.85 < row["sharpness"][0] < 1.15 or row["error"] > 1.25 or row["norm"] == 0
+        row["flagged"] = (
+            not 0.85 < row["sharpness"][0] < 1.15 or row["error"] > 1.25 or row["norm"] == 0
+        )
         numbers["cases"][label] = row
         sheet[label] = x["z0"][:6, 0]
     save_sheet("fail", sheet, [p.name for p in prompts], budget)
-    numbers["memory"] = {label: step_memory(label == "base unfrozen") for label in ("base frozen", "base unfrozen")}
+    numbers["memory"] = {
+        label: step_memory(label == "base unfrozen") for label in ("base frozen", "base unfrozen")
+    }
     cases = numbers["cases"]
     numbers["bad"] = [k for k, row in cases.items() if row["against good"][2] < 0]
     numbers["missed"] = [k for k in numbers["bad"] if not cases[k]["flagged"]]
@@ -80,7 +99,9 @@ def measure(budget: Budget) -> dict:
 
 
 def step_memory(unfrozen: bool) -> float:
-    """GB of a training step's tensors on the emoji model: activations, gradients and Adam's moments."""
+    """GB of a training step's tensors on the emoji model: activations, gradients and Adam's
+    moments.
+    """
     objective, unet = Objective("lcm", 32), deepcopy(shipped().unet)
     nets = make_networks(objective, unet, HALF)
     if unfrozen:
@@ -93,19 +114,27 @@ def step_memory(unfrozen: bool) -> float:
 
 
 def verdict(n: dict) -> str:
-    """A case is flagged, without a judge, if sharpness is off by 15 % or the error to the teacher's end by 25 %, both
-    against the good case of the same base, or if the norm of the delta is 0. Held if every case that is surely
-    worse is flagged, and no good one; in part if every bad one.
+    """A case is flagged, without a judge, if sharpness is off by 15 % or the error to the teacher's
+    end by 25 %, both against the good case of the same base, or if the norm of the delta is 0. Held
+    if every case that is surely worse is flagged, and no good one; in part if every bad one.
     """
     bad = [c for c in n["cases"].values() if c["against good"][2] < 0]
-    missed, alarms = any(not c["flagged"] for c in bad), any(c["flagged"] for c in n["cases"].values() if c["control"])
+    missed, alarms = (
+        any(not c["flagged"] for c in bad),
+        any(c["flagged"] for c in n["cases"].values() if c["control"]),
+    )
     return "did not hold" if missed or not bad else "held in part" if alarms else "held"
 
 
 def figure(n: dict) -> Figure:
-    fig, axes = panels(4, "Every failure beside the number that shows it; dotted: as it should be", width=3.6)
+    fig, axes = panels(
+        4, "Every failure beside the number that shows it; dotted: as it should be", width=3.6
+    )
     cases, y = n["cases"], list(range(len(n["cases"])))[::-1]
-    colors = [GREY if row["control"] else RED if label in n["bad"] else BLUE for label, row in cases.items()]
+    colors = [
+        GREY if row["control"] else RED if label in n["bad"] else BLUE
+        for label, row in cases.items()
+    ]
     titles = {
         "right": "prompt accuracy",
         "sharpness": "sharpness,\nof the good ones'",

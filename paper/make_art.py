@@ -1,11 +1,11 @@
 """Make art/: four more emoji sets, openly licensed, as styles that the base model has never seen.
 
-    npm install @iconify-json/noto-v1 @iconify-json/fluent-emoji @iconify-json/fluent-emoji-high-contrast
-    npm install @iconify-json/emojione-monotone
-    pip install resvg-py
-    python -m paper.make_art node_modules
+    npm install @iconify-json/noto-v1 @iconify-json/fluent-emoji
+    @iconify-json/fluent-emoji-high-contrast npm install @iconify-json/emojione-monotone pip install
+    resvg-py python -m paper.make_art node_modules
 
-Only the first 64 of the shipped model's names, 96x96. The result is committed, so nobody needs npm to run the paper.
+Only the first 64 of the shipped model's names, 96x96. The result is committed, so nobody needs npm
+to run the paper.
 """
 
 import json
@@ -32,7 +32,9 @@ def main(node_modules: Path) -> None:
     (HERE / "art").mkdir(exist_ok=True)
     for style, package in SETS.items():
         icons = json.loads((node_modules / "@iconify-json" / package / "icons.json").read_text())
-        found = [n for n in names if n.replace(" ", "-") in icons["icons"] | icons.get("aliases", {})]
+        found = [
+            n for n in names if n.replace(" ", "-") in icons["icons"] | icons.get("aliases", {})
+        ]
         with tarfile.open(HERE / "art" / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for name in found:
                 stem = name.replace(" ", "-")

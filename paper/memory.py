@@ -1,7 +1,7 @@
 """1 memory: what does LoRA save against full LCM distillation?
 
-Claim (section 3.1 and Table 1): distilling only LoRA matrices takes so much less memory that SDXL and SSD-1B can be
-distilled with limited means; 67.5 M, 105 M and 197 M parameters are trained.
+Claim (section 3.1 and Table 1): distilling only LoRA matrices takes so much less memory that SDXL
+and SSD-1B can be distilled with limited means; 67.5 M, 105 M and 197 M parameters are trained.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -49,14 +49,28 @@ def measure(budget: Budget) -> dict:
         planned[family]["times"] = full["total"] / lora["total"]
     share = measured["LCM-LoRA"] / measured["full LCM"]
     with torch.device("meta"):  # parameters of each part, from shapes alone
-        made = {f: (UNet(c.unet), TextEncoder(c.text), VAE(c.vae)) for f, (c, *_) in FAMILIES.items()}
-    counts = {f: [sum(x.numel() for x in part.parameters()) for part in parts] for f, parts in made.items()}
-    parameters = {family: dict(zip(("UNet", "text", "VAE"), count)) for family, count in counts.items()}
-    return {"measured": measured, "measured share": share, "planned": planned, "parameters": parameters}
+        made = {
+            f: (UNet(c.unet), TextEncoder(c.text), VAE(c.vae)) for f, (c, *_) in FAMILIES.items()
+        }
+    counts = {
+        f: [sum(x.numel() for x in part.parameters()) for part in parts]
+        for f, parts in made.items()
+    }
+    parameters = {
+        family: dict(zip(("UNet", "text", "VAE"), count)) for family, count in counts.items()
+    }
+    return {
+        "measured": measured,
+        "measured share": share,
+        "planned": planned,
+        "parameters": parameters,
+    }
 
 
 def peak_of(flags: list[str]) -> float:
-    """GB that train.py holds at its peak, encoding and sheets included, above the imports; in a process of its own."""
+    """GB that train.py holds at its peak, encoding and sheets included, above the imports; in a
+    process of its own.
+    """
     import train as script
 
     before = peak_bytes("cpu")
@@ -65,7 +79,9 @@ def peak_of(flags: list[str]) -> float:
 
 
 def planned_step(config: Config, side: int, rank: int | None) -> dict:
-    """GB of a training step at batch 1 with gradient checkpointing, by part; and how many parameters it trains."""
+    """GB of a training step at batch 1 with gradient checkpointing, by part; and how many
+    parameters it trains.
+    """
     w_range = (2.0, 14.0) if rank is None else (7.5, 7.5)
     objective = Objective("lcm", rank, w_range=w_range, checkpointing=True)
     parts, count = step_bytes(objective, config, Step(1, side, "cuda", torch.bfloat16))
@@ -74,8 +90,8 @@ def planned_step(config: Config, side: int, rank: int | None) -> dict:
 
 
 def verdict(n: dict) -> str:
-    """Held if, on every full-size base, an LCM-LoRA takes half of full distillation's memory or less, and trains the
-    report's number of parameters to 1 %.
+    """Held if, on every full-size base, an LCM-LoRA takes half of full distillation's memory or
+    less, and trains the report's number of parameters to 1 %.
     """
     held = all(p["share"] <= 0.5 and abs(p["off"]) <= 0.01 for p in n["planned"].values())
     return "held" if held else "did not hold"
@@ -84,7 +100,9 @@ def verdict(n: dict) -> str:
 def figure(n: dict) -> Figure:
     title = "Memory of one distillation step, batch 1: LCM-LoRA of rank 64 against full LCM"
     fig, (a,) = panels(1, title, width=9)
-    a.set_title("a frozen UNet in bfloat16, all that is trained or averaged in float32", fontsize=10)
+    a.set_title(
+        "a frozen UNet in bfloat16, all that is trained or averaged in float32", fontsize=10
+    )
     steps = {}  # label of the bar: its step
     for family, row in n["planned"].items():
         for way in ("LCM-LoRA", "full LCM"):

@@ -56,7 +56,9 @@ class Base(NamedTuple):
 
 @contextmanager
 def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iterator[None]:
-    """Inside the block the UNet has other weights, and sum_i lambda_i tau_i in them; after it, its own, bit for bit."""
+    """Inside the block the UNet has other weights, and sum_i lambda_i tau_i in them; after it, its
+    own, bit for bit.
+    """
     before = {name: x.detach().clone() for name, x in unet.named_parameters()}
     try:
         if base is not None:
@@ -69,7 +71,9 @@ def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iter
 
 
 def network_of(unet: UNet, w_emb: float | None = None) -> Network:
-    """(z_t, t, cond, w) -> eps_hat by the weights that the UNet has when it is called. w_emb: told to a full LCM."""
+    """(z_t, t, cond, w) -> eps_hat by the weights that the UNet has when it is called. w_emb: told
+    to a full LCM.
+    """
     told = () if w_emb is None else (guidance_embedding(torch.tensor([w_emb]), W_DIM),)
     return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond, *told)
 
@@ -84,13 +88,19 @@ def conds_of(prompts: list[Prompt]) -> tuple[Cond, Cond]:
     return text.encode([p.text for p in prompts]), text.null_cond(len(prompts))
 
 
-def made_by(prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors, base: Base | None) -> list:
+def made_by(
+    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors, base: Base | None
+) -> list:
     """All that pictures depend on, besides what `cached` adds."""
     return [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base.key]
 
 
 def drawn(
-    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base: Base | None = None
+    prompts: list[Prompt],
+    seeds: Sequence[int],
+    draw: Draw,
+    vectors: Vectors = (),
+    base: Base | None = None,
 ) -> Tensor:
     """z0 (prompts, seeds, 4, h, w), drawn 64 at a time."""
 
@@ -104,14 +114,20 @@ def drawn(
                 eps_fn = guided(network, *conds_of(prompts[i : i + 64]), draw.w)
                 numbers = [seeds_of(prompts, seed)[i : i + 64] for seed in seeds]
                 how = shape, draw.sampler, draw.steps
-                z0.append(torch.stack([generate(eps_fn, n, *how, schedule=SCHEDULE) for n in numbers], dim=1))
+                z0.append(
+                    torch.stack(
+                        [generate(eps_fn, n, *how, schedule=SCHEDULE) for n in numbers], dim=1
+                    )
+                )
         return {"z0": torch.cat(z0)}
 
     return cached("drawn", made_by(prompts, seeds, draw, vectors, base), make)["z0"]
 
 
 def teacher_path(prompts: list[Prompt], seed: int, base: Base | None = None) -> Tensor:
-    """The trajectory of the teacher's ODE, 50 guided steps of the base without a LoRA: (51, prompts, 4, h, w)."""
+    """The trajectory of the teacher's ODE, 50 guided steps of the base without a LoRA: (51,
+    prompts, 4, h, w).
+    """
     model = shipped()
     z_T, _ = noise(seeds_of(prompts, seed), model.shape)
     with changed(model.unet, base):
@@ -121,10 +137,14 @@ def teacher_path(prompts: list[Prompt], seed: int, base: Base | None = None) -> 
 def errors_along(
     path: Tensor, prompts: list[Prompt], vectors: Vectors, base: Base | None = None
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """{grid index: RMS of f to its neighbour's}, {grid index: RMS of f to the end of `teacher_path`}."""
+    """{grid index: RMS of f to its neighbour's}, {grid index: RMS of f to the end of
+    `teacher_path`}.
+    """
     unet = shipped().unet
     with changed(unet, base, vectors):
-        return consistency_along_trajectory(network_of(unet), path, conds_of(prompts)[0], SCHEDULE, W)
+        return consistency_along_trajectory(
+            network_of(unet), path, conds_of(prompts)[0], SCHEDULE, W
+        )
 
 
 def rms(x: Tensor, y: Tensor) -> Tensor:
@@ -144,15 +164,26 @@ def decode(z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(z0: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Of latents (b, 4, h, w): does each show its name, its sharpness (b,), the judge's features, logits of styles."""
+    """Of latents (b, 4, h, w): does each show its name, its sharpness (b,), the judge's features,
+    logits of styles.
+    """
     judge, pixels = shipped().judge, decode(z0)
     features = torch.cat([judge.features(part) for part in pixels.split(64)])
     right = accuracy(judge, pixels, names)[0].float()
-    return {"right": right, "sharpness": sharpness(pixels), "features": features, "styles": judge.style(features)}
+    return {
+        "right": right,
+        "sharpness": sharpness(pixels),
+        "features": features,
+        "styles": judge.style(features),
+    }
 
 
 def pictures(
-    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base: Base | None = None
+    prompts: list[Prompt],
+    seeds: Sequence[int],
+    draw: Draw,
+    vectors: Vectors = (),
+    base: Base | None = None,
 ) -> dict[str, Tensor]:
     """What `measure` finds in `drawn` pictures, and their z0, each of shape (prompts, seeds, ...)."""
     z0 = drawn(prompts, seeds, draw, vectors, base)
@@ -165,7 +196,9 @@ def pictures(
 
 
 def held_out_art(style: str | None, looks: int) -> dict[str, Tensor]:
-    """What `measure` finds in held-out drawings themselves, (b, ...): of a style, or None of the base's four."""
+    """What `measure` finds in held-out drawings themselves, (b, ...): of a style, or None of the
+    base's four.
+    """
 
     def make() -> dict[str, Tensor]:
         names, rng = shipped().names, random.Random(2)
@@ -178,15 +211,17 @@ def held_out_art(style: str | None, looks: int) -> dict[str, Tensor]:
 
 
 def in_style(found: dict[str, Tensor], styles: Collection[str]) -> Tensor:
-    """Does each measured picture look more like one of `styles` than like one of the base's four? (...) of 0 and 1."""
+    """Does each measured picture look more like one of `styles` than like one of the base's four?
+    (...) of 0 and 1.
+    """
     logits = found["styles"]  # (..., s)
     looks = picked(logits.flatten(0, -2), shipped().judge.styles, [*styles, *STYLES])
     return torch.tensor([float(look in styles) for look in looks]).reshape(logits.shape[:-1])
 
 
 def save_sheet(claim: str, rows: dict[str, Tensor], names: list[str], budget: Budget) -> None:
-    """A labelled row of pictures, at least 96 pixels wide, for each of some latents (columns, 4, h, w); the other
-    columns have `names`. In 256 colours, which is a third of the bytes.
+    """A labelled row of pictures, at least 96 pixels wide, for each of some latents (columns, 4, h,
+    w); the other columns have `names`. In 256 colours, which is a third of the bytes.
     """
     images, labels = [], []
     for label, z0 in rows.items():
@@ -194,6 +229,9 @@ def save_sheet(claim: str, rows: dict[str, Tensor], names: list[str], budget: Bu
         side = max(96, pixels.shape[-1])
         images += to_images(F.interpolate(pixels, (side, side), mode="bicubic"))
         labels += [label, *names[1 : len(z0)]]
-    path = place("figures", budget.quick) / f"{claim}-pictures{f'-seed{budget.seed}' if budget.seed else ''}.png"
+    path = (
+        place("figures", budget.quick)
+        / f"{claim}-pictures{f'-seed{budget.seed}' if budget.seed else ''}.png"
+    )
     sheet = contact_sheet(images, labels, min(len(z0) for z0 in rows.values()))
     save_png(path, sheet.quantize(256), f"python -m paper {claim}")

@@ -1,7 +1,7 @@
 """5 rank: is a low rank enough?
 
-Claim (sections 2 and 3.1): the update of a fine-tune has a low rank. The released files have rank 64; the report
-compares none.
+Claim (sections 2 and 3.1): the update of a fine-tune has a low rank. The released files have rank
+64; the report compares none.
 """
 
 import time
@@ -24,7 +24,9 @@ from .pictures import FOUR, TEACHER, Draw, conds_of, pictures, rms
 from .setup import CACHE, HALF, Budget, Prompt, Vector, pairs, prompts_of, shipped
 from .training import short, train
 
-CONVOLUTIONS = tuple(t for t in TARGETS if t in ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv"))
+CONVOLUTIONS = tuple(
+    t for t in TARGETS if t in ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv")
+)
 MIDDLE = 32  # the short recipe's rank
 
 
@@ -35,12 +37,17 @@ def measure(budget: Budget) -> dict:
     largest = trained[ranks[-1]]
     teacher = pictures(prompts, budget.seeds, TEACHER)
     top = pictures(prompts, budget.seeds, FOUR, [(largest, 1.0)])
-    numbers, config = {"prompts": len(prompts), "trained": {}, "truncated": {}, "layers": {}}, shipped().config
+    numbers, config = (
+        {"prompts": len(prompts), "trained": {}, "truncated": {}, "layers": {}},
+        shipped().config,
+    )
 
     def quality(vector: Vector) -> dict:
         path = CACHE / "lora-for-its-size.safetensors"
         write_tau(path, vector.tau, {})
-        one, two, four = (pictures(prompts, budget.seeds, Draw("lcm", n), [(vector, 1.0)]) for n in (1, 2, 4))
+        one, two, four = (
+            pictures(prompts, budget.seeds, Draw("lcm", n), [(vector, 1.0)]) for n in (1, 2, 4)
+        )
         return {
             "two": interval(two["right"], groups=groups),
             "four": interval(four["right"], groups=groups),
@@ -54,9 +61,13 @@ def measure(budget: Budget) -> dict:
         row = {"memory": step["total"], "trained": step["trained"], "time": seconds}
         numbers["trained"][str(r)] = quality(vector) | row
         small, residual = truncated(largest.tau, r)
-        numbers["truncated"][str(r)] = quality(Vector([largest.key, "to rank", r], small)) | {"residual": residual}
+        numbers["truncated"][str(r)] = quality(Vector([largest.key, "to rank", r], small)) | {
+            "residual": residual
+        }
     for label, targets in (("attention only", ATTENTION), ("convolutions only", CONVOLUTIONS)):
-        numbers["layers"][label] = quality(train(short(budget)._replace(rank=MIDDLE, targets=targets)).end)
+        numbers["layers"][label] = quality(
+            train(short(budget)._replace(rank=MIDDLE, targets=targets)).end
+        )
     numbers["layers"]["all"] = numbers["trained"][str(MIDDLE)]
     numbers["teacher"] = interval(teacher["right"], groups=groups)
     return numbers
@@ -71,7 +82,9 @@ def truncated(tau: Tau, r: int) -> tuple[Tau, float]:
 
 
 def step_times(ranks: tuple[int, ...], rounds: int = 3) -> list[float]:
-    """Seconds of a step at each rank, batch 12, as a share of the highest's; medians, the ranks taking turns."""
+    """Seconds of a step at each rank, batch 12, as a share of the highest's; medians, the ranks
+    taking turns.
+    """
     batch = torch.zeros(12, *shipped().shape), *conds_of([Prompt("a cat face", "cat face")] * 12)
     objectives = [Objective("lcm", r) for r in ranks]
     nets = [make_networks(o, deepcopy(shipped().unet), HALF) for o in objectives]
@@ -86,8 +99,8 @@ def step_times(ranks: tuple[int, ...], rounds: int = 3) -> list[float]:
 
 
 def verdict(n: dict) -> str:
-    """The report adapts with rank 64 and says that a low rank is enough. Held if some rank of 16 or less is not surely
-    worse than the highest by 0.03 in prompt accuracy at 4 steps.
+    """The report adapts with rank 64 and says that a low rank is enough. Held if some rank of 16 or
+    less is not surely worse than the highest by 0.03 in prompt accuracy at 4 steps.
     """
     low = [row for r, row in n["trained"].items() if int(r) <= 16]
     return "held" if any(row["against the highest"][2] >= -0.03 for row in low) else "did not hold"

@@ -1,7 +1,7 @@
 """7 recipe: which choices matter?
 
-Claim (section 2 and the official scripts): LCM needs no averaged target and no w as an input when it is distilled as a
-LoRA.
+Claim (section 2 and the official scripts): LCM needs no averaged target and no w as an input when
+it is distilled as a LoRA.
 """
 
 from matplotlib.figure import Figure
@@ -14,11 +14,20 @@ from .setup import Budget, W, pairs, prompts_of
 from .training import Recipe, short, train
 
 FULL = "full LCM, w in 1 to 6 as input"
-QUICK = ("baseline", "L2 in place of Huber", "without c_skip", "EMA target, 0.95", "w = 0, guided while sampling", FULL)
+QUICK = (
+    "baseline",
+    "L2 in place of Huber",
+    "without c_skip",
+    "EMA target, 0.95",
+    "w = 0, guided while sampling",
+    FULL,
+)
 
 
 def choices(start: Recipe) -> dict[str, tuple[Recipe, float, bool]]:
-    """{label: (recipe, guidance w while sampling, does it take a simplification of LCM-LoRA back?)}."""
+    """{label: (recipe, guidance w while sampling, does it take a simplification of LCM-LoRA
+    back?)}.
+    """
     full = start._replace(rank=None, w=(1.0, 6.0), lr=1e-4, marks=())
     return {
         "baseline": (start, 0.0, False),
@@ -52,11 +61,16 @@ def measure(budget: Budget) -> dict:
         found = [pictures(prompts, budget.seeds, draw, vectors, base) for draw in draws]
         four = found[-1]
         baseline = baseline or four
-        row = {word: interval(x["right"], groups=groups) for word, x in zip(("one", "two", "four"), found)}
+        row = {
+            word: interval(x["right"], groups=groups)
+            for word, x in zip(("one", "two", "four"), found)
+        }
         numbers["rows"][label] = row | {
             "evaluations": draws[-1].evaluations,
             "distance": interval(rms(found[0]["z0"], teacher["z0"]), groups=groups),
-            "sharpness": interval(four["sharpness"], teacher["sharpness"], ratio=True, groups=groups),
+            "sharpness": interval(
+                four["sharpness"], teacher["sharpness"], ratio=True, groups=groups
+            ),
             "against baseline": interval(four["right"], baseline["right"], groups=groups),
             "takes back": takes_back,
         }
@@ -66,8 +80,8 @@ def measure(budget: Budget) -> dict:
 
 
 def verdict(n: dict) -> str:
-    """LCM-LoRA simplifies LCM: a fixed w that the network is not told, and no averaged target. Held if no row that
-    takes a simplification back is surely better than the baseline at 4 steps.
+    """LCM-LoRA simplifies LCM: a fixed w that the network is not told, and no averaged target. Held
+    if no row that takes a simplification back is surely better than the baseline at 4 steps.
     """
     back = [row for label, row in n["rows"].items() if row["takes back"]]
     return "did not hold" if any(row["against baseline"][1] > 0 for row in back) else "held"

@@ -1,8 +1,9 @@
 """Figures and README.md out of results/*.json: no result in the report is typed.
 
-report.md is the text, with {{steps/numbers/rows/LCM-LoRA 4/right|i}} where a number of steps.json belongs, and
-{{table steps/numbers/rows: key; evaluations; right|i}} for a row of each of its entries. Formats: Python's, or i
-(value and interval), p (%), h (hours), v (a list in words). A field that is not there stops the command.
+report.md is the text, with {{steps/numbers/rows/LCM-LoRA 4/right|i}} where a number of steps.json
+belongs, and {{table steps/numbers/rows: key; evaluations; right|i}} for a row of each of its
+entries. Formats: Python's, or i (value and interval), p (%), h (hours), v (a list in words). A
+field that is not there stops the command.
 """
 
 import json
@@ -14,7 +15,9 @@ from .setup import HERE, place
 
 
 def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
-    """README.md and a figure a claim; of a quick run into its folder. Raises ValueError if a result is missing."""
+    """README.md and a figure a claim; of a quick run into its folder. Raises ValueError if a result
+    is missing.
+    """
     results, figures = read_results(place("results", quick)), place("figures", quick)
     for name, claim in claims.items():
         if name not in results:
@@ -27,7 +30,9 @@ def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
 
 
 def read_results(folder: Path) -> dict:
-    """{claim, or claim-seed1: its JSON}, the hours of all, and whether the verdicts stand with another seed."""
+    """{claim, or claim-seed1: its JSON}, the hours of all, and whether the verdicts stand with
+    another seed.
+    """
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     results["hours"] = sum(r["seconds"] for r in results.values()) / 3600
     for name in [stem.removesuffix("-seed1") for stem in results if stem.endswith("-seed1")]:
@@ -49,14 +54,18 @@ def fill(text: str, results: dict) -> str:
         return "\n".join(lines)
 
     text = re.sub(r"\{\{table ([^:}]+): ([^}]+)\}\}", table, text)
-    return re.sub(r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(results, m[1]), m[2] or ""), text)
+    return re.sub(
+        r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(results, m[1]), m[2] or ""), text
+    )
 
 
 def field(results: dict, path: str):
     value = results
     for key in path.strip().split("/"):
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"report.md: {path.strip()}: no {key!r} in the results; run the section again")
+            raise ValueError(
+                f"report.md: {path.strip()}: no {key!r} in the results; run the section again"
+            )
         value = value[key]
     return value
 

@@ -1,6 +1,8 @@
-"""What all questions share: how much of everything, the shipped model and its judge, prompts, and what is kept.
+"""What all questions share: how much of everything, the shipped model and its judge, prompts, and
+what is kept.
 
-Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a stopped run goes on.
+Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a
+stopped run goes on.
 """
 
 import functools
@@ -38,7 +40,9 @@ SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 W = 3.0  # the paper's w: the guidance distilled into the shipped LCM-LoRA, and the model's own
 NAMES = 64  # the first of the model's: of the prompts, and of all that is trained here
 
-spent: dict[Path, float] = {}  # seconds that each kept part took that this section used, whenever it was made
+spent: dict[
+    Path, float
+] = {}  # seconds that each kept part took that this section used, whenever it was made
 spent_now: list[float] = []  # of those made by this section
 
 
@@ -65,7 +69,9 @@ def budget_of(quick: bool, seed: int) -> Budget:
     if quick:
         return Budget(True, (2 * seed,), seed, 8, 6, 4, 6, 8, 1, ("sepia", "outline"), (0.0, 1.0))
     grid = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    return Budget(False, (2 * seed, 2 * seed + 1), seed, None, 100, 300, 300, 800, 4, tuple(KINDS), grid)
+    return Budget(
+        False, (2 * seed, 2 * seed + 1), seed, None, 100, 300, 300, 800, 4, tuple(KINDS), grid
+    )
 
 
 def place(kind: str, quick: bool) -> Path:
@@ -148,8 +154,8 @@ def said(art: list[Art], rng: random.Random, held_out=False, colors=tuple(COLORS
 
 @functools.cache
 def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
-    """all: each (name, style) pair with a colour, held-out ones four times. bare: the names. Any other: `said` prompts
-    in a style of paper/styles.py. `most`: only so many, spread evenly.
+    """all: each (name, style) pair with a colour, held-out ones four times. bare: the names. Any
+    other: `said` prompts in a style of paper/styles.py. `most`: only so many, spread evenly.
     """
     names, rng = shipped().names, random.Random(0)
     if kind == "all":
@@ -165,7 +171,9 @@ def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
 
 
 def pairs(prompts: list[Prompt]) -> Tensor:
-    """Which (name, style) each prompt asks for, as numbers (p,): one asked for four times is still one."""
+    """Which (name, style) each prompt asks for, as numbers (p,): one asked for four times is still
+    one.
+    """
     asked = [(p.name, p.style) for p in prompts]
     numbers = {pair: i for i, pair in enumerate(dict.fromkeys(asked))}
     return torch.tensor([numbers[pair] for pair in asked])

@@ -1,6 +1,7 @@
 """6 solver: is it a neural solver of the ODE?
 
-Claim (abstract): LCM-LoRA is a plug-in neural solver of the probability-flow ODE, in the place of DDIM or DPM-Solver.
+Claim (abstract): LCM-LoRA is a plug-in neural solver of the probability-flow ODE, in the place of
+DDIM or DPM-Solver.
 """
 
 from statistics import mean
@@ -23,13 +24,20 @@ from .training import short, train
 
 def measure(budget: Budget) -> dict:
     numbers = {"along": {}, "distance": {}, "gaussian": gaussian()}
-    # how far f is from the end of the teacher's trajectory, along it: a short run's, and the shipped one's
+    # how far f is from the end of the teacher's trajectory, along it: a short run's, and the
+    # shipped one's
     some = prompts_of("all", min(64, budget.few))
     path = teacher_path(some, 2 * budget.seed)
-    stages = {str(step): vector for step, vector in train(short(budget)).at.items()} | {"shipped": shipped_lora()}
+    stages = {str(step): vector for step, vector in train(short(budget)).at.items()} | {
+        "shipped": shipped_lora()
+    }
     for stage, vector in stages.items():
         near, end = errors_along(path, some, [(vector, 1.0)])
-        numbers["along"][stage] = {"neighbours": near, "to the end": end, "mean to the end": mean(end.values())}
+        numbers["along"][stage] = {
+            "neighbours": near,
+            "to the end": end,
+            "mean to the end": mean(end.values()),
+        }
     before, after = (numbers["along"][stage]["mean to the end"] for stage in ("0", "shipped"))
     numbers["error left"] = after / before
 
@@ -45,10 +53,12 @@ def measure(budget: Budget) -> dict:
 
 
 def gaussian(m: float = 0.7, s: float = 0.5) -> dict:
-    """Where the answer is known: data N(m, s^2), whose ODE ends at m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2).
+    """Where the answer is known: data N(m, s^2), whose ODE ends at m + s (z - alpha m) /
+    sqrt(alpha^2 s^2 + sigma^2).
 
-    RMS over z ~ N(0, 1) of each solver's end minus the exact one. What distillation leads to, as tests/test_convergence
-    shows, is f = one step of DDIM from each skip to the next, down to t = 0: so many skips of k, in one evaluation.
+    RMS over z ~ N(0, 1) of each solver's end minus the exact one. What distillation leads to, as
+    tests/test_convergence shows, is f = one step of DDIM from each skip to the next, down to t = 0:
+    so many skips of k, in one evaluation.
     """
     z_T = torch.randn(4096, 1, 1, 1, generator=torch.Generator().manual_seed(0))
 
@@ -72,15 +82,19 @@ def gaussian(m: float = 0.7, s: float = 0.5) -> dict:
 
     ends = {"lcm, one step": {f"k={k}": fixed_point(k) for k in (20, 100, 200)}}
     for sampler, label in SOLVERS.items():
-        ends[label] = {str(n): WAYS[sampler].sample(eps_fn, z_T, SCHEDULE, n) for n in (1, 2, 4, 8, 16, 32, 50)}
+        ends[label] = {
+            str(n): WAYS[sampler].sample(eps_fn, z_T, SCHEDULE, n) for n in (1, 2, 4, 8, 16, 32, 50)
+        }
     return {
-        label: {k: (z0 - exact).square().mean().sqrt().item() for k, z0 in row.items()} for label, row in ends.items()
+        label: {k: (z0 - exact).square().mean().sqrt().item() for k, z0 in row.items()}
+        for label, row in ends.items()
     }
 
 
 def verdict(n: dict) -> str:
-    """Held if the error to the trajectory's end falls to half or less, and one evaluation comes surely nearer to that
-    end than any solver in one or two, guided or not; in part if one of the two.
+    """Held if the error to the trajectory's end falls to half or less, and one evaluation comes
+    surely nearer to that end than any solver in one or two, guided or not; in part if one of the
+    two.
     """
     few = [r for label, r in n["distance"].items() if r["solver"] and r["evaluations"] <= 2]
     both = [n["error left"] <= 0.5, all(r["one step against it"][2] < 0 for r in few)]
@@ -92,11 +106,23 @@ def figure(n: dict) -> Figure:
     for i, (stage, row) in enumerate(n["along"].items()):
         color = BLUE if stage == "shipped" else str(0.75 - 0.2 * i)
         label = "the shipped one" if stage == "shipped" else f"short run, step {stage}"
-        end, near = ({int(index): x for index, x in row[key].items()} for key in ("to the end", "neighbours"))
+        end, near = (
+            {int(index): x for index, x in row[key].items()} for key in ("to the end", "neighbours")
+        )
         a.plot(list(end), list(end.values()), ".-", color=color, label=label)
         if stage in ("0", "shipped"):
-            a.plot(list(near), list(near.values()), ":", color=color, label=f"{label}: to its neighbour")
-    a.set(xlabel="grid index n, t = 20 n + 19", ylabel="RMS of f(z_t) to the trajectory's end", yscale="log")
+            a.plot(
+                list(near),
+                list(near.values()),
+                ":",
+                color=color,
+                label=f"{label}: to its neighbour",
+            )
+    a.set(
+        xlabel="grid index n, t = 20 n + 19",
+        ylabel="RMS of f(z_t) to the trajectory's end",
+        yscale="log",
+    )
     a.set_title("f along the teacher's trajectory; dotted: between neighbours", fontsize=10)
     for sampler, look in SAMPLERS.items():
         mine = [r for r in n["distance"].values() if r["sampler"] == sampler]

@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 from minilcm.metrics import frechet, interval
 
 from .charts import BLUE, GREY, LIGHT, ORANGE, SAMPLERS, line, panels
-from .pictures import FOUR, SOLVERS, TEACHER, Draw, Vectors, drawn, held_out_art, pictures, rms, save_sheet
+from .pictures import (
+    FOUR,
+    SOLVERS,
+    TEACHER,
+    Draw,
+    Vectors,
+    drawn,
+    held_out_art,
+    pictures,
+    rms,
+    save_sheet,
+)
 from .setup import Budget, W, pairs, prompts_of, shipped_lora
 
 CONTENT = {
@@ -25,13 +36,22 @@ CONTENT = {
 }
 CATEGORY = {name: category for category, names in CONTENT.items() for name in names.split(", ")}
 SHOWN = (
-    *("LCM-LoRA 1", "LCM-LoRA 2", "LCM-LoRA 4", "LCM sampler, no LoRA, 4", "DDIM 2", "DDIM, no guidance, 4"),
+    *(
+        "LCM-LoRA 1",
+        "LCM-LoRA 2",
+        "LCM-LoRA 4",
+        "LCM sampler, no LoRA, 4",
+        "DDIM 2",
+        "DDIM, no guidance, 4",
+    ),
     *("DPM-Solver++ 2", "DPM-Solver++, no guidance, 4"),
 )
 
 
 def samplers(counts: tuple[int, ...]) -> dict[str, tuple[Draw, Vectors]]:
-    """{label: how it draws}, in so many steps: LCM with and without the LoRA, solvers with and without guidance."""
+    """{label: how it draws}, in so many steps: LCM with and without the LoRA, solvers with and
+    without guidance.
+    """
     lora = [(shipped_lora(), 1.0)]
     rows = {f"LCM-LoRA {n}": (Draw("lcm", n), lora) for n in counts}
     rows |= {f"LCM sampler, no LoRA, {n}": (Draw("lcm", n), []) for n in counts}
@@ -44,7 +64,11 @@ def samplers(counts: tuple[int, ...]) -> dict[str, tuple[Draw, Vectors]]:
 def about(label: str, draw: Draw) -> dict:
     """What a row of `samplers` is; a solver is a rival of the LCM-LoRA at as many evaluations."""
     sampler = label.rstrip("0123456789").rstrip(" ,")
-    return {"sampler": sampler, "solver": draw.sampler in SOLVERS and draw != TEACHER, "evaluations": draw.evaluations}
+    return {
+        "sampler": sampler,
+        "solver": draw.sampler in SOLVERS and draw != TEACHER,
+        "evaluations": draw.evaluations,
+    }
 
 
 def measure(budget: Budget) -> dict:
@@ -53,9 +77,15 @@ def measure(budget: Budget) -> dict:
     rows = samplers(counts)
     teacher = pictures(prompts, budget.seeds, TEACHER)
     four = pictures(prompts, budget.seeds, FOUR, [(shipped_lora(), 1.0)])
-    held, groups, art = torch.tensor([p.held_out for p in prompts]), pairs(prompts), held_out_art(None, looks=8)
+    held, groups, art = (
+        torch.tensor([p.held_out for p in prompts]),
+        pairs(prompts),
+        held_out_art(None, looks=8),
+    )
     sharp, content = art["sharpness"].mean().item(), [CATEGORY[p.name] for p in prompts]
-    by_content = {c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)}  # which prompts
+    by_content = {
+        c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)
+    }  # which prompts
     numbers = {"prompts": len(prompts), "seeds": len(budget.seeds), "rows": {}}
     numbers["art"] = {"right": art["right"].mean().item(), "sharpness": sharp}
     for label, (draw, vectors) in {"DDIM 50": (TEACHER, []), **rows}.items():
@@ -70,7 +100,9 @@ def measure(budget: Budget) -> dict:
             "distance": interval(rms(x["z0"], teacher["z0"]), groups=groups),
             "sharpness": [v / sharp for v in interval(x["sharpness"][held], groups=groups[held])],
             "frechet": frechet(x["features"][held].flatten(0, 1), art["features"]),
-            "content": {c: interval(x["right"][i], groups=groups[i]) for c, i in by_content.items()},
+            "content": {
+                c: interval(x["right"][i], groups=groups[i]) for c, i in by_content.items()
+            },
         }
     reach = [n for n in counts if numbers["rows"][f"LCM-LoRA {n}"]["share"][0] >= 0.9]
     numbers["fewest"] = min(reach, default="none")
@@ -85,36 +117,59 @@ def measure(budget: Budget) -> dict:
 
 
 def verdict(n: dict) -> str:
-    """Held if 4 steps reach 0.95 and 2 steps 0.85 of DDIM 50 in prompt accuracy, and 4 steps are surely better than
-    every solver, guided or not, at as many evaluations or fewer; in part if 4 steps reach 0.9 and are better, but
-    not so surely.
+    """Held if 4 steps reach 0.95 and 2 steps 0.85 of DDIM 50 in prompt accuracy, and 4 steps are
+    surely better than every solver, guided or not, at as many evaluations or fewer; in part if 4
+    steps reach 0.9 and are better, but not so surely.
     """
     rows, four = n["rows"], n["rows"]["LCM-LoRA 4"]
-    solvers = [r for label, r in rows.items() if r["solver"] and r["evaluations"] <= four["evaluations"]]
+    solvers = [
+        r for label, r in rows.items() if r["solver"] and r["evaluations"] <= four["evaluations"]
+    ]
     share, two = four["share"][0], rows["LCM-LoRA 2"]["share"][0]
     if share >= 0.95 and two >= 0.85 and all(r["four against it"][1] > 0 for r in solvers):
         return "held"
-    return "held in part" if share >= 0.9 and all(r["four against it"][0] > 0 for r in solvers) else "did not hold"
+    return (
+        "held in part"
+        if share >= 0.9 and all(r["four against it"][0] > 0 for r in solvers)
+        else "did not hold"
+    )
 
 
 def figure(n: dict) -> Figure:
-    fig, (a, b, c) = panels(3, "Quality by network evaluations; a guided step of DDIM or DPM-Solver++ costs two")
+    fig, (a, b, c) = panels(
+        3, "Quality by network evaluations; a guided step of DDIM or DPM-Solver++ costs two"
+    )
     rows = n["rows"]
     for sampler, (color, mark) in SAMPLERS.items():
         mine = [r for r in rows.values() if r["sampler"] == sampler and r["steps"] < 50]
         x = [r["evaluations"] for r in mine]
         line(a, x, [r["right"] for r in mine], sampler, color, mark)
         b.plot(x, [r["frechet"] for r in mine], mark, color=color, label=sampler)
-    a.axhline(rows["DDIM 50"]["right"][0], color=ORANGE, linestyle=":", label="DDIM 50 (100 evaluations)")
-    b.axhline(rows["DDIM 50"]["frechet"], color=ORANGE, linestyle=":", label="DDIM 50 (100 evaluations)")
+    a.axhline(
+        rows["DDIM 50"]["right"][0], color=ORANGE, linestyle=":", label="DDIM 50 (100 evaluations)"
+    )
+    b.axhline(
+        rows["DDIM 50"]["frechet"], color=ORANGE, linestyle=":", label="DDIM 50 (100 evaluations)"
+    )
     a.set(xlabel="network evaluations", ylabel="prompt accuracy", title="shows what was asked for")
-    b.set(xlabel="network evaluations", ylabel="Frechet distance", title="held-out art, the judge's features")
+    b.set(
+        xlabel="network evaluations",
+        ylabel="Frechet distance",
+        title="held-out art, the judge's features",
+    )
     a.legend(fontsize=7)
     few = ("LCM-LoRA 1", "LCM-LoRA 2", "LCM-LoRA 4", "DDIM 50")
     for i, (label, color) in enumerate(zip(few, (GREY, LIGHT, BLUE, ORANGE))):
         if label in rows:
             content = rows[label]["content"]
-            line(c, [j + 0.2 * i - 0.3 for j in range(len(content))], list(content.values()), label, color, "o")
+            line(
+                c,
+                [j + 0.2 * i - 0.3 for j in range(len(content))],
+                list(content.values()),
+                label,
+                color,
+                "o",
+            )
             c.set_xticks(range(len(content)), content, fontsize=8)
     c.set(title="by content", ylabel="prompt accuracy")
     c.legend(fontsize=7)

@@ -1,7 +1,8 @@
-"""Sixteen styles that the base has never seen: four real emoji sets, and twelve made of its own art by processing.
+"""Sixteen styles that the base has never seen: four real emoji sets, and twelve made of its own art
+by processing.
 
-Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it stands on any background.
-figures/combination-pictures.png shows them all.
+Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it
+stands on any background. figures/combination-pictures.png shows them all.
 """
 
 import functools
@@ -27,7 +28,9 @@ def recolour(image: Image.Image, f) -> Image.Image:
 
 def move(image: Image.Image, x: np.ndarray, y: np.ndarray) -> Image.Image:
     """The drawing with its pixel at (x, y) moved to each place; x, y (H, W)."""
-    rows, columns = (v.round().astype(int).clip(0, n - 1) for v, n in ((y, image.height), (x, image.width)))
+    rows, columns = (
+        v.round().astype(int).clip(0, n - 1) for v, n in ((y, image.height), (x, image.width))
+    )
     return Image.fromarray(np.asarray(image)[rows, columns])
 
 
@@ -135,7 +138,12 @@ PROCESSED = {  # style: (kind of change, function)
     "slim": ("shape", slim),
     "swirl": ("shape", swirl),
 }
-REAL = {"blob": "shape", "gradient": "texture", "glyph": "line", "monotone": "line"}  # style: kind of change
+REAL = {
+    "blob": "shape",
+    "gradient": "texture",
+    "glyph": "line",
+    "monotone": "line",
+}  # style: kind of change
 KINDS = {name: kind for name, (kind, _) in PROCESSED.items()} | REAL
 
 
@@ -146,9 +154,11 @@ def plain_art() -> list[Art]:
 
 
 def split_style(style: str | None, names: list[str]) -> tuple[list[Art], list[Art]]:
-    """(drawings to train on, drawings held out) of a style, each an Art whose style is its name; None: the base's four.
+    """(drawings to train on, drawings held out) of a style, each an Art whose style is its name;
+    None: the base's four.
 
-    Processed styles hold out the pairs that the base never saw; of a real set every eighth drawing is held out.
+    Processed styles hold out the pairs that the base never saw; of a real set every eighth drawing
+    is held out.
     """
     if style in REAL:
         art = [a for a in read_art(HERE / f"art/{style}.tar") if a.name in names]

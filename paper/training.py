@@ -53,13 +53,17 @@ def short(budget: Budget) -> Recipe:
 def tuning(budget: Budget) -> Recipe:
     """A fine-tune of all weights on the four real sets, kept at four distances."""
     marks = tuple(budget.tune_steps * i // 16 for i in (1, 2, 6))
-    few = short(budget)._replace(kind="diffusion", rank=None, steps=budget.tune_steps, data="styles", marks=marks)
+    few = short(budget)._replace(
+        kind="diffusion", rank=None, steps=budget.tune_steps, data="styles", marks=marks
+    )
     return few._replace(batch=16, lr=3e-4)
 
 
 def style_vectors(budget: Budget) -> dict[str, Vector]:
     """{style: its LoRA}, rank 8, all by one recipe."""
-    one = short(budget)._replace(kind="diffusion", rank=8, steps=budget.style_steps, batch=16, marks=())
+    one = short(budget)._replace(
+        kind="diffusion", rank=8, steps=budget.style_steps, batch=16, marks=()
+    )
     return {style: train(one._replace(data=style)).end for style in budget.styles}
 
 
@@ -67,7 +71,9 @@ def style_vectors(budget: Budget) -> dict[str, Vector]:
 
 
 class Trained(NamedTuple):
-    at: dict[int, Vector | Base]  # {step: a LoRA's tau, or all weights}, at the recipe's marks and its end
+    at: dict[
+        int, Vector | Base
+    ]  # {step: a LoRA's tau, or all weights}, at the recipe's marks and its end
     loss: Tensor  # (steps,)
 
     @property
@@ -82,12 +88,18 @@ def train(recipe: Recipe, base: Base | None = None) -> Trained:
     at = {}
     for step in sorted({int(k.partition(":")[0]) for k in kept if k != "loss"}):
         tensors = {k.partition(":")[2]: x for k, x in kept.items() if k.startswith(f"{step}:")}
-        at[step] = Base([key, step], tensors) if recipe.rank is None else Vector([key, step], to_tau(tensors))
+        at[step] = (
+            Base([key, step], tensors)
+            if recipe.rank is None
+            else Vector([key, step], to_tau(tensors))
+        )
     return Trained(at, kept["loss"])
 
 
 def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
-    """{"step:name": tensor} of what is trained, at the recipe's marks and its end, and {"loss": (steps,)}."""
+    """{"step:name": tensor} of what is trained, at the recipe's marks and its end, and {"loss":
+    (steps,)}.
+    """
     model, data = shipped(), training_data(recipe.data, recipe.looks)
     unet = deepcopy(model.unet)
     if base is not None:
@@ -123,11 +135,15 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    return Objective(recipe.kind, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.w, recipe.k)
+    return Objective(
+        recipe.kind, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.w, recipe.k
+    )
 
 
 def averaged_target(nets: Networks, unet: UNet) -> Networks:
-    """The networks of a LoRA, with an average of the student as target, which LCM-LoRA does without."""
+    """The networks of a LoRA, with an average of the student as target, which LCM-LoRA does
+    without.
+    """
     average = deepcopy(unet).requires_grad_(False)
     target = lambda z_t, t, cond, w=None: run(average, HALF, z_t, t, cond)  # noqa: E731
     return nets._replace(target=target, target_unet=average)
@@ -138,7 +154,10 @@ def as_asked(recipe: Recipe) -> Iterator[None]:
     """What train.py has no flags for, changed where the formula stands."""
     l2 = patch.object(lcm, "huber", F.mse_loss) if recipe.distance == "l2" else nullcontext()
     # f = x0 everywhere: c_skip = 0, c_out = 1
-    none = lambda t: (torch.zeros_like(t, dtype=torch.float32), torch.ones_like(t, dtype=torch.float32))  # noqa: E731
+    none = lambda t: (
+        torch.zeros_like(t, dtype=torch.float32),
+        torch.ones_like(t, dtype=torch.float32),
+    )  # noqa: E731
     skip = nullcontext() if recipe.c_skip else patch.object(lcm, "boundary_scalings", none)
     with l2, skip:
         yield

@@ -1,4 +1,6 @@
-"""What several test files share: exact answers for Gaussian data, reference tensors, a make-believe CUDA."""
+"""What several test files share: exact answers for Gaussian data, reference tensors, a make-believe
+CUDA.
+"""
 
 import gzip
 import json
@@ -51,7 +53,9 @@ class Gaussian(NamedTuple):
         return self.m + alpha * self.s**2 * (z - alpha * self.m) / v
 
     def ode(self, z: Tensor, t: int | Tensor, t_end: int | Tensor) -> Tensor:
-        """The point at t_end of the ODE's trajectory through (z, t), where (z_t - alpha m) / sqrt(V) is constant."""
+        """The point at t_end of the ODE's trajectory through (z, t), where (z_t - alpha m) /
+        sqrt(V) is constant.
+        """
         (alpha, _, v), (alpha_end, _, v_end) = self.at(z, t), self.at(z, t_end)
         return alpha_end * self.m + (z - alpha * self.m) * (v_end / v) ** 0.5
 
@@ -99,13 +103,16 @@ def official_keys() -> dict[str, dict[str, list[int]]]:
 
 @pytest.fixture(scope="session")
 def official_lora_keys() -> dict[str, dict]:
-    """{family: {LDM module: diffusers module}; lcm_family: {key: shape} of the official LCM-LoRA at rank 64}."""
+    """{family: {LDM module: diffusers module}; lcm_family: {key: shape} of the official LCM-LoRA at
+    rank 64}.
+    """
     return json.loads(gzip.decompress((REFERENCE / "official_lora_keys.json.gz").read_bytes()))
 
 
 @pytest.fixture
 def fake_cuda():
-    """Inside the test, tensors have device, dtype and shape but no data; "cuda" exists, and mixing devices is an error.
+    """Inside the test, tensors have device, dtype and shape but no data; "cuda" exists, and mixing
+    devices is an error.
 
     Gives build(make, dtype): make() with weights of that dtype on cuda.
     """

@@ -1,10 +1,12 @@
-"""Kill training again and again, resume it, and compare with a run that nobody touched; not in CI, some minutes.
+"""Kill training again and again, resume it, and compare with a run that nobody touched; not in CI,
+some minutes.
 
     python tests/kill_and_resume.py    (--kills 20 --seed 0 --objective lcm)
 
-Each run of train.py is a process of its own on a small random model. Half of the kills (SIGKILL) come at a random
-moment, half while a file is being written. Then one Ctrl-C and one full disk (a limit on the size of files). After each
-it goes on with --resume. At the end result and state must equal the untouched run's bit for bit, optimizer included.
+Each run of train.py is a process of its own on a small random model. Half of the kills (SIGKILL)
+come at a random moment, half while a file is being written. Then one Ctrl-C and one full disk (a
+limit on the size of files). After each it goes on with --resume. At the end result and state must
+equal the untouched run's bit for bit, optimizer included.
 """
 
 import argparse
@@ -27,8 +29,22 @@ from minilcm.run.state import latest_state, read_run
 STEPS = 80
 
 
-def start(folder: Path, out: Path, objective: str, *more: str, limit: int | None = None) -> subprocess.Popen:
-    argv = ["--objective", objective, "--rank", "4", "--batch", "2", "--looks", "1", "--device", "cpu", *more]
+def start(
+    folder: Path, out: Path, objective: str, *more: str, limit: int | None = None
+) -> subprocess.Popen:
+    argv = [
+        "--objective",
+        objective,
+        "--rank",
+        "4",
+        "--batch",
+        "2",
+        "--looks",
+        "1",
+        "--device",
+        "cpu",
+        *more,
+    ]
     argv += ["--steps", str(STEPS), "--save-every", "1", "--model", folder / "model.safetensors"]
     argv += ["--data", folder / "art", "--out", out]
 
@@ -36,7 +52,11 @@ def start(folder: Path, out: Path, objective: str, *more: str, limit: int | None
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # small as it is, two threads are slower
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }  # small as it is, two threads are slower
     return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, preexec_fn=small_disk)  # fmt: skip
 
@@ -45,7 +65,9 @@ def step_of(out: Path) -> int:
     return read_run(latest_state(out))["step"] if list(out.glob("state_*.safetensors")) else 0
 
 
-def wait_for_save(out: Path, process: subprocess.Popen, while_writing: bool, rng: random.Random) -> None:
+def wait_for_save(
+    out: Path, process: subprocess.Popen, while_writing: bool, rng: random.Random
+) -> None:
     """Until some steps are done, then a random moment more; or until the next file is half written."""
     first, some = step_of(out), rng.randint(1, 3)
     while process.poll() is None and step_of(out) < first + some:
@@ -69,7 +91,9 @@ def main(kills: int, seed: int, objective: str, folder: Path) -> None:
         wait_for_save(out, process, i % 2 == 1, rng)
         writing += bool(list(out.glob(".*.part")))
         process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed; give fewer --kills"
+        assert process.wait() == -signal.SIGKILL, (
+            "the run ended before it was killed; give fewer --kills"
+        )
         resume = ("--resume",)
         print(f"kill {i + 1}: last state of step {step_of(out)}", flush=True)
 
@@ -89,14 +113,22 @@ def main(kills: int, seed: int, objective: str, folder: Path) -> None:
     assert start(folder, out, objective, *resume).wait() == 0
     for name in ("lora.safetensors", latest_state(out).name):
         (a, about_a), (b, about_b) = (read_tensors(x / name) for x in (folder / "whole", out))
-        assert about_a == about_b and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+        assert (
+            about_a == about_b
+            and a.keys() == b.keys()
+            and all(torch.equal(a[key], b[key]) for key in a)
+        ), name
     left = [p.name for p in out.glob(".*.part")]
     assert not left and len(list(out.glob("state_*"))) == 2, left
-    print(f"{kills} kills, {writing} while a file was being written: result and state are equal bit for bit")
+    print(
+        f"{kills} kills, {writing} while a file was being written: result and state are equal bit for bit"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objective", choices=["diffusion", "lcm"], default="lcm")

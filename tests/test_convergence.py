@@ -1,9 +1,11 @@
-"""Distillation where the answer is known: lcd_loss in a real training loop finds it, and with a planted bug does not.
+"""Distillation where the answer is known: lcd_loss in a real training loop finds it, and with a
+planted bug does not.
 
-Data are numbers from N(M, S^2) for the prompt and N(M_NULL, S^2) for the null prompt, so the teacher is exact. The
-answer is f_n = f_{n-1} o DDIM_n with f_{-1} = id, DDIM_n being the guided teacher's step from grid point n. Each f_n is
-affine: a network with an affine map for each grid index can be the answer, and nothing else brings it there than the
-loss. All indices learn at once, each from the one before it.
+Data are numbers from N(M, S^2) for the prompt and N(M_NULL, S^2) for the null prompt, so the
+teacher is exact. The answer is f_n = f_{n-1} o DDIM_n with f_{-1} = id, DDIM_n being the guided
+teacher's step from grid point n. Each f_n is affine: a network with an affine map for each grid
+index can be the answer, and nothing else brings it there than the loss. All indices learn at once,
+each from the one before it.
 """
 
 import contextlib
@@ -27,7 +29,8 @@ CLOSE, FAR = 1e-3, 0.05  # the answer itself is about 2
 class AffineNet(nn.Module):
     """eps_hat of x0 = u[n] (z_t - alpha m) + v[n] m, n the grid index of t; cond is the number m.
 
-    As made it is the exact network of N(m, S^2). u and v are the columns of one Linear's weight (50, 2).
+    As made it is the exact network of N(m, S^2). u and v are the columns of one Linear's weight
+    (50, 2).
     """
 
     def __init__(self):
@@ -42,23 +45,32 @@ class AffineNet(nn.Module):
         n = ((t - 19) // 20).clamp(min=0)  # at t = 0 f does not look at eps_hat
         centred = z_t.flatten(1) - m * SCHEDULE.alpha[t, None]  # (b, 1)
         x0 = self.proj_in(torch.cat([centred, torch.full_like(centred, m)], dim=1))  # (b, 50)
-        return eps_from_x0(z_t, x0.gather(1, n[:, None])[:, :, None, None], t, SCHEDULE)  # (b, 1, 1, 1)
+        return eps_from_x0(
+            z_t, x0.gather(1, n[:, None])[:, :, None, None], t, SCHEDULE
+        )  # (b, 1, 1, 1)
 
 
 def train(networks, parameters, steps, lr, k=20, w=W, guard=contextlib.nullcontext) -> None:
     """The loop of train.py, on batches of 500 numbers; lcd_loss is called inside guard().
 
-    For 1e-3 it takes amsgrad, since near the answer the Huber gradient shrinks and Adam's division by its recent size
-    undoes that, and a squared cosine: the last digits come up the grid, index by index, at a small learning rate.
+    For 1e-3 it takes amsgrad, since near the answer the Huber gradient shrinks and Adam's division
+    by its recent size undoes that, and a squared cosine: the last digits come up the grid, index by
+    index, at a small learning rate.
     """
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, amsgrad=True, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(0.9, 0.99), weight_decay=0.0, amsgrad=True, fused=True
+    )
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps))) ** 2
+            group["lr"] = (
+                lr * min(1, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * step / steps))) ** 2
+            )
         generator = torch.Generator().manual_seed(step)
         z0 = M + S * torch.randn((500, 1, 1, 1), generator=generator)
         with guard():
-            loss = lcd_loss(*networks, z0, M, M_NULL, SCHEDULE, *draw((500, 1, 1, 1), generator, (w, w)), k=k)
+            loss = lcd_loss(
+                *networks, z0, M, M_NULL, SCHEDULE, *draw((500, 1, 1, 1), generator, (w, w)), k=k
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -71,8 +83,11 @@ def fixed_point(k: int) -> tuple[np.ndarray, np.ndarray]:
     known = {0: (0.0, 1.0)}
     for t in range(19, 1000, 20):
         t_end = max(t - k, 0)
-        (a, s), (a_end, s_end) = ((alpha_bar[i] ** 0.5, (1 - alpha_bar[i]) ** 0.5) for i in (t, t_end))
-        # guided noise: eps = sigma (z - alpha m_w) / V with m_w = m + w (m - m_null), as both have the same V
+        (a, s), (a_end, s_end) = (
+            (alpha_bar[i] ** 0.5, (1 - alpha_bar[i]) ** 0.5) for i in (t, t_end)
+        )
+        # guided noise: eps = sigma (z - alpha m_w) / V with m_w = m + w (m - m_null), as both have
+        # the same V
         m_w, slope = M + W * (M - M_NULL), s / (a**2 * S**2 + s**2)
         # DDIM_n(z) = alpha' (z - sigma eps) / alpha + sigma' eps = A z + B
         A = a_end / a * (1 - s * slope) + s_end * slope
@@ -98,9 +113,11 @@ def callable_of(net: AffineNet):
 
 
 def test_the_answer_is_fifty_ddim_steps():
-    """The last f is alpha_0 (m_w + (z / alpha_999 - m_w) F), F = prod (S^2 + x x') / (S^2 + x^2), x = sigma / alpha.
+    """The last f is alpha_0 (m_w + (z / alpha_999 - m_w) F), F = prod (S^2 + x x') / (S^2 + x^2), x
+    = sigma / alpha.
 
-    F = 0.0325786 for S = 0.5, and m_w = 2.2. The network that training starts from is far from that.
+    F = 0.0325786 for S = 0.5, and m_w = 2.2. The network that training starts from is far from
+    that.
     """
     p, q = fixed_point(20)
     alpha = make_schedule().alpha.double()
@@ -126,10 +143,12 @@ def test_training_reaches_the_fixed_point():
 
 
 def test_a_target_with_gradient_does_not(monkeypatch):
-    """Planted bug: no stop-gradient. The loss has the same zero, but its gradient hardly leads there.
+    """Planted bug: no stop-gradient. The loss has the same zero, but its gradient hardly leads
+    there.
 
-    Each f_n is drawn to f_{n-1} from the one side and to f_{n+1} from the other, and |d| draws as hard from near as
-    from far: what the boundary says does not come up the grid in the steps that suffice otherwise.
+    Each f_n is drawn to f_{n-1} from the one side and to f_{n+1} from the other, and |d| draws as
+    hard from near as from far: what the boundary says does not come up the grid in the steps that
+    suffice otherwise.
     """
 
     @contextlib.contextmanager
@@ -141,14 +160,19 @@ def test_a_target_with_gradient_does_not(monkeypatch):
     assert not distil(with_gradient) < FAR
 
 
-# ---- an LCM-LoRA, in skips of k = 200; teacher and target are the same network with LoRA off and on
+# ---- an LCM-LoRA, in skips of k = 200; teacher and target are the same network with LoRA off and
+# on
 
 
 def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W) -> float:
-    """The same for a LoRA; three(student, teacher), both as train.py makes them, are the networks for the loss."""
+    """The same for a LoRA; three(student, teacher), both as train.py makes them, are the networks
+    for the loss.
+    """
     net = AffineNet()
     before = net.proj_in.weight.clone()
-    parameters = add_lora(net, rank=2, generator=torch.Generator().manual_seed(0))  # can be any change of the weight
+    parameters = add_lora(
+        net, rank=2, generator=torch.Generator().manual_seed(0)
+    )  # can be any change of the weight
     student = callable_of(net)
 
     def teacher(z_t, t, cond, w):
@@ -161,7 +185,9 @@ def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W)
 
 
 def test_a_lora_reaches_the_fixed_point():
-    """add_lora, lora_off and lcd_loss put together as in train.py lead to the recursion with k = 200, to 1e-3."""
+    """add_lora, lora_off and lcd_loss put together as in train.py lead to the recursion with k =
+    200, to 1e-3.
+    """
     assert distil_lora() < CLOSE
 
 

@@ -1,8 +1,10 @@
-"""CUDA against the processor: networks, samplers, training steps, and both scripts, on small random models.
+"""CUDA against the processor: networks, samplers, training steps, and both scripts, on small random
+models.
 
     pytest tests/test_cuda.py -n 0
 
-Skipped without a CUDA device. float32 is compared with TF32 off; what is random is drawn on the CPU for both.
+Skipped without a CUDA device. float32 is compared with TF32 off; what is random is drawn on the CPU
+for both.
 """
 
 import copy
@@ -15,7 +17,16 @@ import pytest
 import torch
 from PIL import Image
 from test_train import contents, flags, interrupt_at
-from tiny import CONFIG, TWO_TOWERS, load_tau, random_tau, tiny_text, tiny_unet, write_art, write_model
+from tiny import (
+    CONFIG,
+    TWO_TOWERS,
+    load_tau,
+    random_tau,
+    tiny_text,
+    tiny_unet,
+    write_art,
+    write_model,
+)
 
 import sample
 import train
@@ -33,8 +44,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_float32():
-    """TF32 keeps 10 bits of float32's 23; cuDNN takes it by default. And the processor may use its cores."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
+    """TF32 keeps 10 bits of float32's 23; cuDNN takes it by default. And the processor may use its
+    cores.
+    """
+    before = (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.get_num_threads(),
+    )
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     yield
@@ -48,7 +65,10 @@ def nets():
     unet = tiny_unet(0, emoji())
     torch.manual_seed(0)
     vae = VAE(VAEConfig((32, 32, 64, 128), res_blocks=1, groups=8)).requires_grad_(False)
-    return {HERE: (unet, vae), DEVICE: (copy.deepcopy(unet).to(DEVICE), copy.deepcopy(vae).to(DEVICE))}
+    return {
+        HERE: (unet, vae),
+        DEVICE: (copy.deepcopy(unet).to(DEVICE), copy.deepcopy(vae).to(DEVICE)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +98,24 @@ def far(got: torch.Tensor, expected: torch.Tensor) -> float:
 def far_apart(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Euclidean distance of all tensors together, as a part of their length."""
     assert got.keys() == expected.keys()
-    difference = sum((got[key].cpu() - x.cpu()).double().square().sum() for key, x in expected.items())
-    return (difference / sum(x.double().square().sum().cpu() for x in expected.values())).sqrt().item()
+    difference = sum(
+        (got[key].cpu() - x.cpu()).double().square().sum() for key, x in expected.items()
+    )
+    return (
+        (difference / sum(x.double().square().sum().cpu() for x in expected.values())).sqrt().item()
+    )
 
 
 # ---- networks
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)]
+)
 def test_unet(nets, dtype, most):
-    """eps_hat of the emoji UNet at three timesteps, from weights in each format, is that of the CPU in float32."""
+    """eps_hat of the emoji UNet at three timesteps, from weights in each format, is that of the CPU
+    in float32.
+    """
     z_t, t, (cond, _) = noise(0, 3, 4, 16, 16), torch.tensor([999, 500, 0]), conds(3)
     unet = copy.deepcopy(nets[DEVICE][0]).to(dtype)
     got = unet(z_t.to(DEVICE), t.to(DEVICE), cond.to(DEVICE))
@@ -105,7 +133,10 @@ def test_unet_with_two_towers():
 
 def test_vae(nets):
     """A drawn latent, its pixels, and pixels by tiles."""
-    (here, there), pixels = (nets[device][1] for device in (HERE, DEVICE)), noise(3, 2, 3, 128, 128).clamp(-1, 1)
+    (here, there), pixels = (
+        (nets[device][1] for device in (HERE, DEVICE)),
+        noise(3, 2, 3, 128, 128).clamp(-1, 1),
+    )
     z0, got = (
         vae.encode(pixels.to(device), torch.Generator().manual_seed(0))
         for vae, device in ((here, HERE), (there, DEVICE))
@@ -117,12 +148,20 @@ def test_vae(nets):
 
 @pytest.mark.parametrize("config", [CONFIG.text, TWO_TOWERS.text], ids=["one tower", "two towers"])
 def test_text(config):
-    """Prompts and the null condition by one tower and by two; a dropped caption becomes null on either device."""
+    """Prompts and the null condition by one tower and by two; a dropped caption becomes null on
+    either device.
+    """
     text, captions = tiny_text(0, config), ["a cat face", "", "rocket, noto style"]
     expected = text.encode(captions), text.null_cond(2), text.encode_captions(captions)
     text.to(DEVICE)
-    for a, b in zip((text.encode(captions), text.null_cond(2), text.encode_captions(captions)), expected):
-        assert a.context.device.type == DEVICE and far(a.context, b.context) < 1e-4 or not b.context.any()
+    for a, b in zip(
+        (text.encode(captions), text.null_cond(2), text.encode_captions(captions)), expected
+    ):
+        assert (
+            a.context.device.type == DEVICE
+            and far(a.context, b.context) < 1e-4
+            or not b.context.any()
+        )
         assert (a.vector is None) == (b.vector is None)
         assert b.vector is None or far(a.vector, b.vector) < 1e-4
 
@@ -164,7 +203,10 @@ def one_step(device: str, objective: Objective, half: torch.dtype = torch.float3
     unet = tiny_unet(0, emoji()).to(device)
     nets = make_networks(objective, unet, half)
     if objective.rank:  # with B = 0 student and teacher are one, and A has no gradient
-        load_tau(unet, random_tau(tiny_unet(0, emoji()), 1, objective.rank, float(objective.rank), size=0.05))
+        load_tau(
+            unet,
+            random_tau(tiny_unet(0, emoji()), 1, objective.rank, float(objective.rank), size=0.05),
+        )
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=1e-3, weight_decay=0.0, fused=True)
     cond, null_cond = (x.to(device) for x in conds(3))
@@ -177,7 +219,12 @@ def one_step(device: str, objective: Objective, half: torch.dtype = torch.float3
     change = {name: x.detach() - before[name] for name, x in named.items()}
     if nets.target_unet is not None:
         update_ema(nets.target_unet, unet)
-    return loss.item(), gradients, change, dict(nets.target_unet.named_parameters()) if nets.target_unet else {}
+    return (
+        loss.item(),
+        gradients,
+        change,
+        dict(nets.target_unet.named_parameters()) if nets.target_unet else {},
+    )
 
 
 OBJECTIVES = {
@@ -191,8 +238,8 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_step(name):
-    """Loss, gradients and AdamW's step in float32 are the CPU's; its first step is lr times a sign, which may turn
-    where a gradient is nearly zero.
+    """Loss, gradients and AdamW's step in float32 are the CPU's; its first step is lr times a sign,
+    which may turn where a gradient is nearly zero.
     """
     loss, gradients, change, target = one_step(DEVICE, OBJECTIVES[name])
     expected = one_step(HERE, OBJECTIVES[name])
@@ -203,7 +250,9 @@ def test_step(name):
 
 
 def test_step_in_bfloat16():
-    """As train.py takes it on a card: the frozen base in bfloat16, autocast; loss and gradients of about the CPU's."""
+    """As train.py takes it on a card: the frozen base in bfloat16, autocast; loss and gradients of
+    about the CPU's.
+    """
     loss, gradients, *_ = one_step(DEVICE, OBJECTIVES["LCM-LoRA"], torch.bfloat16)
     expected = one_step(HERE, OBJECTIVES["LCM-LoRA"])
     assert all(x.dtype == torch.float32 and x.device.type == DEVICE for x in gradients.values())
@@ -216,7 +265,9 @@ def test_step_in_bfloat16():
 
 @pytest.fixture
 def no_chance(monkeypatch):
-    """cuDNN and attention add up in an order of their own each time; AdamW's first steps make much of it."""
+    """cuDNN and attention add up in an order of their own each time; AdamW's first steps make much
+    of it.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     handler = signal.getsignal(signal.SIGINT)  # train.main takes over Ctrl-C
@@ -228,8 +279,8 @@ def no_chance(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # of cuBLAS, which would need an environment variable
 @pytest.mark.parametrize("objective", ["lcm", "full lcm"])
 def test_resume(files, tmp_path, monkeypatch, no_chance, objective):
-    """Four steps of train.py are Ctrl-C in one of the first two, then --resume: weights, averages and both moments
-    end within 5 % of what the other steps changed.
+    """Four steps of train.py are Ctrl-C in one of the first two, then --resume: weights, averages
+    and both moments end within 5 % of what the other steps changed.
     """
 
     def run(folder: str, *more: str) -> None:
@@ -246,7 +297,11 @@ def test_resume(files, tmp_path, monkeypatch, no_chance, objective):
     whole, parts = (contents(tmp_path / folder)["state"][0] for folder in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
-        keys = [k for k in whole if (k.split(".")[-1] if k.startswith("optimizer.") else "weights") == kind]
+        keys = [
+            k
+            for k in whole
+            if (k.split(".")[-1] if k.startswith("optimizer.") else "weights") == kind
+        ]
         then, last, resumed = ({k: state[k] for k in keys} for state in (half_way, whole, parts))
         moved = far_apart(then, last)
         assert moved > 1e-3 and far_apart(resumed, last) < 0.05 * moved, kind
@@ -254,12 +309,31 @@ def test_resume(files, tmp_path, monkeypatch, no_chance, objective):
 
 @pytest.mark.parametrize("sampler", ["lcm", "ddim"])
 def test_sample(files, tmp_path, sampler):
-    """sample.py's picture is the CPU's to two levels of 255 in float32, in the card's float16 to four on average."""
+    """sample.py's picture is the CPU's to two levels of 255 in float32, in the card's float16 to
+    four on average.
+    """
 
     def picture(device: str, dtype: str, number=itertools.count()) -> np.ndarray:
         out = tmp_path / f"{next(number)}.png"
-        argv = ["cat face", "--model", str(files / "model.safetensors"), "--lora", str(files / "lora.safetensors")]
-        argv += ["--sampler", sampler, "--steps", "4", "--device", device, "--dtype", dtype, "--out", str(out)]
+        argv = [
+            "cat face",
+            "--model",
+            str(files / "model.safetensors"),
+            "--lora",
+            str(files / "lora.safetensors"),
+        ]
+        argv += [
+            "--sampler",
+            sampler,
+            "--steps",
+            "4",
+            "--device",
+            device,
+            "--dtype",
+            dtype,
+            "--out",
+            str(out),
+        ]
         sample.main(sample.parse(argv))
         return np.array(Image.open(out)).astype(int)
 

@@ -1,4 +1,6 @@
-"""generate.py: every sampler of the table is its own function, and a picture depends on its seed alone."""
+"""generate.py: every sampler of the table is its own function, and a picture depends on its seed
+alone.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def test_each_sampler_is_its_own_function(schedule):
     }
     assert SAMPLERS.keys() == expected.keys(), "a new sampler needs its expected result here"
     for name, z0 in expected.items():
-        assert torch.equal(generate(toy_eps, SEEDS, SHAPE, name), z0), f"{name} with its default number of steps"
+        assert torch.equal(generate(toy_eps, SEEDS, SHAPE, name), z0), (
+            f"{name} with its default number of steps"
+        )
     assert timesteps("lcm", 4, 0.5) == lcm_grid(4, 0.5) and timesteps("dpmpp", 3) == dpmpp_grid(3)
     assert timesteps("ddim", 4) == [999, 749, 499, 249]
 
@@ -40,7 +44,9 @@ def test_an_image_is_noised_to_the_first_timestep(schedule):
     z_T, generators = noise(SEEDS, SHAPE)
     start = add_noise(image, z_T, lcm_grid(2, 0.4)[0], schedule)
     expected = sample_lcm(toy_eps, start, schedule, 2, generators, 0.4)
-    assert torch.equal(generate(toy_eps, SEEDS, SHAPE, "lcm", 2, image=image, strength=0.4), expected)
+    assert torch.equal(
+        generate(toy_eps, SEEDS, SHAPE, "lcm", 2, image=image, strength=0.4), expected
+    )
     with pytest.raises(ValueError, match="ddim cannot start from a picture"):
         generate(toy_eps, SEEDS, SHAPE, "ddim", 2, image=image)
     with pytest.raises(ValueError, match="steps is 0; give 1 to 1000"):

@@ -1,4 +1,6 @@
-"""The central facts of LCM-LoRA. Most need no network: for Gaussian data teacher and student are known."""
+"""The central facts of LCM-LoRA. Most need no network: for Gaussian data teacher and student are
+known.
+"""
 
 import copy
 import math
@@ -36,12 +38,16 @@ def noise(seed=0, shape=(2, 4, 8, 8)):
 
 
 def test_boundary_scalings_golden():
-    """c_skip = .25 / (s^2 + .25), c_out = s / sqrt(s^2 + .25), s = 10 t, as diffusers' LCMScheduler has it.
+    """c_skip = .25 / (s^2 + .25), c_out = s / sqrt(s^2 + .25), s = 10 t, as diffusers' LCMScheduler
+    has it.
 
-    c_skip + c_out^2 = 1, which Consistency Models' own c_out (with a factor sigma_data) does not fulfil.
+    c_skip + c_out^2 = 1, which Consistency Models' own c_out (with a factor sigma_data) does not
+    fulfil.
     """
     c_skip, c_out = boundary_scalings(torch.tensor([0, 1, 19, 259, 999]))
-    assert c_skip.tolist() == pytest.approx([1, 2.4938e-3, 6.9252e-6, 3.7269e-8, 2.5050e-9], rel=1e-4)
+    assert c_skip.tolist() == pytest.approx(
+        [1, 2.4938e-3, 6.9252e-6, 3.7269e-8, 2.5050e-9], rel=1e-4
+    )
     assert (1 - c_out).tolist() == pytest.approx([1, 1.2477e-3, 3.46e-6, 0, 0], abs=1e-7)
     t = torch.arange(1000)
     c_skip, c_out = boundary_scalings(t)
@@ -52,7 +58,9 @@ def test_boundary_scalings_golden():
 
 
 def test_f_is_the_identity_at_0(schedule):
-    """The boundary condition f(z, 0) = z holds bitwise, whatever the network says. Consistency Models (2303.01469)."""
+    """The boundary condition f(z, 0) = z holds bitwise, whatever the network says. Consistency
+    Models (2303.01469).
+    """
     z = noise(0)
     assert torch.equal(f_theta(z, 100 * noise(1), 0, schedule), z)
     at_0_and_5 = f_theta(z, 100 * noise(1), torch.tensor([0, 5]), schedule)
@@ -60,33 +68,45 @@ def test_f_is_the_identity_at_0(schedule):
 
 
 def test_f_is_x0_on_the_training_grid(schedule):
-    """Away from 0 f is c_skip z + c_out x0 (2310.04378 eq. 9), and on the training grid (t >= 19) x0 to 1e-5."""
+    """Away from 0 f is c_skip z + c_out x0 (2310.04378 eq. 9), and on the training grid (t >= 19)
+    x0 to 1e-5.
+    """
     z, eps_hat = noise(0), noise(1)
     for t in (1, 19, 499, 999):
         x0 = x0_from_eps(z, eps_hat, t, schedule)
         c_skip, c_out = 0.25 / (100 * t**2 + 0.25), 10 * t / math.sqrt(100 * t**2 + 0.25)
-        torch.testing.assert_close(f_theta(z, eps_hat, t, schedule), c_skip * z + c_out * x0, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            f_theta(z, eps_hat, t, schedule), c_skip * z + c_out * x0, rtol=1e-6, atol=1e-6
+        )
         if t >= 19:
             torch.testing.assert_close(f_theta(z, eps_hat, t, schedule), x0, rtol=1e-5, atol=5e-5)
     assert f_theta(z.bfloat16(), eps_hat.bfloat16(), 499, schedule).dtype == torch.float32
 
 
 def test_guidance_embedding_golden():
-    """The guidance embedding of w = 7.5 in diffusers' LCM scripts: sines first, of 1000 w exp(-ln(10000) j / 127)."""
+    """The guidance embedding of w = 7.5 in diffusers' LCM scripts: sines first, of 1000 w
+    exp(-ln(10000) j / 127).
+    """
     e = guidance_embedding(torch.tensor([7.5, 0.0]))
     assert e.shape == (2, 256)
     golden = {0: -0.8512359, 1: 0.8421312, 127: 0.6816387, 128: -0.5247833, 255: 0.7316889}
-    assert {i: e[0, i].item() for i in golden} == pytest.approx(golden, abs=2e-4)  # float32 angles up to 7500
+    assert {i: e[0, i].item() for i in golden} == pytest.approx(
+        golden, abs=2e-4
+    )  # float32 angles up to 7500
     assert e[1].tolist() == [0] * 128 + [1] * 128
     angle = 7500 * np.exp(-np.log(10000) * np.arange(128) / 127)
-    np.testing.assert_allclose(e[0].numpy(), np.concatenate([np.sin(angle), np.cos(angle)]), atol=2e-3)
+    np.testing.assert_allclose(
+        e[0].numpy(), np.concatenate([np.sin(angle), np.cos(angle)]), atol=2e-3
+    )
 
 
 # ---- grids
 
 
 def test_train_grid_golden():
-    """19, 39, ..., 999: the "DDIM solver" grid of the official LCM scripts, with 999 and without 0. int64."""
+    """19, 39, ..., 999: the "DDIM solver" grid of the official LCM scripts, with 999 and without 0.
+    int64.
+    """
     assert train_grid().tolist() == list(range(19, 1000, 20))
     assert train_grid().dtype == torch.int64
 
@@ -105,7 +125,9 @@ GRIDS = {
 
 
 def test_lcm_grid_golden():
-    """Timesteps of diffusers 0.42.1's LCMScheduler; strength shortens the grid and keeps the number of steps."""
+    """Timesteps of diffusers 0.42.1's LCMScheduler; strength shortens the grid and keeps the number
+    of steps.
+    """
     assert {steps: lcm_grid(steps) for steps in GRIDS} == GRIDS
     assert lcm_grid(4, 0.8) == [799, 599, 399, 199]
     assert lcm_grid(4, 0.5) == [499, 379, 259, 139]
@@ -115,9 +137,11 @@ def test_lcm_grid_golden():
 
 @pytest.mark.parametrize("strength", [1.0, 0.9, 0.8, 0.75, 0.6, 0.58, 0.5, 0.3, 0.29, 0.1, 0.02])
 def test_lcm_grid_is_diffusers_rule(strength):
-    """Every number of steps there can be, against the rule written with numpy as LCMScheduler.set_timesteps has it.
+    """Every number of steps there can be, against the rule written with numpy as
+    LCMScheduler.set_timesteps has it.
 
-    Four pairs apart, all with strength < 1: there numpy's i * (length / steps) falls a last digit short of an integer.
+    Four pairs apart, all with strength < 1: there numpy's i * (length / steps) falls a last digit
+    short of an integer.
     """
     grid = [20 * j - 1 for j in range(1, int(50 * strength) + 1)][::-1]
     for steps in range(1, len(grid) + 1):
@@ -129,10 +153,13 @@ def test_lcm_grid_is_diffusers_rule(strength):
 
 
 @pytest.mark.parametrize(
-    "steps, strength, most", [(0, 1.0, 50), (-1, 1.0, 50), (51, 1.0, 50), (26, 0.5, 25), (6, 0.1, 5)]
+    "steps, strength, most",
+    [(0, 1.0, 50), (-1, 1.0, 50), (51, 1.0, 50), (26, 0.5, 25), (6, 0.1, 5)],
 )
 def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
-    """No step, or more than the grid has: one line with the value and the limit, before the network is called."""
+    """No step, or more than the grid has: one line with the value and the limit, before the network
+    is called.
+    """
     with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
         lcm_grid(steps, strength)
     with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
@@ -143,7 +170,9 @@ def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
 
 
 def test_huber():
-    """Mean of sqrt(d^2 + c^2) - c: 0 at 0, d^2 / (2c) for small d, |d| - c for large, gradient d / sqrt(d^2 + c^2)."""
+    """Mean of sqrt(d^2 + c^2) - c: 0 at 0, d^2 / (2c) for small d, |d| - c for large, gradient d /
+    sqrt(d^2 + c^2).
+    """
     d = torch.tensor([0.0, 1e-5, -1e-5, 1e-3, 0.2, -3.0], dtype=torch.float64, requires_grad=True)
     each = torch.stack([huber(x, torch.zeros_like(x)) for x in d])
     assert each[0].item() == 0
@@ -158,7 +187,9 @@ def test_huber():
 
 
 def test_ema():
-    """After n updates from a constant source: theta^- = theta + mu^n (theta^-_0 - theta). The student is left alone."""
+    """After n updates from a constant source: theta^- = theta + mu^n (theta^-_0 - theta). The
+    student is left alone.
+    """
     torch.manual_seed(0)
     target, student = nn.Linear(3, 2), nn.Linear(3, 2)
     start, goal = copy.deepcopy(target.state_dict()), copy.deepcopy(student.state_dict())
@@ -168,7 +199,9 @@ def test_ema():
         torch.testing.assert_close(x, goal[key] + 0.9**7 * (start[key] - goal[key]))
         assert torch.equal(student.state_dict()[key], goal[key])
     update_ema(target, student)  # 0.95
-    torch.testing.assert_close(target.weight, goal["weight"] + 0.95 * 0.9**7 * (start["weight"] - goal["weight"]))
+    torch.testing.assert_close(
+        target.weight, goal["weight"] + 0.95 * 0.9**7 * (start["weight"] - goal["weight"])
+    )
     assert all(x.requires_grad for x in target.parameters())
 
 
@@ -198,12 +231,16 @@ def affine_student(schedule, p, q):
 
 
 def fixed_point(gaussian, m):
-    """p and q (50,) with f_n(z) = f_{n-1}(A z + b): A z + b is the DDIM step for N(m, s^2), f_{-1} the identity."""
+    """p and q (50,) with f_n(z) = f_{n-1}(A z + b): A z + b is the DDIM step for N(m, s^2), f_{-1}
+    the identity.
+    """
     p, q, ps, qs = 0.0, 1.0, [], []
     for t in range(19, 1000, 20):
         t_end, s = max(t - 20, 0), gaussian.s
         (alpha, sigma), (alpha_end, sigma_end) = (
-            (table.alpha[i].item(), table.sigma[i].item()) for table in [gaussian.schedule] for i in (t, t_end)
+            (table.alpha[i].item(), table.sigma[i].item())
+            for table in [gaussian.schedule]
+            for i in (t, t_end)
         )
         A = (alpha_end * alpha * s**2 + sigma_end * sigma) / (alpha**2 * s**2 + sigma**2)
         b = (alpha_end - A * alpha) * m  # the trajectory of the mean, alpha m, stays one
@@ -212,7 +249,9 @@ def fixed_point(gaussian, m):
     return torch.tensor(ps, dtype=torch.float64), torch.tensor(qs, dtype=torch.float64)
 
 
-def drawn_loss(student, teacher, target, z0, cond, null_cond, schedule, seed, w_range=(W, W), n=None, **flags):
+def drawn_loss(
+    student, teacher, target, z0, cond, null_cond, schedule, seed, w_range=(W, W), n=None, **flags
+):
     """lcd_loss with n, w and eps as `draw` draws them by this seed; or with these n."""
     drawn, w, eps = lcm.draw(tuple(z0.shape), torch.Generator().manual_seed(seed), w_range)
     n = drawn if n is None else n
@@ -227,7 +266,8 @@ def gaussian_loss(gaussian, schedule, student, n, w=W, seed=0, target=None, shap
 
 
 def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
-    """f_n = f_{n-1} o DDIM_n is the zero of the loss at all 50 indices, and nothing near it is (closed recursion).
+    """f_n = f_{n-1} o DDIM_n is the zero of the loss at all 50 indices, and nothing near it is
+    (closed recursion).
 
     A wrong w, t_end, boundary or guidance direction in the loss would put the zero elsewhere.
     """
@@ -239,22 +279,34 @@ def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
             p_off, q_off = p.clone(), q.clone()
             p_off[n] += off_p
             q_off[n] += off_q
-            assert gaussian_loss(gaussian, schedule, affine_student(schedule, p_off, q_off), torch.tensor([n])) > 5e-3
-    for m in (M, M + (W - 1) * (M - M_NULL), M_NULL + W * (M - M_NULL)):  # no guidance; w - 1; w taken for the scale
+            assert (
+                gaussian_loss(
+                    gaussian, schedule, affine_student(schedule, p_off, q_off), torch.tensor([n])
+                )
+                > 5e-3
+            )
+    for m in (
+        M,
+        M + (W - 1) * (M - M_NULL),
+        M_NULL + W * (M - M_NULL),
+    ):  # no guidance; w - 1; w taken for the scale
         wrong = affine_student(schedule, *fixed_point(gaussian, m))
         assert gaussian_loss(gaussian, schedule, wrong, every) > 5e-3
 
 
 def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
-    """At the fixed point one LCM step is the guided teacher's 50-step DDIM, alpha_0 (m_w + (z/alpha_999 - m_w) F).
+    """At the fixed point one LCM step is the guided teacher's 50-step DDIM, alpha_0 (m_w +
+    (z/alpha_999 - m_w) F).
 
-    F = prod (s^2 + S S') / (s^2 + S^2) = 0.0325786. So an LCM ends at alpha_bar_0 and cannot beat its teacher, whose
-    distance to the exact ODE here is 0.03.
+    F = prod (s^2 + S S') / (s^2 + S^2) = 0.0325786. So an LCM ends at alpha_bar_0 and cannot beat
+    its teacher, whose distance to the exact ODE here is 0.03.
     """
     p, q = fixed_point(gaussian, M_W)
     z_T, student = noise(), affine_student(schedule, p, q)
     one = sample_lcm(lambda z, t: student(z, t, None, None), z_T, schedule, 1, generators())
-    closed = schedule.alpha[0] * (M_W + (z_T.double() / gaussian.schedule.alpha[999] - M_W) * 0.0325786)
+    closed = schedule.alpha[0] * (
+        M_W + (z_T.double() / gaussian.schedule.alpha[999] - M_W) * 0.0325786
+    )
     torch.testing.assert_close(one.double(), closed, rtol=0, atol=1e-4)
 
     unet = lambda z, t, cond: gaussian._replace(m=cond.context[:, :, None, None]).eps(z, t)  # noqa: E731
@@ -266,18 +318,24 @@ def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
 
 
 def test_distillation_finds_the_fixed_point(gaussian, schedule):
-    """Minimising lcd_loss index by index, from t = 19 up, leads p and q to the closed recursion, to 1e-5."""
+    """Minimising lcd_loss index by index, from t = 19 up, leads p and q to the closed recursion, to
+    1e-5.
+    """
     p_exact, q_exact = fixed_point(gaussian, M + 1.0 * (M - M_NULL))
     p, q = torch.zeros(50), torch.ones(50)
     for n in range(50):
         theta = torch.tensor([p[n - 1], q[n - 1]] if n else [0.0, 1.0], requires_grad=True)
-        optimizer = torch.optim.LBFGS([theta], max_iter=60, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [theta], max_iter=60, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
         target, at_n = affine_student(schedule, p.clone(), q.clone()), torch.full((4,), n)
 
         def closure():
             optimizer.zero_grad()
             student = affine_student(schedule, *theta.expand(50, 2).T)
-            loss = gaussian_loss(gaussian, schedule, student, at_n, w=1.0, seed=n, target=target, shape=(1, 4, 4))
+            loss = gaussian_loss(
+                gaussian, schedule, student, at_n, w=1.0, seed=n, target=target, shape=(1, 4, 4)
+            )
             loss.backward()
             return loss
 
@@ -288,7 +346,9 @@ def test_distillation_finds_the_fixed_point(gaussian, schedule):
 
 
 def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
-    """At n = 0 the skip ends at t = 0, where f is the identity: the target is z_end itself and no network's opinion."""
+    """At n = 0 the skip ends at t = 0, where f is the identity: the target is z_end itself and no
+    network's opinion.
+    """
     seen = {}
 
     def record(name, network):
@@ -298,23 +358,31 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
 
         return call
 
-    student, teacher, target = record("student", toy_eps), record("teacher", gaussian.eps), record("target", toy_eps)
+    student, teacher, target = (
+        record("student", toy_eps),
+        record("teacher", gaussian.eps),
+        record("target", toy_eps),
+    )
     z0, n = noise(), torch.zeros(2, dtype=torch.int64)
     args = z0, None, None, schedule
     loss = drawn_loss(student, teacher, target, *args, 0, n=n)
     (z_start, t_start), (z_end, t_end) = seen["student"], seen["target"]
     assert t_start.tolist() == [19, 19] and t_end.tolist() == [0, 0]
     x0, eps = gaussian.x0(z_start.double(), 19), gaussian.eps(z_start.double(), 19)
-    torch.testing.assert_close(z_end, ddim_step(z_start, x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        z_end, ddim_step(z_start, x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(loss, huber(f_theta(z_start, toy_eps(z_start, 19), 19, schedule), z_end))
     wild = lambda z_t, t, cond, w: 1e3 + z_t  # noqa: E731
     assert torch.equal(loss, drawn_loss(student, teacher, wild, *args, 0, n=n))
 
 
 def test_lcd_loss_calls(schedule):
-    """One call of the student at (z_start, c), two of the teacher there at c and null, one of the target at (z_end, c).
+    """One call of the student at (z_start, c), two of the teacher there at c and null, one of the
+    target at (z_end, c).
 
-    In this order (2310.04378 Algorithm 1; student first), all with the same w ~ U[w_range]; n covers the grid.
+    In this order (2310.04378 Algorithm 1; student first), all with the same w ~ U[w_range]; n
+    covers the grid.
     """
     calls = []
 
@@ -326,8 +394,23 @@ def test_lcd_loss_calls(schedule):
         return call
 
     z0 = noise(0, (400, 1, 2, 2))
-    drawn_loss(network("student"), network("teacher"), network("target"), z0, "c", "null", schedule, 0, (3.0, 12.0))
-    assert [call[:2] for call in calls] == [("student", "c"), ("teacher", "c"), ("teacher", "null"), ("target", "c")]
+    drawn_loss(
+        network("student"),
+        network("teacher"),
+        network("target"),
+        z0,
+        "c",
+        "null",
+        schedule,
+        0,
+        (3.0, 12.0),
+    )
+    assert [call[:2] for call in calls] == [
+        ("student", "c"),
+        ("teacher", "c"),
+        ("teacher", "null"),
+        ("target", "c"),
+    ]
     assert [call[5] for call in calls] == [True, False, False, False]
     t_start, t_end, w = calls[0][3], calls[3][3], calls[0][4]
     assert set(t_start.tolist()) == set(range(19, 1000, 20))
@@ -339,7 +422,9 @@ def test_lcd_loss_calls(schedule):
 
 
 def test_a_longer_skip(schedule):
-    """k = 60 from t = 499: the target looks at t = 439, at the guided teacher's one DDIM step there."""
+    """k = 60 from t = 499: the target looks at t = 439, at the guided teacher's one DDIM step
+    there.
+    """
     seen = []
 
     def target(z_t, t, cond, w):
@@ -357,16 +442,23 @@ def test_a_longer_skip(schedule):
     (z_start, t_start), (z_end, t_end) = starts[0], seen[0]
     assert t_start.tolist() == [499, 39] and t_end.tolist() == [439, 0]
     eps = toy_eps(z_start, t_start)
-    expected = ddim_step(z_start, x0_from_eps(z_start, eps, t_start, schedule), eps, t_end, schedule)
+    expected = ddim_step(
+        z_start, x0_from_eps(z_start, eps, t_start, schedule), eps, t_end, schedule
+    )
     torch.testing.assert_close(z_end, expected)
 
 
 def test_gradient_flows_through_the_student_only(schedule):
-    """Target and teacher are constants: the student's gradient is that of huber(f_start, a number), theirs is none.
+    """Target and teacher are constants: the student's gradient is that of huber(f_start, a number),
+    theirs is none.
 
-    The target is the student's own parameter here, as it is for LCM-LoRA; nothing outside lcd_loss stops its gradient.
+    The target is the student's own parameter here, as it is for LCM-LoRA; nothing outside lcd_loss
+    stops its gradient.
     """
-    scale, teacher_scale = torch.tensor(0.9, requires_grad=True), torch.tensor(1.1, requires_grad=True)
+    scale, teacher_scale = (
+        torch.tensor(0.9, requires_grad=True),
+        torch.tensor(1.1, requires_grad=True),
+    )
     seen = []
 
     def student(z_t, t, cond, w):
@@ -387,13 +479,21 @@ def test_gradient_flows_through_the_student_only(schedule):
 # ---- latent consistency distillation of a UNet by LoRA
 
 SMALL = UNetConfig(
-    channels=(16, 32), down=((0,), (1,)), middle=1, up=((1, 1), (0, 0)), context_dim=8, heads=2, groups=8
+    channels=(16, 32),
+    down=((0,), (1,)),
+    middle=1,
+    up=((1, 1), (0, 0)),
+    context_dim=8,
+    heads=2,
+    groups=8,
 )
 RANK, LORA_ALPHA = 3, 5.0
 
 
 def small_unets():
-    """(base, adapted, tau): a small random UNet in float64, and a copy of it with a LoRA that is not zero."""
+    """(base, adapted, tau): a small random UNet in float64, and a copy of it with a LoRA that is
+    not zero.
+    """
     torch.manual_seed(0)
     base = UNet(SMALL).double().requires_grad_(False)
     adapted = copy.deepcopy(base)
@@ -406,9 +506,11 @@ def small_unets():
 
 
 def by_hand(base, tau, z0, cond, null_cond, n, w, eps):
-    """(loss, {path: (up, down) with gradients}): Algorithm 1 of 2310.04378 by its formulas, in float64, with two UNets.
+    """(loss, {path: (up, down) with gradients}): Algorithm 1 of 2310.04378 by its formulas, in
+    float64, with two UNets.
 
-    The student's weights are merged, W + lora_alpha / rank B A; the teacher is `base`. Shares nothing with minilcm.lcm.
+    The student's weights are merged, W + lora_alpha / rank B A; the teacher is `base`. Shares
+    nothing with minilcm.lcm.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alpha_bar = torch.cumprod(1 - beta, 0).double()
@@ -416,7 +518,9 @@ def by_hand(base, tau, z0, cond, null_cond, n, w, eps):
     def coefficients(t):
         return (x.reshape(-1, 1, 1, 1) for x in (alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()))
 
-    leaves = {path: (up.detach().clone(), down.detach().clone()) for path, (up, down, _) in tau.items()}
+    leaves = {
+        path: (up.detach().clone(), down.detach().clone()) for path, (up, down, _) in tau.items()
+    }
     weights = dict(base.named_parameters())
     for path, (up, down) in leaves.items():
         up.requires_grad_(True), down.requires_grad_(True)
@@ -431,14 +535,22 @@ def by_hand(base, tau, z0, cond, null_cond, n, w, eps):
     def psi(z, t, t_end, c):  # the DDIM increment
         (alpha, sigma), (alpha_end, sigma_end) = coefficients(t), coefficients(t_end)
         eps_hat = base(z, t, c)
-        return alpha_end / alpha * z - sigma_end * (sigma * alpha_end / (alpha * sigma_end) - 1) * eps_hat - z
+        return (
+            alpha_end / alpha * z
+            - sigma_end * (sigma * alpha_end / (alpha * sigma_end) - 1) * eps_hat
+            - z
+        )
 
     t_start = 20 * n + 19
     t_end = torch.where(n == 0, torch.zeros_like(n), t_start - 20)
     alpha, sigma = coefficients(t_start)
     z_start = alpha * z0 + sigma * eps
     w = w.double().reshape(-1, 1, 1, 1)
-    z_end = z_start + (1 + w) * psi(z_start, t_start, t_end, cond) - w * psi(z_start, t_start, t_end, null_cond)
+    z_end = (
+        z_start
+        + (1 + w) * psi(z_start, t_start, t_end, cond)
+        - w * psi(z_start, t_start, t_end, null_cond)
+    )
     f_end = f(z_end, t_end).detach()
     loss = (((f(z_start, t_start) - f_end) ** 2 + 0.001**2).sqrt() - 0.001).mean()
     loss.backward()
@@ -463,9 +575,11 @@ def conds(b, dim=8):
 
 
 def test_lcd_loss_equals_algorithm_1_by_hand(schedule):
-    """Loss (1e-6) and every LoRA gradient (1e-4 of its norm) equal an independent two-UNet Algorithm 1 in float64.
+    """Loss (1e-6) and every LoRA gradient (1e-4 of its norm) equal an independent two-UNet
+    Algorithm 1 in float64.
 
-    Same draws: n, then w, then eps, from one generator. lora_alpha / rank is 5/3, so a lost lora_alpha shows.
+    Same draws: n, then w, then eps, from one generator. lora_alpha / rank is 5/3, so a lost
+    lora_alpha shows.
     """
     base, unet, tau = small_unets()
     student, teacher = lora_networks(unet)
@@ -501,7 +615,9 @@ def test_lcd_loss_equals_algorithm_1_at_the_ends_of_the_grid(schedule, n):
 
 
 def test_student_begins_as_its_teacher(schedule):
-    """With B = 0, as add_lora leaves it, on and off are bitwise the same, and B gets a gradient at the first step."""
+    """With B = 0, as add_lora leaves it, on and off are bitwise the same, and B gets a gradient at
+    the first step.
+    """
     torch.manual_seed(0)
     unet = UNet(SMALL)
     add_lora(unet, RANK, LORA_ALPHA, generator=torch.Generator().manual_seed(1))
@@ -512,7 +628,9 @@ def test_student_begins_as_its_teacher(schedule):
     loss = drawn_loss(student, teacher, student, *args, 3)
     assert torch.equal(loss, drawn_loss(teacher, teacher, teacher, *args, 3))
     loss.backward()
-    assert all(up.grad.norm() > 0 and down.grad.norm() == 0 for up, down, _ in get_tau(unet).values())
+    assert all(
+        up.grad.norm() > 0 and down.grad.norm() == 0 for up, down, _ in get_tau(unet).values()
+    )
 
 
 # ---- sampling
@@ -520,7 +638,9 @@ def test_student_begins_as_its_teacher(schedule):
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_sample_lcm_equals_diffusers(schedule, samplers, steps):
-    """z0 and timesteps of diffusers 0.42.1's LCMScheduler around a nonlinear network, same generators, to 1e-5."""
+    """z0 and timesteps of diffusers 0.42.1's LCMScheduler around a nonlinear network, same
+    generators, to 1e-5.
+    """
     rng, seen = generators(), []
     z_T = draw(rng)
     assert torch.equal(z_T, samplers["z_T"])
@@ -538,7 +658,9 @@ def test_sample_lcm_equals_diffusers(schedule, samplers, steps):
 
 @pytest.mark.parametrize("strength", [0.8, 0.5])
 def test_image_to_image_equals_diffusers(schedule, samplers, strength):
-    """From z_init noised to the first timestep, strength < 1: diffusers 0.42.1's LCMScheduler again, to 1e-5."""
+    """From z_init noised to the first timestep, strength < 1: diffusers 0.42.1's LCMScheduler
+    again, to 1e-5.
+    """
     rng, key = generators(), f"lcm_s{strength}/4"
     z_start = add_noise(samplers["img2img/z_init"], draw(rng), lcm_grid(4, strength)[0], schedule)
     assert lcm_grid(4, strength) == samplers[f"{key}/timesteps"].tolist()
@@ -548,10 +670,12 @@ def test_image_to_image_equals_diffusers(schedule, samplers, strength):
 
 
 def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
-    """With the exact f, one step turns N(0, 1) into mean m - s alpha m / sqrt(V), std s / sqrt(V) at t = 999.
+    """With the exact f, one step turns N(0, 1) into mean m - s alpha m / sqrt(V), std s / sqrt(V)
+    at t = 999.
 
-    For m = .7, s = .5: .67607, .50088. Each further step keeps N(m, s^2); successive z0 correlate by alpha s / sqrt(V)
-    at the timestep between: .1166 at 759, .2961 at 499, .5707 at 259. Monte Carlo of 262144 pixels, to 4 std errors.
+    For m = .7, s = .5: .67607, .50088. Each further step keeps N(m, s^2); successive z0 correlate
+    by alpha s / sqrt(V) at the timestep between: .1166 at 759, .2961 at 499, .5707 at 259. Monte
+    Carlo of 262144 pixels, to 4 std errors.
     """
     g = torch.Generator().manual_seed(0)
     z_T, points = torch.randn((1, 4, 256, 256), generator=g), []
@@ -567,12 +691,17 @@ def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
     for x in points[1:]:
         assert x.mean().item() == pytest.approx(gaussian.m, abs=0.01)
         assert x.std().item() == pytest.approx(gaussian.s, abs=3e-3)
-    pairs = [torch.stack([x.flatten(), y.flatten()]).corrcoef()[0, 1].item() for x, y in zip(points, points[1:])]
+    pairs = [
+        torch.stack([x.flatten(), y.flatten()]).corrcoef()[0, 1].item()
+        for x, y in zip(points, points[1:])
+    ]
     assert pairs == pytest.approx([0.1166, 0.2961, 0.5707], abs=8e-3)
 
 
 def test_noise_is_fresh_at_every_step(schedule):
-    """Between two steps every image gets the next draw of its own generator; after the last nothing is drawn."""
+    """Between two steps every image gets the next draw of its own generator; after the last nothing
+    is drawn.
+    """
     rng, points = generators(), []
     z_T = draw(rng)
 
@@ -611,14 +740,18 @@ def test_picture_does_not_depend_on_its_batch(schedule):
 
 @pytest.mark.parametrize("steps, std", [(1, 0.0171), (2, 0.1414), (4, 0.2388), (8, 0.2837)])
 def test_lcm_sampler_blurs_without_distillation(gaussian, schedule, steps, std):
-    """The LCM sampler around the denoiser instead of f: data of std 0.5 comes out at .0171 to .2837 for 1 to 8 steps.
+    """The LCM sampler around the denoiser instead of f: data of std 0.5 comes out at .0171 to .2837
+    for 1 to 8 steps.
 
-    Closed recursion v_f = (alpha s^2 / V)^2 v_z, v_z' = alpha'^2 v_f + sigma'^2 from v_z = 1, and Monte Carlo.
+    Closed recursion v_f = (alpha s^2 / V)^2 v_z, v_z' = alpha'^2 v_f + sigma'^2 from v_z = 1, and
+    Monte Carlo.
     """
     data, variance, grid = gaussian._replace(m=0.0), 1.0, lcm_grid(steps)
     for i, t in enumerate(grid):
         alpha, sigma, v = (x.item() for x in data.at(torch.zeros(1), t))
-        variance = (alpha * data.s**2 / v) ** 2 * (variance if i == 0 else alpha**2 * variance + sigma**2)
+        variance = (alpha * data.s**2 / v) ** 2 * (
+            variance if i == 0 else alpha**2 * variance + sigma**2
+        )
     assert math.sqrt(variance) == pytest.approx(std, abs=6e-5)
     g = torch.Generator().manual_seed(steps)
     z0 = sample_lcm(data.eps, torch.randn((1, 4, 128, 128), generator=g), schedule, steps, [g])
@@ -629,7 +762,9 @@ def test_lcm_sampler_blurs_without_distillation(gaussian, schedule, steps, std):
 
 
 def test_sample_lcm_on_cuda_in_float16(fake_cuda, monkeypatch):
-    """A dry run of the sampler with the emoji UNet in float16 on cuda, tables and generators on the CPU."""
+    """A dry run of the sampler with the emoji UNet in float16 on cuda, tables and generators on the
+    CPU.
+    """
     grid = [999, 759, 499, 259]  # without data there is no .tolist()
     monkeypatch.setattr(lcm, "lcm_grid", lambda steps, strength: grid)
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float16), make_schedule()
@@ -642,18 +777,25 @@ def test_sample_lcm_on_cuda_in_float16(fake_cuda, monkeypatch):
 
 
 def test_distillation_on_cuda(fake_cuda):
-    """A dry run of the loss with the emoji UNet and a LoRA on cuda, tables and generator on the CPU."""
+    """A dry run of the loss with the emoji UNet and a LoRA on cuda, tables and generator on the
+    CPU.
+    """
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float32), make_schedule()
     add_lora(unet, 4, 2.0)
     student, teacher = lora_networks(unet)
-    z0, cond = torch.randn(2, 4, 16, 16, device="cuda"), Cond(torch.randn(2, 77, 128, device="cuda"))
+    z0, cond = (
+        torch.randn(2, 4, 16, 16, device="cuda"),
+        Cond(torch.randn(2, 77, 128, device="cuda")),
+    )
     loss = drawn_loss(student, teacher, student, z0, cond, cond, schedule, 0, (3.0, 12.0))
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
     assert loss.requires_grad  # the backward pass itself needs a real device
 
 
 def test_teacher_in_one_batch_or_two(gaussian, schedule):
-    """`together` sends cond and null through the teacher as one batch of 2b: the same loss, one call less."""
+    """`together` sends cond and null through the teacher as one batch of 2b: the same loss, one
+    call less.
+    """
     mean, null = torch.full((6, 1, 1), 1.5), torch.full((6, 1, 1), -0.5)  # one row an image
     z0, calls = noise(0, (6, 4, 8, 8)), []
 
@@ -677,8 +819,8 @@ def test_teacher_in_one_batch_or_two(gaussian, schedule):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_the_teacher_is_widened_before_it_is_guided(schedule, together):
-    """eps_cond + w (eps_cond - eps_null) of a bfloat16 teacher is computed in float32: in bfloat16 the difference, w
-    times enlarged, would be rounded to 8 bits.
+    """eps_cond + w (eps_cond - eps_null) of a bfloat16 teacher is computed in float32: in bfloat16
+    the difference, w times enlarged, would be rounded to 8 bits.
     """
     g = torch.Generator().manual_seed(0)
     z0, eps = torch.randn((2, 4, 8, 8), generator=g), torch.randn((2, 4, 8, 8), generator=g)

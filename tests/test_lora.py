@@ -1,5 +1,5 @@
-"""LoRA layers: W' x = W x + (lora_alpha / r) B A x, with lora_alpha != rank everywhere, on a base that keeps keys and
-weights.
+"""LoRA layers: W' x = W x + (lora_alpha / r) B A x, with lora_alpha != rank everywhere, on a base
+that keeps keys and weights.
 """
 
 import copy
@@ -50,8 +50,8 @@ def adapted_unet(rank: int = RANK, lora_alpha: float = LORA_ALPHA) -> UNet:
 
 @pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
 def test_layer_equals_the_layer_with_the_summed_weight(path):
-    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r; the summed weight is formed here, entry by entry, in
-    float64.
+    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r; the summed weight is formed here, entry
+    by entry, in float64.
     """
     base = small_net().double()
     net = copy.deepcopy(base)
@@ -92,8 +92,8 @@ def test_lora_alpha_defaults_to_the_rank():
 
 
 def test_off_is_the_base_bitwise():
-    """Under lora_off, and at scale 0, the UNet's output is that of a UNet that never had a LoRA: the teacher, bit for
-    bit.
+    """Under lora_off, and at scale 0, the UNet's output is that of a UNet that never had a LoRA:
+    the teacher, bit for bit.
     """
     base, unet = tiny_unet()(*unet_inputs()), adapted_unet()
     live = unet(*unet_inputs())
@@ -115,8 +115,8 @@ def test_a_fresh_lora_changes_nothing():
 
 
 def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
-    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform_(a=sqrt(5)); the same for the same generator
-    only.
+    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform_(a=sqrt(5)); the same for
+    the same generator only.
     """
     draws = []
     for seed, global_seed in ((5, 0), (5, 1), (6, 0)):
@@ -133,24 +133,35 @@ def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
 
 
 def test_base_keeps_its_keys_and_storage():
-    """A file of the base loads strictly before add_lora; after it every base key is there still, on the same memory."""
+    """A file of the base loads strictly before add_lora; after it every base key is there still, on
+    the same memory.
+    """
     unet = tiny_unet(seed=1)
     unet.load_state_dict(tiny_unet().state_dict(), strict=True)
     before = {key: (value.data_ptr(), value.clone()) for key, value in unet.state_dict().items()}
     add_lora(unet, RANK, LORA_ALPHA)
     after = unet.state_dict()
     assert {key for key in after if "lora_" not in key} == set(before)
-    assert all(after[key].data_ptr() == pointer and torch.equal(after[key], x) for key, (pointer, x) in before.items())
+    assert all(
+        after[key].data_ptr() == pointer and torch.equal(after[key], x)
+        for key, (pointer, x) in before.items()
+    )
     lora = {key for key in after if "lora_" in key}
-    assert lora == {f"{p}.{end}.weight" for p in target_paths(tiny_unet()) for end in ("lora_up", "lora_down")}
+    assert lora == {
+        f"{p}.{end}.weight" for p in target_paths(tiny_unet()) for end in ("lora_up", "lora_down")
+    }
 
 
 def test_only_the_lora_gets_gradients():
-    """add_lora returns all of the LoRA's parameters and nothing else; they get gradients, the frozen base none."""
+    """add_lora returns all of the LoRA's parameters and nothing else; they get gradients, the
+    frozen base none.
+    """
     unet = tiny_unet().requires_grad_(True)
     parameters = add_lora(unet, RANK, LORA_ALPHA)
     assert {id(p) for p in parameters} == {id(p) for p in unet.parameters() if p.requires_grad}
-    assert len(parameters) == 2 * len(target_paths(unet)) and all(p.dtype == torch.float32 for p in parameters)
+    assert len(parameters) == 2 * len(target_paths(unet)) and all(
+        p.dtype == torch.float32 for p in parameters
+    )
     load_tau(unet, random_tau(tiny_unet(), 3, RANK, LORA_ALPHA))
     unet(*unet_inputs()).square().sum().backward()
     for name, p in unet.named_parameters():
@@ -166,8 +177,8 @@ def test_first_gradient_is_on_up_only():
 
 
 def test_gradients_really_clip():
-    """What add_lora returns is a list: it still holds them after the optimizer took them (a bug of one official
-    script).
+    """What add_lora returns is a list: it still holds them after the optimizer took them (a bug of
+    one official script).
     """
     unet = tiny_unet()
     parameters = add_lora(unet, RANK, LORA_ALPHA)
@@ -175,24 +186,32 @@ def test_gradients_really_clip():
     (1e4 * unet(*unet_inputs()).square().sum()).backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     assert norm > 100
-    assert torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item() == pytest.approx(
-        1, abs=1e-4
-    )
+    assert torch.stack(
+        [p.grad.norm() for p in parameters if p.grad is not None]
+    ).norm().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_tau_round_trip():
-    """get_tau of one UNet loaded into another gives the same output bitwise; the tensors are copied, not shared."""
+    """get_tau of one UNet loaded into another gives the same output bitwise; the tensors are
+    copied, not shared.
+    """
     one, other = adapted_unet(), tiny_unet()
     add_lora(other, RANK, LORA_ALPHA)
     load_tau(other, get_tau(one))
     assert torch.equal(one(*unet_inputs()), other(*unet_inputs()))
-    assert all(torch.equal(a, b) for p in get_tau(one) for a, b in zip(get_tau(one)[p][:2], get_tau(other)[p][:2]))
+    assert all(
+        torch.equal(a, b)
+        for p in get_tau(one)
+        for a, b in zip(get_tau(one)[p][:2], get_tau(other)[p][:2])
+    )
     get_tau(one)["input_blocks.1.0.in_layers.2"][0].data.zero_()
     assert get_tau(other)["input_blocks.1.0.in_layers.2"][0].any()
 
 
 def test_lora_off_nests_and_restores():
-    """Each layer gets its own scale back when the block ends, after an inner block and after an exception too."""
+    """Each layer gets its own scale back when the block ends, after an inner block and after an
+    exception too.
+    """
     net = small_net()
     add_lora(net, RANK)
     layers = list(lora_layers(net).values())
@@ -207,7 +226,9 @@ def test_lora_off_nests_and_restores():
 
 
 def test_wrong_arguments_are_refused():
-    """ValueError with the values: rank below 1; a tau of other modules, another rank, another lora_alpha."""
+    """ValueError with the values: rank below 1; a tau of other modules, another rank, another
+    lora_alpha.
+    """
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(tiny_unet(), 0)
     unet = adapted_unet()
@@ -225,8 +246,8 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("family, count", [(emoji, None), (sd15, 278), (ssd1b, 423), (sdxl, 788)])
 def test_targets_are_the_official_lcm_loras(family, count):
-    """As many modules as the released LCM-LoRAs have; conv_in, out, embeddings and norms are not among
-    them.
+    """As many modules as the released LCM-LoRAs have; conv_in, out, embeddings and norms are not
+    among them.
     """
     with torch.device("meta"):
         unet = UNet(family())
@@ -241,28 +262,34 @@ def test_targets_are_the_official_lcm_loras(family, count):
 def test_attention_only():
     """The attention targets are q, k, v and out of both attentions of every block, nothing else."""
     ends = {path.split("transformer_blocks.")[1] for path in target_paths(tiny_unet(), ATTENTION)}
-    assert ends == {f"0.attn{i}.{end}" for i in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert ends == {
+        f"0.attn{i}.{end}" for i in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")
+    }
     assert set(ATTENTION) < set(TARGETS)
 
 
 def test_official_parameter_counts():
-    """Rank 64 on all targets: 67,252,224 for SD1.5, 104,902,656 for SSD-1B, 196,751,360 for SDXL (from
-    peft).
+    """Rank 64 on all targets: 67,252,224 for SD1.5, 104,902,656 for SSD-1B, 196,751,360 for SDXL
+    (from peft).
     """
     for family, expected in ((sd15, 67_252_224), (ssd1b, 104_902_656), (sdxl, 196_751_360)):
         with torch.device("meta"):
             unet = UNet(family())
         shapes = {path: unet.get_submodule(path).weight.shape for path in target_paths(unet)}
         assert (
-            sum(64 * (out + fan_in.numel()) for out, *rest in shapes.values() for fan_in in [torch.Size(rest)])
+            sum(
+                64 * (out + fan_in.numel())
+                for out, *rest in shapes.values()
+                for fan_in in [torch.Size(rest)]
+            )
             == expected
         )
 
 
 @pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
 def test_a_narrow_base_computes_what_a_wide_one_does(path):
-    """A frozen weight in float16 under a float32 input: output and gradients are those of the same weight widened
-    beforehand.
+    """A frozen weight in float16 under a float32 input: output and gradients are those of the same
+    weight widened beforehand.
     """
     base = small_net().half()
     net = copy.deepcopy(base).float()
@@ -282,12 +309,19 @@ def test_a_narrow_base_computes_what_a_wide_one_does(path):
         torch.testing.assert_close(a.weight.grad, b.weight.grad)
     assert narrow.weight.grad is None
     narrow.scale = 0.0
-    assert torch.equal(narrow(x), nn.Linear.forward(wide, y) if wide.weight.ndim == 2 else nn.Conv2d.forward(wide, y))
+    assert torch.equal(
+        narrow(x),
+        nn.Linear.forward(wide, y) if wide.weight.ndim == 2 else nn.Conv2d.forward(wide, y),
+    )
 
 
 def test_a_narrow_base_keeps_no_wide_weight():
-    """A weight far larger than input and output: after the forward pass, less is alive than W widened."""
-    net = nn.ModuleDict({"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)}).half()
+    """A weight far larger than input and output: after the forward pass, less is alive than W
+    widened.
+    """
+    net = nn.ModuleDict(
+        {"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)}
+    ).half()
     add_lora(net, 2)
     for layer, shape in ((net["to_q"], (1, 4, 512)), (net["conv"], (1, 128, 4, 4))):
         with LiveBytes() as live:

@@ -1,4 +1,6 @@
-"""tau' = lambda1 tau_style + lambda2 tau_lcm: exact for different ranks and lora_alpha != rank, and into weights."""
+"""tau' = lambda1 tau_style + lambda2 tau_lcm: exact for different ranks and lora_alpha != rank, and
+into weights.
+"""
 
 import itertools
 
@@ -17,11 +19,15 @@ LAMBDAS = [0.8, 1.0, -0.3]
 
 def small_net(seed: int = 0) -> nn.ModuleDict:
     torch.manual_seed(seed)
-    return nn.ModuleDict({"to_q": nn.Linear(5, 7), "op": nn.Conv2d(4, 6, 3, stride=2, padding=1)}).requires_grad_(False)
+    return nn.ModuleDict(
+        {"to_q": nn.Linear(5, 7), "op": nn.Conv2d(4, 6, 3, stride=2, padding=1)}
+    ).requires_grad_(False)
 
 
 def three_taus() -> list[Tau]:
-    """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths lora_alpha / rank all different and none of them 1."""
+    """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths lora_alpha / rank all different
+    and none of them 1.
+    """
     net = small_net()
     return [
         random_tau(net, 1, 2, 5.0, size=1.0),
@@ -33,7 +39,10 @@ def three_taus() -> list[Tau]:
 def exact_delta(up: torch.Tensor, down: torch.Tensor, lora_alpha: float) -> torch.Tensor:
     """dW[o, ...] = (lora_alpha / r) sum_r B[o, r] A[r, ...], entry by entry in float64."""
     rank = down.shape[0]
-    terms = [up[:, r].double().reshape(-1, *[1] * (down.ndim - 1)) * down[r].double() for r in range(rank)]
+    terms = [
+        up[:, r].double().reshape(-1, *[1] * (down.ndim - 1)) * down[r].double()
+        for r in range(rank)
+    ]
     return lora_alpha / rank * sum(terms)
 
 
@@ -43,7 +52,9 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 5e-6) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_delta(path):
-    """`delta` has the weight's shape and is the entry-by-entry sum; also for factors in float16, summed in float32."""
+    """`delta` has the weight's shape and is the entry-by-entry sum; also for factors in float16,
+    summed in float32.
+    """
     up, down, lora_alpha = three_taus()[0][path]
     assert delta(up, down, lora_alpha).shape == small_net()[path].weight.shape
     close(delta(up, down, lora_alpha), exact_delta(up, down, lora_alpha))
@@ -53,7 +64,9 @@ def test_delta(path):
 
 
 def test_delta_is_what_the_layer_adds():
-    """A convolution with delta as its weight does what lora_down (at the base's stride), lora_up do: LoRA eq. 3."""
+    """A convolution with delta as its weight does what lora_down (at the base's stride), lora_up
+    do: LoRA eq. 3.
+    """
     up, down, lora_alpha = three_taus()[0]["op"]
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     two = lora_alpha / 2 * torch.conv2d(torch.conv2d(x, down, stride=2, padding=1), up)
@@ -62,7 +75,9 @@ def test_delta_is_what_the_layer_adds():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_combine_is_the_weighted_sum_of_deltas(path):
-    """The mix's delta == sum lambda_i delta_i; its rank is the sum of ranks and its lora_alpha equals it."""
+    """The mix's delta == sum lambda_i delta_i; its rank is the sum of ranks and its lora_alpha
+    equals it.
+    """
     taus = three_taus()
     mix = combine(taus, LAMBDAS)
     assert mix[path][1].shape[0] == mix[path][2] == 2 + 4 + 3
@@ -82,7 +97,9 @@ def test_combine_is_linear_and_has_no_order(path):
 
 
 def test_combine_keeps_modules_that_only_one_lora_has():
-    """An attention-only style and a full LCM-LoRA: where one has no module, the other's delta is alone there."""
+    """An attention-only style and a full LCM-LoRA: where one has no module, the other's delta is
+    alone there.
+    """
     style, lcm, _ = three_taus()
     del style["op"]
     mix = combine([style, lcm], [0.8, 1.0])
@@ -105,12 +122,15 @@ def test_combine_then_merge_is_merge_after_merge():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_combine_is_not_the_average_of_the_factors(path):
-    """Adding sqrt(lambda s) B and sqrt(lambda s) A of two LoRA, as peft's "linear" does, gives the sum plus cross terms
-    sqrt(l1 s1 l2 s2) (B1 A2 + B2 A1), as large as the signal for random factors. `combine` is free of
-    them.
+    """Adding sqrt(lambda s) B and sqrt(lambda s) A of two LoRA, as peft's "linear" does, gives the
+    sum plus cross terms sqrt(l1 s1 l2 s2) (B1 A2 + B2 A1), as large as the signal for random
+    factors. `combine` is free of them.
     """
     net = small_net()
-    one, two = random_tau(net, 1, 3, 4.0, size=1.0)[path], random_tau(net, 2, 3, 2.0, size=1.0)[path]
+    one, two = (
+        random_tau(net, 1, 3, 4.0, size=1.0)[path],
+        random_tau(net, 2, 3, 2.0, size=1.0)[path],
+    )
     l1, l2 = 0.8, 1.0
     c1, c2 = (l1 * one[2] / 3) ** 0.5, (l2 * two[2] / 3) ** 0.5
     averaged = exact_delta(c1 * one[0] + c2 * two[0], c1 * one[1] + c2 * two[1], 3.0)
@@ -133,7 +153,9 @@ def test_unmerge_restores():
 
 
 def test_merged_unet_equals_live_lora_layers():
-    """The whole UNet: LoRA layers (load_tau) and merged weights give one output, alone and mixed with a second LoRA."""
+    """The whole UNet: LoRA layers (load_tau) and merged weights give one output, alone and mixed
+    with a second LoRA.
+    """
     generator = torch.Generator().manual_seed(0)
     z_t, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 32)))
     tau = random_tau(tiny_unet(), 1, 2, 3.0, size=0.1)
@@ -152,18 +174,21 @@ def test_merged_unet_equals_live_lora_layers():
 
 
 def test_a_lora_of_another_model_is_refused_and_changes_nothing():
-    """One line that names the LoRA, the first module and both shapes; then no weight has changed, not even a fitting
-    one.
+    """One line that names the LoRA, the first module and both shapes; then no weight has changed,
+    not even a fitting one.
     """
     net, tau = small_net(), three_taus()[0]
     other = {"to_q": tau["to_q"], "op": (tau["op"][0], torch.zeros(2, 4, 1, 1), 5.0)}
     with pytest.raises(
-        ValueError, match=r"^style.st: made for another model: op is \(6, 4, 3, 3\) here, \(6, 4, 1, 1\) in"
+        ValueError,
+        match=r"^style.st: made for another model: op is \(6, 4, 3, 3\) here, \(6, 4, 1, 1\) in",
     ):
         check_fit(net, other, "style.st")
     with pytest.raises(ValueError, match=r"^LoRA: made for another model: op is"):
         merge_into(net, other)
-    with pytest.raises(ValueError, match=r"made for another model: 1 of 3 modules are not here, first: to_k"):
+    with pytest.raises(
+        ValueError, match=r"made for another model: 1 of 3 modules are not here, first: to_k"
+    ):
         merge_into(net, {**tau, "to_k": tau["to_q"]})
     assert all(torch.equal(net[path].weight, small_net()[path].weight) for path in PATHS)
     with pytest.raises(ValueError, match="2 LoRA but 1 lambdas"):
@@ -173,7 +198,9 @@ def test_a_lora_of_another_model_is_refused_and_changes_nothing():
 
 
 def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
-    """W(bfloat16) + dW(float32) -> bfloat16 equals the float64 sum rounded once, which rounding dW first does not."""
+    """W(bfloat16) + dW(float32) -> bfloat16 equals the float64 sum rounded once, which rounding dW
+    first does not.
+    """
     net, tau = small_net().bfloat16(), three_taus()[0]
     before = {path: net[path].weight.clone() for path in PATHS}
     merge_into(net, tau)

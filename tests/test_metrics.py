@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from minilcm.files.safetensors_file import write_tensors
-from minilcm.metrics import Judge, accuracy, frechet, interval, load_judge, picked, psnr, sharpness, wilson
+from minilcm.metrics import (
+    Judge,
+    accuracy,
+    frechet,
+    interval,
+    load_judge,
+    picked,
+    psnr,
+    sharpness,
+    wilson,
+)
 
 NAMES, STYLES = ["cat face", "pizza", "rocket"], ["noto", "sepia"]
 NARROW = dict(width=8, dim=16)  # a small judge: width of the ResNet, features
@@ -35,7 +45,9 @@ def coins(n: int, seeds: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [64, 96, 128])
 def test_the_judge_reads_pictures_of_any_size(side):
-    """Logits of the names (b, n) and of the styles (b, s), from features (b, dim); each picture by itself."""
+    """Logits of the names (b, n) and of the styles (b, s), from features (b, dim); each picture by
+    itself.
+    """
     judge, pixels = small_judge(), some_pixels(2, side)
     of_names, of_styles = judge(pixels)
     assert judge.features(pixels).shape == (2, 16)
@@ -45,8 +57,8 @@ def test_the_judge_reads_pictures_of_any_size(side):
 
 
 def test_a_judge_is_read_back_from_its_file(tmp_path):
-    """Written in float16 with its words and sizes in the header, it says the same in float32; a file without a tensor
-    does not load.
+    """Written in float16 with its words and sizes in the header, it says the same in float32; a
+    file without a tensor does not load.
     """
     judge = small_judge()
     half = {k: x.half() if x.is_floating_point() else x for k, x in judge.state_dict().items()}
@@ -73,7 +85,9 @@ def test_picked():
 
 
 class HandMadeJudge:
-    """Reads a name from the colour of a picture (red, green, blue) and a style from the sign of its last pixel."""
+    """Reads a name from the colour of a picture (red, green, blue) and a style from the sign of its
+    last pixel.
+    """
 
     names, styles = NAMES, ["dark", "light", "neither"]
 
@@ -84,8 +98,8 @@ class HandMadeJudge:
 
 
 def test_accuracy():
-    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right, wrong. Styles are
-    picked among all, or among the choices; values beyond [-1, 1] are cut.
+    """Red, green, blue, blue pictures asked for as red, blue, blue, green: right, wrong, right,
+    wrong. Styles are picked among all, or among the choices; values beyond [-1, 1] are cut.
     """
     pixels = torch.zeros(4, 3, 4, 4)
     for i, channel in enumerate((0, 1, 2, 2)):
@@ -94,7 +108,9 @@ def test_accuracy():
     names, styles = ["cat face", "rocket", "rocket", "pizza"], ["light", "dark", "light", "dark"]
     right, none = accuracy(HandMadeJudge(), pixels, names)
     assert right.tolist() == [True, False, True, False] and none is None
-    assert accuracy(HandMadeJudge(), pixels, names, styles)[1].tolist() == [False] * 4  # "neither" is likeliest
+    assert (
+        accuracy(HandMadeJudge(), pixels, names, styles)[1].tolist() == [False] * 4
+    )  # "neither" is likeliest
     of_two = accuracy(HandMadeJudge(), pixels, names, styles, ["light", "dark"])[1]
     assert of_two.tolist() == [True, False, False, True]
 
@@ -117,7 +133,9 @@ def test_interval_of_a_share():
     mean, low, high = interval(x)
     half = 1.96 * (mean * (1 - mean) / 1200) ** 0.5
     assert mean == pytest.approx(x.mean().item(), abs=1e-4)
-    assert low == pytest.approx(mean - half, abs=half / 4) and high == pytest.approx(mean + half, abs=half / 4)
+    assert low == pytest.approx(mean - half, abs=half / 4) and high == pytest.approx(
+        mean + half, abs=half / 4
+    )
 
 
 def test_interval_covers_the_truth():
@@ -128,7 +146,9 @@ def test_interval_covers_the_truth():
 
 
 def test_pictures_of_one_prompt_are_not_independent():
-    """Where a prompt decides alone, a second seed brings no certainty: the interval stays as wide as with one."""
+    """Where a prompt decides alone, a second seed brings no certainty: the interval stays as wide
+    as with one.
+    """
     one = coins(600)
     assert interval(one) == interval(one.expand(-1, 2))
 
@@ -150,7 +170,9 @@ def test_pairs_take_away_what_both_have():
 
 
 def test_wilson():
-    """Known values: none of 16 leaves up to 0.194, all of 16 down to 0.806; 5 of 10 is [0.237, 0.763]."""
+    """Known values: none of 16 leaves up to 0.194, all of 16 down to 0.806; 5 of 10 is [0.237,
+    0.763].
+    """
     assert wilson(0, 16) == pytest.approx([0, 0, 0.1936], abs=1e-4)
     assert wilson(16, 16) == pytest.approx([1, 0.8064, 1], abs=1e-4)
     assert wilson(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
@@ -160,7 +182,9 @@ def test_wilson():
 
 
 def test_frechet_of_two_gaussians():
-    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 of a cloud and itself, and in either order the same."""
+    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 of a cloud and itself, and in either
+    order the same.
+    """
     s, t = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 0.5, 0.5])
     x, y = (z * scale for z, scale in zip(normals(2, 200_000, 3), (s, t)))
     y = y + torch.tensor([1.0, 0.0, -2.0])
@@ -170,18 +194,27 @@ def test_frechet_of_two_gaussians():
 
 
 def test_frechet_of_turned_gaussians():
-    """Covariances diag(4, 1) and diag(1, 4) do commute: 2 (2 - 1)^2; turned together by 30 degrees, the same."""
-    x, y = (z * scale for z, scale in zip(normals(2, 200_000, 2), (torch.tensor([2.0, 1]), torch.tensor([1.0, 2]))))
+    """Covariances diag(4, 1) and diag(1, 4) do commute: 2 (2 - 1)^2; turned together by 30 degrees,
+    the same.
+    """
+    x, y = (
+        z * scale
+        for z, scale in zip(
+            normals(2, 200_000, 2), (torch.tensor([2.0, 1]), torch.tensor([1.0, 2]))
+        )
+    )
     turn = torch.tensor([[3**0.5, -1], [1, 3**0.5]]) / 2
     assert frechet(x, y) == pytest.approx(2, rel=0.02)
     assert frechet(x @ turn, y @ turn) == pytest.approx(frechet(x, y), rel=1e-5)
 
 
 def test_sharpness():
-    """Of each picture: 0 on plain ground or a slope; 8 a on a chessboard of +-a; a row of a gives a, 2 a, a on three
-    of ten rows.
+    """Of each picture: 0 on plain ground or a slope; 8 a on a chessboard of +-a; a row of a gives
+    a, 2 a, a on three of ten rows.
     """
-    board = 0.25 * (1 - 2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2)).float().expand(3, 16, 16)
+    board = 0.25 * (1 - 2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2)).float().expand(
+        3, 16, 16
+    )
     slope = torch.linspace(-1, 1, 16).expand(3, 16, 16)
     found = sharpness(torch.stack([torch.ones(3, 16, 16), slope, board]))
     assert found.shape == (3,) and found.tolist() == pytest.approx([0, 0, 2], abs=1e-5)
@@ -191,7 +224,9 @@ def test_sharpness():
 
 
 def test_psnr():
-    """An error of 0.1 of the range everywhere is 20 dB, of half of it 6.02; each picture has its own."""
+    """An error of 0.1 of the range everywhere is 20 dB, of half of it 6.02; each picture has its
+    own.
+    """
     x = torch.zeros(2, 3, 4, 4)
     y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 1.0)])
     torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 6.0206]), rtol=0, atol=1e-3)

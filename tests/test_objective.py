@@ -1,4 +1,6 @@
-"""The networks of each objective: what student, teacher and target are; and a dry run of each on a pretended card."""
+"""The networks of each objective: what student, teacher and target are; and a dry run of each on a
+pretended card.
+"""
 
 import pytest
 import torch
@@ -31,12 +33,18 @@ def test_a_lora_is_one_unet_on_off_and_on():
     for up, _, _ in get_tau(unet).values():
         torch.nn.init.normal_(up, generator=torch.Generator().manual_seed(1))
     student, teacher, target = (network(Z_T, T_, cond(), W) for network in nets[:3])
-    assert torch.equal(teacher, expected) and torch.equal(student, target) and not torch.equal(student, teacher)
+    assert (
+        torch.equal(teacher, expected)
+        and torch.equal(student, target)
+        and not torch.equal(student, teacher)
+    )
     assert torch.equal(nets.student(Z_T, T_, cond(), W + 1), student)  # takes no notice of w
 
 
 def test_a_full_lcm_is_three_unets():
-    """They begin as one, whatever w; the student learns to look at w; only the target follows it, by its average."""
+    """They begin as one, whatever w; the student learns to look at w; only the target follows it,
+    by its average.
+    """
     unet = tiny_unet()
     expected = unet(Z_T, T_, cond())
     nets = make_networks(Objective("lcm", None), unet, F32)
@@ -46,7 +54,11 @@ def test_a_full_lcm_is_three_unets():
         for x in unet.parameters():
             x.add_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
     student, teacher, target = (network(Z_T, T_, cond(), W) for network in nets[:3])
-    assert torch.equal(teacher, expected) and torch.equal(target, expected) and not torch.equal(student, expected)
+    assert (
+        torch.equal(teacher, expected)
+        and torch.equal(target, expected)
+        and not torch.equal(student, expected)
+    )
     assert not torch.equal(nets.student(Z_T, T_, cond(), W + 1), student)
     update_ema(nets.target_unet, unet)
     assert not torch.equal(nets.target(Z_T, T_, cond(), W), expected)
@@ -56,8 +68,9 @@ def test_a_full_lcm_is_three_unets():
 @pytest.mark.parametrize("kind", ["diffusion", "lcm"])
 @pytest.mark.parametrize("rank", [4, None])
 def test_ranks_share_what_is_drawn(kind, rank):
-    """Rank 0 and rank 1 of two, with a picture each, have the losses of the two rows of one process: their mean is the
-    loss of the whole batch. Noise drawn twice, or the other's row, gives another number.
+    """Rank 0 and rank 1 of two, with a picture each, have the losses of the two rows of one
+    process: their mean is the loss of the whole batch. Noise drawn twice, or the other's row, gives
+    another number.
     """
     torch.manual_seed(0)
     objective, unet = Objective(kind, rank, w_range=(2.0, 9.0)), tiny_unet()
@@ -71,7 +84,9 @@ def test_ranks_share_what_is_drawn(kind, rank):
         return loss_of(objective, nets, z0[rows], part, nulls, generator, r, world).item()
 
     whole, first, second = loss(slice(0, 2), 0, 1), loss(slice(0, 1), 0, 2), loss(slice(1, 2), 1, 2)
-    assert (first + second) / 2 == pytest.approx(whole, rel=1e-5) and first != pytest.approx(second, rel=1e-3)
+    assert (first + second) / 2 == pytest.approx(whole, rel=1e-5) and first != pytest.approx(
+        second, rel=1e-3
+    )
     assert loss(slice(1, 2), 0, 2) != pytest.approx(second, rel=1e-4)
 
 
@@ -80,7 +95,9 @@ def test_ranks_share_what_is_drawn(kind, rank):
 @pytest.mark.parametrize("rank", [4, None])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
-    """A dry run of the loss in bfloat16 on cuda: noise and grid come from the CPU, no device or dtype is mixed up."""
+    """A dry run of the loss in bfloat16 on cuda: noise and grid come from the CPU, no device or
+    dtype is mixed up.
+    """
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     unet = fake_cuda(lambda: UNet(config.unet), F32)
@@ -90,7 +107,9 @@ def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
     vector = torch.randn(2, config.unet.adm, device="cuda") if config.unet.adm else None
     both = Cond(torch.randn(2, 77, config.unet.context_dim, device="cuda"), vector)
     z0 = torch.randn(2, 4, 8, 8, device="cuda")
-    loss = loss_of(Objective(kind, rank, checkpointing=checkpointing), nets, z0, both, both, torch.Generator())
+    loss = loss_of(
+        Objective(kind, rank, checkpointing=checkpointing), nets, z0, both, both, torch.Generator()
+    )
     assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", F32, (), True)
 
 
@@ -110,43 +129,73 @@ def spied(schedule, eps_hat) -> tuple[Networks, dict[str, list]]:
 
 @pytest.mark.parametrize("k", [1, 20, 100])
 def test_k_is_the_length_of_the_skip(schedule, k):
-    """The target is asked k timesteps below the student, but not below 0: what --k says reaches the loss."""
+    """The target is asked k timesteps below the student, but not below 0: what --k says reaches the
+    loss.
+    """
     nets, seen = spied(schedule, lambda z_t, t: z_t)
     none = Cond(torch.zeros(64, 1, 1))
-    loss_of(Objective("lcm", 4, k=k), nets, torch.randn(64, 4, 2, 2), none, none, torch.Generator().manual_seed(0))
+    loss_of(
+        Objective("lcm", 4, k=k),
+        nets,
+        torch.randn(64, 4, 2, 2),
+        none,
+        none,
+        torch.Generator().manual_seed(0),
+    )
     ((_, t_start, w),), ((_, t_end, _),) = seen["student"], seen["target"]
     assert torch.equal(t_end, (t_start - k).clamp(min=0)), "the pair is (t, t - k)"
-    assert set(t_start.tolist()) <= set(range(19, 1000, 20)) and torch.equal(w, torch.full((64,), 7.5))
+    assert set(t_start.tolist()) <= set(range(19, 1000, 20)) and torch.equal(
+        w, torch.full((64,), 7.5)
+    )
 
 
 def test_diffusion_draws_every_timestep_and_weighs_by_min_snr(schedule):
-    """t ~ U{0, ..., 999}; a network that says 0 has the loss min(SNR, 5) / SNR times eps^2, not eps^2."""
+    """t ~ U{0, ..., 999}; a network that says 0 has the loss min(SNR, 5) / SNR times eps^2, not
+    eps^2.
+    """
     nets, seen = spied(schedule, lambda z_t, t: torch.zeros_like(z_t))
     z0 = torch.zeros(2000, 4, 1, 1)  # so z_t = sigma eps
-    loss = loss_of(Objective("diffusion", None), nets, z0, Cond(z0), Cond(z0), torch.Generator().manual_seed(0))
+    loss = loss_of(
+        Objective("diffusion", None), nets, z0, Cond(z0), Cond(z0), torch.Generator().manual_seed(0)
+    )
     ((z_t, t, _),) = seen["student"]
-    assert t.min() < 10 and t.max() > 990 and t.float().mean().item() == pytest.approx(499.5, abs=25)
+    assert (
+        t.min() < 10 and t.max() > 990 and t.float().mean().item() == pytest.approx(499.5, abs=25)
+    )
     alpha, sigma = schedule.alpha[t].double(), schedule.sigma[t].double()
     snr = (alpha / sigma) ** 2
     eps_squared = (z_t.double().flatten(1) / sigma[:, None]).square().mean(dim=1)
     expected = (snr.clamp(max=5) / snr * eps_squared).mean().item()
-    assert loss.item() == pytest.approx(expected, rel=1e-4) and expected < 0.95 * eps_squared.mean().item()
+    assert (
+        loss.item() == pytest.approx(expected, rel=1e-4)
+        and expected < 0.95 * eps_squared.mean().item()
+    )
 
 
 def test_student_and_target_of_a_full_lcm_embed_the_same_w():
-    """With equal weights they are one function of w, that of the UNet given the embedding of w itself."""
+    """With equal weights they are one function of w, that of the UNet given the embedding of w
+    itself.
+    """
     unet = tiny_unet()
     nets = make_networks(Objective("lcm", None), unet, F32)
-    torch.nn.init.normal_(unet.time_embedding["cond_proj"].weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(
+        unet.time_embedding["cond_proj"].weight, generator=torch.Generator().manual_seed(1)
+    )
     nets.target_unet.load_state_dict(unet.state_dict())
     expected = unet(Z_T, T_, cond(), guidance_embedding(W))
-    assert torch.equal(nets.student(Z_T, T_, cond(), W), expected), "the student's w is not the one given"
-    assert torch.equal(nets.target(Z_T, T_, cond(), W), expected), "the target's w is not the one given"
+    assert torch.equal(nets.student(Z_T, T_, cond(), W), expected), (
+        "the student's w is not the one given"
+    )
+    assert torch.equal(nets.target(Z_T, T_, cond(), W), expected), (
+        "the target's w is not the one given"
+    )
     assert not torch.equal(nets.student(Z_T, T_, cond(), W + 1), expected)
 
 
 def test_learning_rate_ends_at_its_floor():
-    assert [learning_rate(2.0, step, 10**6, warmup=4) for step in (0, 1, 3)] == pytest.approx([0.5, 1.0, 2.0])
+    assert [learning_rate(2.0, step, 10**6, warmup=4) for step in (0, 1, 3)] == pytest.approx(
+        [0.5, 1.0, 2.0]
+    )
     assert learning_rate(2.0, 5000, 10000) == pytest.approx(1.0)
     assert learning_rate(2.0, 10**6, 10**6) == pytest.approx(0)
     assert learning_rate(2.0, 10**6, 10**6, floor=0.01) == pytest.approx(0.02)

@@ -1,4 +1,6 @@
-"""How the emoji model is made: the formulas of its training, and a recipe whose lines train.py understands."""
+"""How the emoji model is made: the formulas of its training, and a recipe whose lines train.py
+understands.
+"""
 
 import argparse
 
@@ -14,7 +16,9 @@ from weights.emoji.train_vae import against, grow, hinge
 
 
 def test_hinge():
-    """No loss beyond the margin of 1 on the right side; 1 each at 0; it grows linearly on the wrong side."""
+    """No loss beyond the margin of 1 on the right side; 1 each at 0; it grows linearly on the wrong
+    side.
+    """
     assert hinge(torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -7.0])) == 0
     assert hinge(torch.zeros(3), torch.zeros(3)) == 2
     assert hinge(torch.tensor([-2.0]), torch.tensor([3.0])) == 3 + 4
@@ -24,7 +28,10 @@ def test_hinge():
 def test_adversarial_gradient_has_weight_times_the_others_size(weight):
     """At `last`: grad = g1 + weight |g1| / |g2| g2, whatever the two losses' own scales."""
     last = torch.tensor([1.0, 2.0], requires_grad=True)
-    one, other = (last * torch.tensor([3.0, 4.0])).sum(), 100 * (last * torch.tensor([4.0, -3.0])).sum()
+    one, other = (
+        (last * torch.tensor([3.0, 4.0])).sum(),
+        100 * (last * torch.tensor([4.0, -3.0])).sum(),
+    )
     (gradient,) = torch.autograd.grad(against(one, other, last, weight), last)
     expected = torch.tensor([3.0, 4.0]) + weight * torch.tensor([4.0, -3.0])
     torch.testing.assert_close(gradient, expected)
@@ -40,8 +47,15 @@ def test_grow_keeps_all_but_the_new_level():
     assert large.cfg.scale == 0.3 and large.factor == 4
     assert torch.equal(large.decoder.up[0]["block"][0].conv1.weight, fresh)
     z0 = torch.randn(1, 4, 4, 4)
-    for a, b in ((large.decoder.up[2], small.decoder.up[1]), (large.encoder.down[2], small.encoder.down[1])):
-        assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items() if key in b.state_dict())
+    for a, b in (
+        (large.decoder.up[2], small.decoder.up[1]),
+        (large.encoder.down[2], small.encoder.down[1]),
+    ):
+        assert all(
+            torch.equal(x, b.state_dict()[key])
+            for key, x in a.state_dict().items()
+            if key in b.state_dict()
+        )
     for vae in (large, small):  # the same up to the lowest level's end
         h = vae.decoder.conv_in(vae.post_quant_conv(z0))
         for block in vae.decoder.mid.values():
@@ -54,7 +68,9 @@ def test_grow_keeps_all_but_the_new_level():
 
 
 def test_the_recipe_is_one_that_can_be_run(tmp_path):
-    """Each part needs only parts above it; what train.py trains has flags that it takes, --resume after a state."""
+    """Each part needs only parts above it; what train.py trains has flags that it takes, --resume
+    after a state.
+    """
     args = argparse.Namespace(out=tmp_path, names=4, steps=10, device="cpu", batch=None, looks=None)
     done = []
     for name, part in PARTS.items():

@@ -1,5 +1,5 @@
-"""sample.py on a tiny model: same seed same bytes, alone or among others; what the files say; one line for each
-mistake.
+"""sample.py on a tiny model: same seed same bytes, alone or among others; what the files say; one
+line for each mistake.
 """
 
 import dataclasses
@@ -33,18 +33,24 @@ EMOJI_NAMES = tuple((ROOT / "weights/emoji/names.txt").read_text().splitlines()[
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a model, a LoRA `lcm` for all targets, a LoRA `style` for attention only, and a picture."""
+    """A folder with a model, a LoRA `lcm` for all targets, a LoRA `style` for attention only, and a
+    picture.
+    """
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model.safetensors")
     write_tau(folder / "lcm.safetensors", random_tau(tiny_unet(), 1, 2, 3.0, size=0.1), {})
-    write_tau(folder / "style.safetensors", random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION, size=0.3), {})
+    write_tau(
+        folder / "style.safetensors", random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION, size=0.3), {}
+    )
     Image.linear_gradient("L").convert("RGB").save(folder / "picture.png")
     return folder
 
 
 @pytest.fixture
 def draw(files, tmp_path):
-    """draw(*flags) runs sample.py and gives {file name: bytes} of the folder it wrote to, in the order of names."""
+    """draw(*flags) runs sample.py and gives {file name: bytes} of the folder it wrote to, in the
+    order of names.
+    """
     count = itertools.count()
 
     def run(*flags: str, loras=("lcm.safetensors",), out: str = "") -> dict[str, bytes]:
@@ -53,7 +59,8 @@ def draw(files, tmp_path):
         argv += [x for lora in loras for x in ("--lora", str(files / lora))]
         sample.main(sample.parse([*argv, *flags]))
         return {
-            p.name: p.read_bytes() for p in sorted((Path(out).parent if out.endswith(".png") else Path(out)).iterdir())
+            p.name: p.read_bytes()
+            for p in sorted((Path(out).parent if out.endswith(".png") else Path(out)).iterdir())
         }
 
     return run
@@ -95,13 +102,17 @@ def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "sampler, dtype", [("lcm", "float32"), ("lcm", "bfloat16"), ("ddim", "float32"), ("dpmpp", "bfloat16")]
+    "sampler, dtype",
+    [("lcm", "float32"), ("lcm", "bfloat16"), ("ddim", "float32"), ("dpmpp", "bfloat16")],
 )
 def test_same_seed_same_bytes_alone_or_among_others(draw, sampler, dtype):
-    """Two runs give the same files; picture i of six (two prompts, three each) has the bytes of a run of its prompt
-    alone with --seed seed + i; all six differ.
+    """Two runs give the same files; picture i of six (two prompts, three each) has the bytes of a
+    run of its prompt alone with --seed seed + i; all six differ.
     """
-    prompts, flags = ("cat face", "a rocket"), ("--sampler", sampler, "--dtype", dtype, "--steps", "3")
+    prompts, flags = (
+        ("cat face", "a rocket"),
+        ("--sampler", sampler, "--dtype", dtype, "--steps", "3"),
+    )
     six = draw(*prompts, "--count", "3", "--seed", "7", *flags)
     assert six == draw(*prompts, "--count", "3", "--seed", "7", *flags)
     assert len(set(six.values())) == 6
@@ -110,8 +121,8 @@ def test_same_seed_same_bytes_alone_or_among_others(draw, sampler, dtype):
 
 
 def test_the_picture_is_the_pipeline_by_hand(draw, files):
-    """File -> LoRA merged -> prompt encoded -> noise of the seed -> LCM or guided DDIM -> decoded -> PNG: the same
-    levels as these calls made here, in float32.
+    """File -> LoRA merged -> prompt encoded -> noise of the seed -> LCM or guided DDIM -> decoded
+    -> PNG: the same levels as these calls made here, in float32.
     """
     unet, vae, text, _ = load_model(files / "model.safetensors")
     merge_into(unet, read_tau(files / "lcm.safetensors"), 0.7)
@@ -132,8 +143,19 @@ def test_the_picture_is_the_pipeline_by_hand(draw, files):
 
 
 def test_files_and_what_they_say(draw):
-    """Names sort in the order of drawing; the PNG's text chunk is the prompt, the negative and the recipe."""
-    pictures = draw("pizza", "Cat face, on a pink background", "--count", "2", "--seed", "41", "--negative", "rocket")
+    """Names sort in the order of drawing; the PNG's text chunk is the prompt, the negative and the
+    recipe.
+    """
+    pictures = draw(
+        "pizza",
+        "Cat face, on a pink background",
+        "--count",
+        "2",
+        "--seed",
+        "41",
+        "--negative",
+        "rocket",
+    )
     assert list(pictures) == [
         "0000_pizza_seed41.png",
         "0001_pizza_seed42.png",
@@ -162,7 +184,9 @@ def test_many_pictures_sort_in_the_order_of_their_seeds(draw):
 
 
 def test_out_as_one_file(draw, tmp_path):
-    """--out FILE.png in a folder that is not there yet is that file alone, with the bytes that a folder would get."""
+    """--out FILE.png in a folder that is not there yet is that file alone, with the bytes that a
+    folder would get.
+    """
     path = tmp_path / "a/new: folder/my pizza.png"
     assert draw("pizza", out=str(path)) == {"my pizza.png": only(draw("pizza"))}
 
@@ -172,7 +196,9 @@ def test_out_without_a_slash_is_a_folder(draw, tmp_path):
 
 
 def test_earlier_pictures_are_kept(draw, tmp_path):
-    """A second run in the same folder, of the same prompt and seed too, counts on; other files are left alone."""
+    """A second run in the same folder, of the same prompt and seed too, counts on; other files are
+    left alone.
+    """
     out = f"{tmp_path}/x/"
     first = draw("pizza", "--count", "2", out=out)
     (tmp_path / "x/0007_notes.txt").write_text("mine")
@@ -224,12 +250,14 @@ def test_default_steps(draw, capsys):
 
 
 def test_negative_counts_above_guidance_1_only(draw):
-    """At guidance 1, the default of lcm, the negative prompt changes no level; at 2 it does. ddim's default is the
-    model's 3.
+    """At guidance 1, the default of lcm, the negative prompt changes no level; at 2 it does. ddim's
+    default is the model's 3.
     """
     plain, negative = draw("pizza"), draw("pizza", "--negative", "rocket", "--guidance", "1")
     assert same_picture(only(plain), only(negative))
-    plain, negative = (draw("pizza", "--guidance", "2", *more) for more in ((), ("--negative", "rocket")))
+    plain, negative = (
+        draw("pizza", "--guidance", "2", *more) for more in ((), ("--negative", "rocket"))
+    )
     assert not same_picture(only(plain), only(negative))
     ddim = ("pizza", "--sampler", "ddim", "--steps", "3")
     assert draw(*ddim) == draw(*ddim, "--guidance", f"{CONFIG.guidance}")
@@ -248,7 +276,10 @@ def test_lambda(draw):
     """Lambda 0 is the bare model, 1 the default; 0.5, 1 and -1 are three other pictures."""
     flags = ("pizza", "--sampler", "ddim", "--steps", "2")
     bare = draw(*flags, loras=[])
-    by_lambda = {x: only(draw(*flags, loras=[f"style.safetensors:{x}"])) for x in ("0", "0.5", "1", "-1", "1e0")}
+    by_lambda = {
+        x: only(draw(*flags, loras=[f"style.safetensors:{x}"]))
+        for x in ("0", "0.5", "1", "-1", "1e0")
+    }
     assert same_picture(by_lambda["0"], only(bare))
     assert only(draw(*flags, loras=["style.safetensors"])) == by_lambda["1"] == by_lambda["1e0"]
     pictures = [only(bare), by_lambda["0.5"], by_lambda["1"], by_lambda["-1"]]
@@ -256,7 +287,9 @@ def test_lambda(draw):
 
 
 def test_several_loras_add_up(draw):
-    """lambda1 style + lambda2 lcm in either order is one picture to a level; a file at 0.3 and 0.5 is it at 0.8."""
+    """lambda1 style + lambda2 lcm in either order is one picture to a level; a file at 0.3 and 0.5
+    is it at 0.8.
+    """
     flags = ("pizza", "--dtype", "float32")
     style, lcm = "style.safetensors:0.8", "lcm.safetensors:1.0"
     one, other = only(draw(*flags, loras=[style, lcm])), only(draw(*flags, loras=[lcm, style]))
@@ -270,15 +303,19 @@ def test_a_lora_of_the_text_encoder_changes_the_picture(draw, tmp_path):
     """te1. modules are merged into the text encoder, not dropped."""
     g = torch.Generator().manual_seed(0)
     parts = 0.5 * torch.randn(32, 2, generator=g), 0.5 * torch.randn(2, 32, generator=g), 2.0
-    write_tau(tmp_path / "text.safetensors", {f"te1.encoder.layers.0.self_attn.{x}_proj": parts for x in "qv"}, {})
+    write_tau(
+        tmp_path / "text.safetensors",
+        {f"te1.encoder.layers.0.self_attn.{x}_proj": parts for x in "qv"},
+        {},
+    )
     argv = "pizza", "--sampler", "ddim", "--steps", "2"
     with_text = draw(*argv, loras=[f"{tmp_path}/text.safetensors"])
     assert not same_picture(only(with_text), only(draw(*argv, loras=[])))
 
 
 def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
-    """`--lora lcm`, and --sampler lcm without any --lora, take lcm_lora.safetensors beside the shipped model; ddim
-    takes none.
+    """`--lora lcm`, and --sampler lcm without any --lora, take lcm_lora.safetensors beside the
+    shipped model; ddim takes none.
     """
     shipped = files / "shipped"
     shipped.mkdir()
@@ -294,28 +331,58 @@ def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
     assert "Lora: none" in lines_in(only(bare))[1]
 
     monkeypatch.chdir(shipped)  # the same file by another spelling
-    sample.main(sample.parse(["--model", "../shipped/model.safetensors", "--device", "cpu", "pizza", "--out", "out/"]))
+    sample.main(
+        sample.parse(
+            ["--model", "../shipped/model.safetensors", "--device", "cpu", "pizza", "--out", "out/"]
+        )
+    )
     assert same_picture((shipped / "out/0000_pizza_seed0.png").read_bytes(), only(named))
 
 
-@pytest.mark.parametrize("recipe, told", [({}, True), ({"objective": "lcm"}, False), ({"combined": "a b"}, False)])
-def test_a_style_alone_is_told_that_few_steps_are_blurred(files, tmp_path, monkeypatch, capsys, recipe, told):
-    """Naming a --lora takes the place of the shipped LCM-LoRA, which is easily forgotten; a mix of both is not told."""
+@pytest.mark.parametrize(
+    "recipe, told", [({}, True), ({"objective": "lcm"}, False), ({"combined": "a b"}, False)]
+)
+def test_a_style_alone_is_told_that_few_steps_are_blurred(
+    files, tmp_path, monkeypatch, capsys, recipe, told
+):
+    """Naming a --lora takes the place of the shipped LCM-LoRA, which is easily forgotten; a mix of
+    both is not told.
+    """
     monkeypatch.setattr(sample, "WEIGHTS", files)
     write_tau(tmp_path / "some.safetensors", read_tau(files / "style.safetensors"), recipe)
-    argv = ["--model", str(files / "model.safetensors"), "--device", "cpu", "pizza", "--out", f"{tmp_path}/out/"]
+    argv = [
+        "--model",
+        str(files / "model.safetensors"),
+        "--device",
+        "cpu",
+        "pizza",
+        "--out",
+        f"{tmp_path}/out/",
+    ]
     sample.main(sample.parse([*argv, "--lora", str(tmp_path / "some.safetensors")]))
     assert ("add --lora lcm" in capsys.readouterr().out) == told
 
 
 def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):
-    """A UNet with cond_proj, no LoRA: the picture is f of unet(z, t, cond, e(w)), one evaluation, w = guidance - 1."""
+    """A UNet with cond_proj, no LoRA: the picture is f of unet(z, t, cond, e(w)), one evaluation, w
+    = guidance - 1.
+    """
     config = dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, w_dim=256))
     path = write_model(tmp_path / "lcm.safetensors", config=config)
     pictures = []
     for guidance in (3.0, 8.0):
         out = tmp_path / f"{guidance}.png"
-        argv = ["pizza", "--model", str(path), "--dtype", "float32", "--device", "cpu", "--steps", "2"]
+        argv = [
+            "pizza",
+            "--model",
+            str(path),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--steps",
+            "2",
+        ]
         sample.main(sample.parse([*argv, "--guidance", str(guidance), "--out", str(out)]))
         unet, vae, text, _ = load_model(path)
         cond, w_emb = text.encode(["pizza"]), guidance_embedding(torch.tensor([guidance - 1]), 256)
@@ -342,8 +409,9 @@ def test_a_path_with_a_colon(draw, files, name):
 
 
 def test_image_and_strength(draw, files):
-    """--image starts at the noised latent of the picture at the shortened grid's first timestep: the same levels as
-    these calls made here. The strength, the picture and the seed each change the result.
+    """--image starts at the noised latent of the picture at the shortened grid's first timestep:
+    the same levels as these calls made here. The strength, the picture and the seed each change the
+    result.
     """
     unet, vae, text, _ = load_model(files / "model.safetensors")
     merge_into(unet, read_tau(files / "lcm.safetensors"))
@@ -353,7 +421,9 @@ def test_image_and_strength(draw, files):
         z0 = vae.encode_mean(read_image(files / "picture.png", (32, 32)))
         start = add_noise(z0, torch.randn(1, 4, 8, 8, generator=generator), 399, schedule)
         eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
-        expected = to_images(vae.decode(sample_lcm(eps_fn, start, schedule, 2, [generator], 0.4)))[0]
+        expected = to_images(vae.decode(sample_lcm(eps_fn, start, schedule, 2, [generator], 0.4)))[
+            0
+        ]
     flags = ("pizza", "--steps", "2", "--dtype", "float32", "--image", str(files / "picture.png"))
     drawn = only(draw(*flags, "--strength", "0.4"))
     assert abs(levels(drawn) - np.array(expected)).max() <= 1
@@ -384,8 +454,8 @@ def test_image_and_strength(draw, files):
     ],
 )
 def test_any_prompt_is_drawn_into_the_folder(draw, tmp_path, prompt, name):
-    """Slashes, quotes, other alphabets, control characters, nothing at all, far too much: one file with a plain name,
-    in the folder, whose text begins with the prompt.
+    """Slashes, quotes, other alphabets, control characters, nothing at all, far too much: one file
+    with a plain name, in the folder, whose text begins with the prompt.
     """
     pictures = draw("--steps", "1", "--sheet", str(tmp_path / "sheet.png"), "--", prompt)
     assert list(pictures) == [name]
@@ -393,7 +463,9 @@ def test_any_prompt_is_drawn_into_the_folder(draw, tmp_path, prompt, name):
 
 
 def test_line_breaks_in_prompts_are_spaces(draw):
-    """A prompt pasted over two lines is one line in the PNG, whose first line is the prompt, and draws the same."""
+    """A prompt pasted over two lines is one line in the PNG, whose first line is the prompt, and
+    draws the same.
+    """
     broken = draw("cat\n  face,\r\n\tnoto style\n", "--negative", "a\nb")
     assert broken == draw("cat face, noto style", "--negative", "a b")
     assert lines_in(only(broken))[:2] == ["cat face, noto style", "Negative prompt: a b"]
@@ -417,7 +489,9 @@ def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
     """A prompt without a known name is drawn all the same, and the line names the nearest."""
     assert len(draw("a rokcet", "cat face", "--steps", "1")) == 2
     told = [line for line in capsys.readouterr().out.splitlines() if "no name" in line]
-    assert len(told) == 1 and told[0].startswith("'a rokcet' holds no name this model knows; nearest: rocket")
+    assert len(told) == 1 and told[0].startswith(
+        "'a rokcet' holds no name this model knows; nearest: rocket"
+    )
 
 
 @pytest.mark.parametrize(
@@ -437,11 +511,15 @@ def test_known_names(prompt):
     assert sample.nearest_names(prompt, EMOJI_NAMES) == []
 
 
-@pytest.mark.parametrize("prompt, near", [("pengiun", "penguin"), ("helicopter", None), ("", None), ("???", None)])
+@pytest.mark.parametrize(
+    "prompt, near", [("pengiun", "penguin"), ("helicopter", None), ("", None), ("???", None)]
+)
 def test_unknown_names(prompt, near):
     """Three names are offered, among them the one that was misspelt."""
     offered = sample.nearest_names(prompt, EMOJI_NAMES)
-    assert len(offered) == 3 and set(offered) <= set(EMOJI_NAMES) and (near is None or near in offered)
+    assert (
+        len(offered) == 3 and set(offered) <= set(EMOJI_NAMES) and (near is None or near in offered)
+    )
 
 
 # ---- mistakes
@@ -464,16 +542,34 @@ MISTAKES = [
     ([], "no prompt; try: python sample.py"),
     (["pizza", "--sampler", "euler"], "invalid choice: 'euler'"),
     (["pizza", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
-    (["pizza", "--model", "{f}/cut_model.safetensors"], "cut_model.safetensors: file is damaged or incomplete"),
-    (["pizza", "--model", "{f}/lcm.safetensors"], "lcm.safetensors: this is a LoRA file; pass it with --lora"),
+    (
+        ["pizza", "--model", "{f}/cut_model.safetensors"],
+        "cut_model.safetensors: file is damaged or incomplete",
+    ),
+    (
+        ["pizza", "--model", "{f}/lcm.safetensors"],
+        "lcm.safetensors: this is a LoRA file; pass it with --lora",
+    ),
     (["pizza", "--model", "{f}/words.txt"], "words.txt: not a safetensors file"),
     (["--list", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
     (["pizza", "--lora", "{f}/none.safetensors"], "none.safetensors: no such file"),
     (["pizza", "--lora", "{f}/none.safetensors:0.5"], "none.safetensors: no such file"),
-    (["pizza", "--lora", "{f}/cut_lcm.safetensors"], "cut_lcm.safetensors: file is damaged or incomplete"),
-    (["pizza", "--lora", "{f}/model.safetensors"], "model.safetensors: this is a checkpoint; pass it with --model"),
-    (["pizza", "--lora", "{f}/other_lora.safetensors"], "other_lora.safetensors: made for another model: "),
-    (["pizza", "--lora", "{f}/lcm.safetensors:abc"], "'abc' is not a number; give FILE:LAMBDA, for example"),
+    (
+        ["pizza", "--lora", "{f}/cut_lcm.safetensors"],
+        "cut_lcm.safetensors: file is damaged or incomplete",
+    ),
+    (
+        ["pizza", "--lora", "{f}/model.safetensors"],
+        "model.safetensors: this is a checkpoint; pass it with --model",
+    ),
+    (
+        ["pizza", "--lora", "{f}/other_lora.safetensors"],
+        "other_lora.safetensors: made for another model: ",
+    ),
+    (
+        ["pizza", "--lora", "{f}/lcm.safetensors:abc"],
+        "'abc' is not a number; give FILE:LAMBDA, for example",
+    ),
     (["pizza", "--lora", "{f}/lcm.safetensors:"], "'' is not a number"),
     (["pizza", "--lora", "{f}/lcm.safetensors:nan"], "'nan' is not a number"),
     (["pizza", "--lora", "{f}/lcm.safetensors:inf"], "'inf' is not a number"),
@@ -482,10 +578,16 @@ MISTAKES = [
     (["pizza", "--image", "{f}/words.txt"], "words.txt: not a readable picture"),
     (["pizza", "--image", "{f}"], ": not a readable picture"),
     (["pizza", "--image", "{f}/picture.png", "--sampler", "ddim"], "--image needs --sampler lcm"),
-    (["pizza", "--image", "{f}/picture.png", "--strength", "0"], "--strength is 0.0; give a number from 0.02 to 1"),
+    (
+        ["pizza", "--image", "{f}/picture.png", "--strength", "0"],
+        "--strength is 0.0; give a number from 0.02 to 1",
+    ),
     (["pizza", "--image", "{f}/picture.png", "--strength", "1.5"], "--strength is 1.5"),
     (["pizza", "--image", "{f}/picture.png", "--strength", "nan"], "--strength is nan"),
-    (["pizza", "--image", "{f}/picture.png", "--strength", "0.1", "--steps", "6"], "steps is 6; give 1 to 5"),
+    (
+        ["pizza", "--image", "{f}/picture.png", "--strength", "0.1", "--steps", "6"],
+        "steps is 6; give 1 to 5",
+    ),
     (["pizza", "--size", "40x32"], "--size 40x32: give WxH in multiples of 16, for example 32x32"),
     (["pizza", "--size", "32x40"], "--size 32x40"),
     (["pizza", "--size", "abc"], "--size abc"),
@@ -505,7 +607,10 @@ MISTAKES = [
     (["pizza", "--dtype", "int8"], "invalid choice: 'int8'"),
     (["pizza", "--device", "tpu"], "invalid choice: 'tpu'"),
     (["pizza", "rocket", "--out", "{t}/x.png"], "is one file for 2 pictures; give a folder: DIR/"),
-    (["pizza", "--count", "2", "--out", "{t}/x.png"], "is one file for 2 pictures; give a folder: DIR/"),
+    (
+        ["pizza", "--count", "2", "--out", "{t}/x.png"],
+        "is one file for 2 pictures; give a folder: DIR/",
+    ),
     (["pizza", "--out", "{f}/words.txt"], "words.txt"),
     (["pizza", "--out", "{f}/words.txt/x/"], "words.txt"),
     (["pizza", "--out", "{f}/words.txt/x.png"], "words.txt"),
@@ -520,19 +625,32 @@ MISTAKES = [
 
 @pytest.mark.parametrize("flags, message", MISTAKES)
 def test_mistakes_give_one_line_and_no_file(bad_files, tmp_path, flags, message):
-    """Each mistake ends in one line that holds what was given; no file, whole or in part, was written anywhere."""
+    """Each mistake ends in one line that holds what was given; no file, whole or in part, was
+    written anywhere.
+    """
 
     def files_there():
-        return sorted(p for folder in (bad_files, tmp_path) for p in folder.rglob("*") if p.is_file())
+        return sorted(
+            p for folder in (bad_files, tmp_path) for p in folder.rglob("*") if p.is_file()
+        )
 
     before = files_there()
-    base = ["--model", str(bad_files / "model.safetensors"), "--device", "cpu", "--out", f"{tmp_path}/out/"]
+    base = [
+        "--model",
+        str(bad_files / "model.safetensors"),
+        "--device",
+        "cpu",
+        "--out",
+        f"{tmp_path}/out/",
+    ]
     base += ["--lora", str(bad_files / "lcm.safetensors")]
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
         sample.main(sample.parse([*base, *(x.format(f=bad_files, t=tmp_path) for x in flags)]))
     text = str(caught.value)
     assert message in text and "\n" not in text
-    assert not isinstance(caught.value, SystemExit) or isinstance(caught.value.code, str)  # a text: exit code 1
+    assert not isinstance(caught.value, SystemExit) or isinstance(
+        caught.value.code, str
+    )  # a text: exit code 1
     assert files_there() == before
 
 
@@ -543,7 +661,9 @@ def test_cuda_without_cuda(files):
 
 
 def test_as_a_command(bad_files, tmp_path, monkeypatch):
-    """As `python sample.py` a mistake leaves with one line that begins with the script's name, which exits with 1."""
+    """As `python sample.py` a mistake leaves with one line that begins with the script's name,
+    which exits with 1.
+    """
     for argv, message in (
         ([], "no prompt"),
         (["pizza", "--model", "none.safetensors"], "none.safetensors: no such file"),
@@ -557,9 +677,23 @@ def test_as_a_command(bad_files, tmp_path, monkeypatch):
 
 
 def test_in_a_shell(bad_files, tmp_path):
-    """A whole process, elsewhere than in the repository: one line on stderr, no traceback, exit 1, no file."""
-    argv = ["pizza", "--model", bad_files / "model.safetensors", "--lora", bad_files / "lcm.safetensors"]
+    """A whole process, elsewhere than in the repository: one line on stderr, no traceback, exit 1,
+    no file.
+    """
+    argv = [
+        "pizza",
+        "--model",
+        bad_files / "model.safetensors",
+        "--lora",
+        bad_files / "lcm.safetensors",
+    ]
     argv += ["--device", "cpu", "--out", bad_files / "words.txt"]
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("sample.py: ") and done.stderr.count("\n") == 1 and "words.txt" in done.stderr
+    assert (
+        done.stderr.startswith("sample.py: ")
+        and done.stderr.count("\n") == 1
+        and "words.txt" in done.stderr
+    )

@@ -25,7 +25,9 @@ from minilcm.schedule import (
     ],
 )
 def test_tables_golden(schedule, t, alpha_bar, alpha, sigma, sigma_hat):
-    """alpha_bar, alpha, sigma, sigma/alpha at seven timesteps are those of diffusers 0.42.1 (scaled_linear)."""
+    """alpha_bar, alpha, sigma, sigma/alpha at seven timesteps are those of diffusers 0.42.1
+    (scaled_linear).
+    """
     assert schedule.alpha_bar[t].item() == pytest.approx(alpha_bar, abs=1e-7)
     assert schedule.alpha[t].item() == pytest.approx(alpha, abs=1e-6)
     assert schedule.sigma[t].item() == pytest.approx(sigma, abs=1e-6)
@@ -33,17 +35,27 @@ def test_tables_golden(schedule, t, alpha_bar, alpha, sigma, sigma_hat):
 
 
 def test_tables_whole(schedule):
-    """float32, alpha_bar falling, alpha^2 + sigma^2 = 1, within 5e-7 of Stable Diffusion's formula in float64."""
+    """float32, alpha_bar falling, alpha^2 + sigma^2 = 1, within 5e-7 of Stable Diffusion's formula
+    in float64.
+    """
     assert all(table.shape == (T,) and table.dtype == torch.float32 for table in schedule)
     assert (schedule.alpha_bar.diff() < 0).all()
-    torch.testing.assert_close(schedule.alpha**2 + schedule.sigma**2, torch.ones(T), rtol=0, atol=5e-7)
-    beta = torch.tensor([(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2 for t in range(T)]).double()
-    torch.testing.assert_close(schedule.alpha_bar.double(), (1 - beta).cumprod(0), rtol=0, atol=5e-7)
+    torch.testing.assert_close(
+        schedule.alpha**2 + schedule.sigma**2, torch.ones(T), rtol=0, atol=5e-7
+    )
+    beta = torch.tensor(
+        [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2 for t in range(T)]
+    ).double()
+    torch.testing.assert_close(
+        schedule.alpha_bar.double(), (1 - beta).cumprod(0), rtol=0, atol=5e-7
+    )
     assert all(torch.equal(a, b) for a, b in zip(schedule, make_schedule()))
 
 
 def test_add_noise_takes_each_image_to_its_own_t(schedule):
-    """DDPM (2006.11239) eq. 4: data alone comes out times alpha, noise alone times sigma; t an int or one per image."""
+    """DDPM (2006.11239) eq. 4: data alone comes out times alpha, noise alone times sigma; t an int
+    or one per image.
+    """
     zeros, ones = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     t = torch.tensor([0, 499, 999])
     for when in (259, t):
@@ -51,7 +63,9 @@ def test_add_noise_takes_each_image_to_its_own_t(schedule):
         sigma = schedule.sigma[when].reshape(-1, 1, 1, 1).expand(3, 4, 2, 2)
         assert torch.equal(add_noise(ones, zeros, when, schedule), alpha)
         assert torch.equal(add_noise(zeros, ones, when, schedule), sigma)
-    assert add_noise(ones, ones, t, schedule)[1, 0, 0, 0].item() == pytest.approx(0.526944 + 0.849900, abs=2e-6)
+    assert add_noise(ones, ones, t, schedule)[1, 0, 0, 0].item() == pytest.approx(
+        0.526944 + 0.849900, abs=2e-6
+    )
 
 
 @pytest.mark.parametrize("strength", [0.8, 0.5])
@@ -59,28 +73,40 @@ def test_add_noise_equals_diffusers(schedule, samplers, strength):
     """The start of image-to-image equals LCMScheduler.add_noise of diffusers 0.42.1, to 1e-6."""
     t = int(samplers[f"lcm_s{strength}/4/timesteps"][0])
     z_start = add_noise(samplers["img2img/z_init"], samplers["img2img/noise"], t, schedule)
-    torch.testing.assert_close(z_start, samplers[f"lcm_s{strength}/4/z_start"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        z_start, samplers[f"lcm_s{strength}/4/z_start"], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_at_shapes(schedule):
     """A scalar for an int, (b, 1, ...) for a (b,) tensor, whatever the rank of `like`."""
     assert [x.shape for x in schedule.at(5, torch.zeros(2, 4, 8, 8))] == [(), ()]
-    assert [x.shape for x in schedule.at(torch.tensor([5, 7]), torch.zeros(2, 4, 8, 8))] == [(2, 1, 1, 1)] * 2
+    assert [x.shape for x in schedule.at(torch.tensor([5, 7]), torch.zeros(2, 4, 8, 8))] == [
+        (2, 1, 1, 1)
+    ] * 2
     assert [x.shape for x in schedule.at(torch.tensor([5, 7]), torch.zeros(2, 3))] == [(2, 1)] * 2
 
 
 @pytest.mark.parametrize("t", [0, 19, 499, 999])
 def test_x0_and_eps_of_gaussian_data(schedule, gaussian, t):
-    """Data N(m, s^2): x0_from_eps turns E[eps | z_t] into E[z0 | z_t], and eps_from_x0 turns it back (closed forms)."""
+    """Data N(m, s^2): x0_from_eps turns E[eps | z_t] into E[z0 | z_t], and eps_from_x0 turns it
+    back (closed forms).
+    """
     z_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(t))
     exact_eps, exact_x0 = gaussian.eps(z_t.double(), t), gaussian.x0(z_t.double(), t)
     x0 = x0_from_eps(z_t, exact_eps, t, schedule)
-    torch.testing.assert_close(x0.double(), exact_x0, rtol=0, atol=1e-5)  # float32 error, times up to 14.6
-    torch.testing.assert_close(eps_from_x0(z_t, exact_x0, t, schedule).double(), exact_eps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        x0.double(), exact_x0, rtol=0, atol=1e-5
+    )  # float32 error, times up to 14.6
+    torch.testing.assert_close(
+        eps_from_x0(z_t, exact_x0, t, schedule).double(), exact_eps, rtol=0, atol=1e-5
+    )
 
 
 def test_x0_and_eps_undo_add_noise(schedule):
-    """From z_t = alpha z0 + sigma eps, knowing eps gives z0 and knowing z0 gives eps, each image at its own t."""
+    """From z_t = alpha z0 + sigma eps, knowing eps gives z0 and knowing z0 gives eps, each image at
+    its own t.
+    """
     g = torch.Generator().manual_seed(0)
     z0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
     t = torch.tensor([0, 259, 759, 999])
@@ -90,7 +116,9 @@ def test_x0_and_eps_undo_add_noise(schedule):
 
 
 def test_estimates_are_float32(schedule):
-    """A network's half-precision output is widened before the division by alpha, so it is not rounded once more."""
+    """A network's half-precision output is widened before the division by alpha, so it is not
+    rounded once more.
+    """
     z_t, eps_hat = torch.randn(2, 4, 8, 8).bfloat16(), torch.randn(2, 4, 8, 8).bfloat16()
     t = torch.tensor([999, 500])
     for convert in (x0_from_eps, eps_from_x0):
@@ -101,18 +129,24 @@ def test_estimates_are_float32(schedule):
 
 
 def test_min_snr_weight(schedule):
-    """Min-SNR (2303.09556) eq. 8: 1 where SNR < gamma, gamma / SNR above; SNR(0) = 0.99915 / 0.00085 = 1175."""
+    """Min-SNR (2303.09556) eq. 8: 1 where SNR < gamma, gamma / SNR above; SNR(0) = 0.99915 /
+    0.00085 = 1175.
+    """
     t = torch.arange(T)
     snr = schedule.alpha_bar.double() / (1 - schedule.alpha_bar.double())
     expected = torch.where(snr > 5, 5 / snr, torch.ones_like(snr))
     torch.testing.assert_close(min_snr_weight(t, schedule).double(), expected, rtol=1e-4, atol=0)
     assert min_snr_weight(torch.tensor([0]), schedule).item() == pytest.approx(5 / 1175.4, rel=1e-3)
     assert min_snr_weight(torch.tensor([999]), schedule).item() == 1
-    assert min_snr_weight(torch.tensor([0]), schedule, gamma=2.0).item() == pytest.approx(2 / 1175.4, rel=1e-3)
+    assert min_snr_weight(torch.tensor([0]), schedule, gamma=2.0).item() == pytest.approx(
+        2 / 1175.4, rel=1e-3
+    )
 
 
 def test_diffusion_loss_arithmetic(schedule):
-    """Errors of 1, 2 and 3 in three images' eps give the mean of 1, 4, 9, weighted image by image; no error gives 0."""
+    """Errors of 1, 2 and 3 in three images' eps give the mean of 1, 4, 9, weighted image by image;
+    no error gives 0.
+    """
     z0, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 200, 900])
     eps, off = torch.randn(3, 4, 8, 8), torch.tensor([1.0, 2.0, 3.0])
     seen = []
@@ -124,24 +158,32 @@ def test_diffusion_loss_arithmetic(schedule):
     weight = min_snr_weight(t, schedule)
     loss = diffusion_loss(eps_fn, z0, t, eps, schedule)
     torch.testing.assert_close(loss, (weight * off**2).mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None), torch.tensor(14 / 3))
+    torch.testing.assert_close(
+        diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None), torch.tensor(14 / 3)
+    )
     assert torch.equal(seen[0], add_noise(z0, eps, t, schedule))
     assert diffusion_loss(lambda z_t, t: eps, z0, t, eps, schedule).item() == 0
 
 
 def test_diffusion_loss_of_the_perfect_network(schedule, gaussian):
-    """With E[eps | z_t] for data N(m, s^2) the loss is alpha^2 s^2 / V, the variance that is left; 2 % off is worse."""
+    """With E[eps | z_t] for data N(m, s^2) the loss is alpha^2 s^2 / V, the variance that is left;
+    2 % off is worse.
+    """
     g = torch.Generator().manual_seed(0)
     z0 = gaussian.m + gaussian.s * torch.randn(4, 4, 128, 128, generator=g)
     eps, t = torch.randn(z0.shape, generator=g), torch.full((4,), 259)
     loss = diffusion_loss(gaussian.eps, z0, t, eps, schedule, gamma=None)
     alpha, _, v = gaussian.at(z0, 259)
     assert loss.item() == pytest.approx((alpha**2 * gaussian.s**2 / v).item(), rel=0.01)
-    assert loss < diffusion_loss(lambda z, t: 1.02 * gaussian.eps(z, t), z0, t, eps, schedule, gamma=None)
+    assert loss < diffusion_loss(
+        lambda z, t: 1.02 * gaussian.eps(z, t), z0, t, eps, schedule, gamma=None
+    )
 
 
 def test_diffusion_loss_on_cuda(fake_cuda):
-    """A dry run with everything but the schedule's tables on cuda: the loss is float32 there, weighted or not."""
+    """A dry run with everything but the schedule's tables on cuda: the loss is float32 there,
+    weighted or not.
+    """
     z0, eps = torch.randn(2, 3, 4, 8, 8, device="cuda")
     t = torch.arange(3, device="cuda")
     for gamma in (5.0, None):

@@ -16,15 +16,26 @@ WEIGHTS = ROOT / "weights/emoji"
 
 
 def test_the_model_is_one_official_single_file():
-    """Official prefixes, fp16, at most 48 MB, the emoji config, names of names.txt; unused tokens' rows are zero."""
+    """Official prefixes, fp16, at most 48 MB, the emoji config, names of names.txt; unused tokens'
+    rows are zero.
+    """
     path = WEIGHTS / "model.safetensors"
     assert path.stat().st_size <= 48e6
     with safe_open(path, "pt") as f:
-        prefixes = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model.")
-        assert all(key.startswith(prefixes) and f.get_tensor(key).dtype == torch.float16 for key in f.keys())
+        prefixes = (
+            "model.diffusion_model.",
+            "first_stage_model.",
+            "cond_stage_model.transformer.text_model.",
+        )
+        assert all(
+            key.startswith(prefixes) and f.get_tensor(key).dtype == torch.float16
+            for key in f.keys()
+        )
     unet, vae, text, config = load_model(path)
     assert config.unet == emoji() and config.size == 128 and vae.factor == 8
-    assert list(config.names) == (WEIGHTS / "names.txt").read_text().splitlines()[: len(config.names)]
+    assert (
+        list(config.names) == (WEIGHTS / "names.txt").read_text().splitlines()[: len(config.names)]
+    )
     rows = text.tower.token_embedding.weight
     assert 0.9 < (rows == 0).all(dim=1).float().mean() < 1
 
@@ -40,10 +51,21 @@ def test_the_loras_fit_the_model():
 
 @torch.no_grad()
 def test_the_first_command_draws_what_it_says(tmp_path):
-    """`sample.py NAME` with no flag, for eight names: the judge finds at least six right (chance: one in 300)."""
+    """`sample.py NAME` with no flag, for eight names: the judge finds at least six right (chance:
+    one in 300).
+    """
     judge = load_judge(WEIGHTS / "judge.safetensors")
     assert judge.names == list(identify(WEIGHTS / "model.safetensors").names)
-    chosen = ["pizza", "red apple", "banana", "strawberry", "cactus", "penguin", "soccer ball", "rainbow"]
+    chosen = [
+        "pizza",
+        "red apple",
+        "banana",
+        "strawberry",
+        "cactus",
+        "penguin",
+        "soccer ball",
+        "rainbow",
+    ]
     sample.main(sample.parse([*chosen, "--out", f"{tmp_path}/"]))
     pictures = sorted(tmp_path.iterdir())
     pixels = torch.cat([sample.read_image(p, (128, 128)) for p in pictures])

@@ -25,7 +25,9 @@ def noise(seed=0, shape=(2, 4, 8, 8)):
 
 
 def test_ddim_grid_golden():
-    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, on the grid or not."""
+    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, on the
+    grid or not.
+    """
     assert ddim_grid(1) == [(999, -1)]
     assert ddim_grid(2) == [(999, 499), (499, -1)]
     assert ddim_grid(3) == [(999, 666), (666, 333), (332, -1)]
@@ -36,25 +38,52 @@ def test_ddim_grid_golden():
     assert ddim_grid(1000) == [(t, t - 1) for t in range(999, -1, -1)]
 
     assert ddim_grid(4, "leading") == [(751, 501), (501, 251), (251, 1), (1, -249)]
-    assert [t for t, _ in ddim_grid(10, "leading")] == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert [t for t, _ in ddim_grid(10, "leading")] == [
+        901,
+        801,
+        701,
+        601,
+        501,
+        401,
+        301,
+        201,
+        101,
+        1,
+    ]
     assert [t for t, _ in ddim_grid(20, "leading")] == list(range(951, 0, -50))
     assert [t for t, _ in ddim_grid(50, "leading")] == list(range(981, 0, -20))
 
 
 def test_dpmpp_grid_golden():
-    """Timesteps of diffusers 0.42.1's DPMSolverMultistepScheduler; linspace is its default for SD1.5."""
+    """Timesteps of diffusers 0.42.1's DPMSolverMultistepScheduler; linspace is its default for
+    SD1.5.
+    """
     assert dpmpp_grid(4) == [999, 749, 499, 249]
     assert dpmpp_grid(1, "linspace") == [999]
     assert dpmpp_grid(4, "linspace") == [999, 749, 500, 250]
     assert dpmpp_grid(10, "linspace") == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
-    assert dpmpp_grid(20, "linspace") == [999, 949, 899, 849, 799, 749, 699, 649, 599, 549, *range(500, 0, -50)]
+    assert dpmpp_grid(20, "linspace") == [
+        999,
+        949,
+        899,
+        849,
+        799,
+        749,
+        699,
+        649,
+        599,
+        549,
+        *range(500, 0, -50),
+    ]
 
 
 @pytest.mark.parametrize(
     "grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])]
 )
 def test_grids_refuse_bad_arguments(grid, spacings):
-    """No step, more steps than timesteps, an unknown spacing: one line with the value and the choice."""
+    """No step, more steps than timesteps, an unknown spacing: one line with the value and the
+    choice.
+    """
     for spacing in spacings:
         for steps in (0, -1, 1001):
             with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to 1000"):
@@ -67,20 +96,26 @@ def test_grids_refuse_bad_arguments(grid, spacings):
 
 
 def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
-    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0, alpha_bar 0.99915."""
+    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0,
+    alpha_bar 0.99915.
+    """
     x0, eps = noise(0), noise(1)
     zeros = torch.zeros_like(x0)
     assert torch.equal(ddim_step(zeros, x0, zeros, 499, schedule), schedule.alpha[499] * x0)
     assert torch.equal(ddim_step(zeros, zeros, eps, 499, schedule), schedule.sigma[499] * eps)
     last = ddim_step(zeros, x0, eps, -1, schedule)
-    torch.testing.assert_close(last, 0.99914998**0.5 * x0 + (1 - 0.99914998) ** 0.5 * eps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        last, 0.99914998**0.5 * x0 + (1 - 0.99914998) ** 0.5 * eps, rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(ddim_step(zeros, x0, eps, -249, schedule), last)
     mixed = ddim_step(zeros, x0, eps, torch.tensor([499, 19]), schedule)
     assert torch.equal(mixed[1], ddim_step(zeros, x0, eps, 19, schedule)[1])
 
 
 def test_ddim_step_is_the_papers_psi(schedule64):
-    """Psi = (a'/a) z - s' (s a'/(a s') - 1) eps - z, as the LCM paper (2310.04378) writes DDIM, is ddim_step - z."""
+    """Psi = (a'/a) z - s' (s a'/(a s') - 1) eps - z, as the LCM paper (2310.04378) writes DDIM, is
+    ddim_step - z.
+    """
     z, eps = noise(0).double(), noise(1).double()
     for t, t_end in ((999, 979), (519, 499), (39, 19), (19, 0)):
         (a, s), (a_end, s_end) = schedule64.at(t, z), schedule64.at(t_end, z)
@@ -90,7 +125,9 @@ def test_ddim_step_is_the_papers_psi(schedule64):
 
 
 def test_ddim_is_invertible_for_constant_eps(schedule64):
-    """If eps does not change along the way, a step up undoes a step down exactly: DDIM then follows a straight line."""
+    """If eps does not change along the way, a step up undoes a step down exactly: DDIM then follows
+    a straight line.
+    """
     z, eps = noise(0).double(), noise(1).double()
     (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
     down = ddim_step(z, (z - s * eps) / a, eps, 680, schedule64)
@@ -99,7 +136,8 @@ def test_ddim_is_invertible_for_constant_eps(schedule64):
 
 
 def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
-    """Down and up again by DDIM, data N(m, s^2): y - m, y = z/alpha, shrinks by s^2 (S-S')^2 / ((s^2+S^2)(s^2+S'^2)).
+    """Down and up again by DDIM, data N(m, s^2): y - m, y = z/alpha, shrinks by s^2 (S-S')^2 /
+    ((s^2+S^2)(s^2+S'^2)).
 
     S = sigma/alpha. Closed form; 1.45e-4 for 700 -> 680 -> 700 with s = 0.5.
     """
@@ -110,7 +148,9 @@ def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
     S, S_end, var = s / a, s_end / a_end, gaussian.s**2
     loss = var * (S - S_end) ** 2 / ((var + S**2) * (var + S_end**2))
     assert loss.item() == pytest.approx(1.45e-4, rel=5e-3)
-    torch.testing.assert_close(up / a - gaussian.m, (1 - loss) * (z / a - gaussian.m), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        up / a - gaussian.m, (1 - loss) * (z / a - gaussian.m), rtol=1e-12, atol=1e-13
+    )
 
 
 # ---- DDIM on Gaussian data, where its result is a product
@@ -122,16 +162,22 @@ def ddim_product(gaussian, z_T, times):
     for t, t_end in zip(times, times[1:]):
         (a, s), (a_end, s_end) = gaussian.schedule.at(t, z_T), gaussian.schedule.at(t_end, z_T)
         factor *= (gaussian.s**2 + s / a * s_end / a_end) / (gaussian.s**2 + (s / a) ** 2)
-    return a_end * (gaussian.m + (z_T / gaussian.schedule.at(times[0], z_T)[0] - gaussian.m) * factor)
+    return a_end * (
+        gaussian.m + (z_T / gaussian.schedule.at(times[0], z_T)[0] - gaussian.m) * factor
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 50])
 def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
-    """Data N(m, s^2) and the exact eps: sample_ddim is a product of closed-form factors (float64 by hand: 1e-13)."""
+    """Data N(m, s^2) and the exact eps: sample_ddim is a product of closed-form factors (float64 by
+    hand: 1e-13).
+    """
     z_T = noise()
     times = [*range(999, 0, -1000 // steps), 0]
     expected = ddim_product(gaussian, z_T.double(), times)
-    torch.testing.assert_close(sample_ddim(gaussian.eps, z_T, schedule, steps), expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        sample_ddim(gaussian.eps, z_T, schedule, steps), expected.float(), rtol=0, atol=1e-5
+    )
     z = z_T.double()
     for t, t_end in zip(times, times[1:]):
         z = ddim_step(z, gaussian.x0(z, t), gaussian.eps(z, t), t_end, schedule64)
@@ -139,7 +185,9 @@ def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
 
 
 def test_ddim_product_of_the_training_grid(gaussian):
-    """50 steps of size 20 down to t = 0, s = 0.5: the product is 0.0325786, worked out in float64 by other code."""
+    """50 steps of size 20 down to t = 0, s = 0.5: the product is 0.0325786, worked out in float64
+    by other code.
+    """
     unit = torch.ones(1, 1, 1, 1).double()
     a0, a999 = gaussian.schedule.alpha[0], gaussian.schedule.alpha[999]
     z0 = ddim_product(gaussian, (gaussian.m + unit) * a999, [*range(999, 0, -20), 0])
@@ -147,19 +195,28 @@ def test_ddim_product_of_the_training_grid(gaussian):
 
 
 def test_trajectories_are_self_consistent(gaussian):
-    """The exact ODE map of Gaussian data: t -> u -> 0 is t -> 0, f is constant along it, and f is not the denoiser."""
+    """The exact ODE map of Gaussian data: t -> u -> 0 is t -> 0, f is constant along it, and f is
+    not the denoiser.
+    """
     z = noise().double()
     at_499 = gaussian.ode(z, 999, 499)
-    torch.testing.assert_close(gaussian.ode(at_499, 499, 0), gaussian.ode(z, 999, 0), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        gaussian.ode(at_499, 499, 0), gaussian.ode(z, 999, 0), rtol=0, atol=1e-13
+    )
     torch.testing.assert_close(gaussian.f(at_499, 499), gaussian.f(z, 999), rtol=0, atol=1e-13)
     assert (gaussian.f(z, 999) - gaussian.x0(z, 999)).abs().mean() > 0.3
 
 
 def test_ddim_follows_the_ode(gaussian, schedule):
-    """1000 DDIM steps end within 0.01 of the exact ODE at every pixel; 10 steps are more than 20 times as far off."""
+    """1000 DDIM steps end within 0.01 of the exact ODE at every pixel; 10 steps are more than 20
+    times as far off.
+    """
     z_T = noise()
     exact = gaussian.ode(z_T.double(), 999, 0).float()
-    error = {steps: (sample_ddim(gaussian.eps, z_T, schedule, steps) - exact).abs().max() for steps in (10, 1000)}
+    error = {
+        steps: (sample_ddim(gaussian.eps, z_T, schedule, steps) - exact).abs().max()
+        for steps in (10, 1000)
+    }
     assert error[1000] < 0.01
     assert error[10] > 20 * error[1000]
 
@@ -168,7 +225,9 @@ def test_ddim_follows_the_ode(gaussian, schedule):
 
 
 def uniform_grid(steps):
-    """A schedule whose times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha = 14.61 to 0.05."""
+    """A schedule whose times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha =
+    14.61 to 0.05.
+    """
     S = torch.exp(torch.linspace(math.log(14.61), math.log(0.05), steps + 1, dtype=torch.float64))
     alpha = (1 + S**2) ** -0.5
     return Schedule(alpha**2, alpha, S * alpha)
@@ -184,7 +243,9 @@ def orders(gaussian, solve):
 
 
 def test_ddim_is_of_first_order(gaussian):
-    """Halving the step halves the error: orders 0.95 to 1.00 for exact Gaussian eps, steps equal in half log-SNR."""
+    """Halving the step halves the error: orders 0.95 to 1.00 for exact Gaussian eps, steps equal in
+    half log-SNR.
+    """
 
     def solve(data, z, steps):
         for t in range(steps):
@@ -195,7 +256,9 @@ def test_ddim_is_of_first_order(gaussian):
 
 
 def test_dpmpp_2m_is_of_second_order(gaussian):
-    """DPM-Solver++(2M) quarters it: orders 1.61 to 2.00 in the setting of the test above (2211.01095)."""
+    """DPM-Solver++(2M) quarters it: orders 1.61 to 2.00 in the setting of the test above
+    (2211.01095).
+    """
 
     def solve(data, z, steps):
         x0_last = None
@@ -237,12 +300,16 @@ def mean_cond(m):
 
 @pytest.mark.parametrize("t", [19, 499, 999])
 def test_guidance_moves_the_mean(gaussian, t):
-    """Equal-variance Gaussians: guiding N(.7, s^2) away from N(-.2, s^2) by w = 7.5 is the exact eps of mean 7.45.
+    """Equal-variance Gaussians: guiding N(.7, s^2) away from N(-.2, s^2) by w = 7.5 is the exact
+    eps of mean 7.45.
 
-    m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w: m_null + 8.5 (m_c - m_null) is the same.
+    m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w: m_null + 8.5 (m_c -
+    m_null) is the same.
     """
     z_t = noise()
-    eps_fn = guided_eps(gaussian_unet(gaussian), mean_cond([0.7, 0.7]), mean_cond([-0.2, -0.2]), 7.5)
+    eps_fn = guided_eps(
+        gaussian_unet(gaussian), mean_cond([0.7, 0.7]), mean_cond([-0.2, -0.2]), 7.5
+    )
     expected = gaussian._replace(m=-0.2 + 8.5 * 0.9).eps(z_t.double(), t).float()
     assert -0.2 + 8.5 * 0.9 == pytest.approx(7.45)
     torch.testing.assert_close(eps_fn(z_t, t), expected, rtol=0, atol=1e-5)
@@ -259,9 +326,15 @@ def test_guidance_keeps_images_apart(gaussian):
 
 
 def test_guidance_costs_one_call(gaussian):
-    """w = 0 is one batch of b without null; w > 0 is one batch of 2b. Ho & Salimans (2207.12598) eq. 6."""
+    """w = 0 is one batch of b without null; w > 0 is one batch of 2b. Ho & Salimans (2207.12598)
+    eq. 6.
+    """
     calls, z_t = [], noise()
-    unet, cond, null_cond = gaussian_unet(gaussian, calls), mean_cond([0.7, 0.7]), mean_cond([0.0, 0.0])
+    unet, cond, null_cond = (
+        gaussian_unet(gaussian, calls),
+        mean_cond([0.7, 0.7]),
+        mean_cond([0.0, 0.0]),
+    )
     plain = guided_eps(unet, cond, None, 0.0)(z_t, 499)
     torch.testing.assert_close(plain, gaussian.eps(z_t.double(), 499).float(), rtol=0, atol=1e-5)
     guided_eps(unet, cond, null_cond, 1.0)(z_t, 499)
@@ -282,9 +355,13 @@ def test_guidance_arithmetic_is_float32():
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("kind", ["ddim_trailing", "ddim_leading", "dpmpp_trailing", "dpmpp_linspace"])
+@pytest.mark.parametrize(
+    "kind", ["ddim_trailing", "ddim_leading", "dpmpp_trailing", "dpmpp_linspace"]
+)
 def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
-    """z0 and timesteps of diffusers 0.42.1's DDIM and DPM-Solver++ schedulers around a nonlinear network, to 1e-5."""
+    """z0 and timesteps of diffusers 0.42.1's DDIM and DPM-Solver++ schedulers around a nonlinear
+    network, to 1e-5.
+    """
     name, spacing = kind.split("_")
     sample, seen = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[name], []
 
@@ -300,7 +377,9 @@ def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
 
 
 def test_dpmpp_ends_on_its_estimate(gaussian, schedule):
-    """At sigma' = 0 the last step returns its x0: one step is x0 itself (diffusers' final_sigmas_type "zero")."""
+    """At sigma' = 0 the last step returns its x0: one step is x0 itself (diffusers'
+    final_sigmas_type "zero").
+    """
     z_T = noise()
     one = sample_dpmpp_2m(gaussian.eps, z_T, schedule, 1)
     assert torch.equal(one, x0_from_eps(z_T, gaussian.eps(z_T, 999), 999, schedule))

@@ -1,5 +1,5 @@
-"""Help, work on LoRA files and refusals start fast: they import neither open_clip nor torchvision, which cost more than
-torch itself.
+"""Help, work on LoRA files and refusals start fast: they import neither open_clip nor torchvision,
+which cost more than torch itself.
 """
 
 import subprocess
@@ -39,6 +39,13 @@ for run, argv in (
 def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
     model = write_model(tmp_path / "model.safetensors")
     write_tau(tmp_path / "lora.safetensors", random_tau(tiny_unet(), 1, 2, 3.0), {})
-    argv = [sys.executable, "-c", SCRIPT, tmp_path / "lora.safetensors", model, tmp_path / "mix.safetensors"]
+    argv = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        tmp_path / "lora.safetensors",
+        model,
+        tmp_path / "mix.safetensors",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

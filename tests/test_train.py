@@ -1,4 +1,6 @@
-"""train.py on a tiny model: every objective, what is written, resume to the last bit, and one line for wrong flags."""
+"""train.py on a tiny model: every objective, what is written, resume to the last bit, and one line
+for wrong flags.
+"""
 
 import dataclasses
 import hashlib
@@ -66,7 +68,14 @@ def keep_sigint():
 
 def flags(files, out, objective: str, steps: int, *more: str) -> list[str]:
     small = ["--batch", "3", "--looks", "2", "--device", "cpu", "--steps", str(steps)]
-    paths = ["--model", str(files / "model.safetensors"), "--data", str(files / "art"), "--out", str(out)]
+    paths = [
+        "--model",
+        str(files / "model.safetensors"),
+        "--data",
+        str(files / "art"),
+        "--out",
+        str(out),
+    ]
     return [*OBJECTIVES[objective], *small, *paths, *more]
 
 
@@ -88,8 +97,8 @@ def refused(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_steps(files, tmp_path, objective, capsys):
-    """Two steps write what --help promises: result, sheet and state, all whole; the result is not where training
-    started.
+    """Two steps write what --help promises: result, sheet and state, all whole; the result is not
+    where training started.
     """
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
@@ -104,8 +113,12 @@ def test_two_steps(files, tmp_path, objective, capsys):
     if "full" in objective:
         trained = load_model(out / result)
         w_dim = 256 if objective == "full lcm" else None
-        assert trained[3] == dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, w_dim=w_dim))
-        changed = [not torch.equal(a, b) for a, b in zip(unet.parameters(), trained[0].parameters())]
+        assert trained[3] == dataclasses.replace(
+            CONFIG, unet=dataclasses.replace(CONFIG.unet, w_dim=w_dim)
+        )
+        changed = [
+            not torch.equal(a, b) for a, b in zip(unet.parameters(), trained[0].parameters())
+        ]
         assert sum(changed) > 0.9 * len(changed)
     else:
         targets = train.ATTENTION if objective == "attention" else train.TARGETS
@@ -114,9 +127,18 @@ def test_two_steps(files, tmp_path, objective, capsys):
         assert {(down.shape[0], lora_alpha) for _, down, lora_alpha in tau.values()} == {
             {"style": (3, 2.0), "lcm": (4, 6.0), "attention": (2, 2.0)}[objective]
         }
-        assert all(up.any() for up, _, _ in tau.values())  # B started at zero; gradients flowed into each
-        expected = {"objective": OBJECTIVES[objective][1], "steps": "2", "model": "model.safetensors", "seed": "0"}
-        expected["model_sha256"] = hashlib.sha256((files / "model.safetensors").read_bytes()).hexdigest()
+        assert all(
+            up.any() for up, _, _ in tau.values()
+        )  # B started at zero; gradients flowed into each
+        expected = {
+            "objective": OBJECTIVES[objective][1],
+            "steps": "2",
+            "model": "model.safetensors",
+            "seed": "0",
+        }
+        expected["model_sha256"] = hashlib.sha256(
+            (files / "model.safetensors").read_bytes()
+        ).hexdigest()
         if objective != "style":
             expected |= {"w": "7.5", "k": "20", "K": "50", "timestep_scaling": "10"}
         assert read_recipe(out / result) == expected
@@ -138,8 +160,8 @@ def test_seed_and_w_matter(files, tmp_path):
 
 
 def test_gradients_are_clipped(files, tmp_path, monkeypatch):
-    """What the optimizer sees has norm 1 although the gradient's is larger (a bug of one official script: an empty
-    iterator clips nothing).
+    """What the optimizer sees has norm 1 although the gradient's is larger (a bug of one official
+    script: an empty iterator clips nothing).
     """
     norms, clip, step = [], torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
 
@@ -148,7 +170,9 @@ def test_gradients_are_clipped(files, tmp_path, monkeypatch):
         return torch.tensor(norms[-1][0])
 
     def step_spy(self, *args, **kwargs):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         norms[-1].append(torch.stack([g.norm() for g in grads]).norm().item())
         return step(self, *args, **kwargs)
 
@@ -170,12 +194,17 @@ def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
     run(files, tmp_path, "attention", 4, "--lr", "1e-2")
     assert seen == pytest.approx(
-        [1e-4 * k * c for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))]
+        [
+            1e-4 * k * c
+            for k, c in zip((1, 2, 3, 4), (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2))
+        ]
     )
 
 
 def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
-    """Of a full LCM: step, then target <- 0.95 target + 0.05 student, each time, with the weights of that step."""
+    """Of a full LCM: step, then target <- 0.95 target + 0.05 student, each time, with the weights
+    of that step.
+    """
     events, step = [], torch.optim.AdamW.step
 
     def step_spy(self, *args, **kwargs):
@@ -183,20 +212,26 @@ def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
         return step(self, *args, **kwargs)
 
     def ema_spy(target, student):
-        before, now = ({k: x.detach().clone() for k, x in net.named_parameters()} for net in (target, student))
+        before, now = (
+            {k: x.detach().clone() for k, x in net.named_parameters()} for net in (target, student)
+        )
         update_ema(target, student)
-        right = all(torch.equal(x, before[k].lerp(now[k], 1 - 0.95)) for k, x in target.named_parameters())
+        right = all(
+            torch.equal(x, before[k].lerp(now[k], 1 - 0.95)) for k, x in target.named_parameters()
+        )
         events.append("average" if right else "wrong")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_spy)
     monkeypatch.setattr(train, "update_ema", ema_spy)
     run(files, tmp_path, "full lcm", 2)
-    assert events == ["step", "average"] * 2, "the target must be averaged once after each optimizer step"
+    assert events == ["step", "average"] * 2, (
+        "the target must be averaged once after each optimizer step"
+    )
 
 
 def test_average_is_of_the_weights_and_is_what_is_written(files, tmp_path):
-    """--average MU: after the first step average = 0.1 start + 0.9 weights (mu grows as (step + 1) / (step + 10)); the
-    state keeps both, the result has the average.
+    """--average MU: after the first step average = 0.1 start + 0.9 weights (mu grows as (step + 1)
+    / (step + 10)); the state keeps both, the result has the average.
     """
     run(files, tmp_path, "full", 1, "--average", "0.9", "--lr", "0.1")
     start = load_model(files / "model.safetensors")[0].state_dict()
@@ -212,8 +247,8 @@ def test_average_is_of_the_weights_and_is_what_is_written(files, tmp_path):
 
 
 def test_a_save_does_not_change_the_run(files, tmp_path):
-    """Weights and average change places while they are measured, and change back: saving at every step gives the same
-    bits as saving at the end.
+    """Weights and average change places while they are measured, and change back: saving at every
+    step gives the same bits as saving at the end.
     """
     for name, every in (("often", "1"), ("once", "9")):
         run(files, tmp_path / name, "full", 2, "--average", "0.9", "--save-every", every)
@@ -226,17 +261,25 @@ def test_weights_do_not_decay(files, tmp_path):
     """AdamW without decay: what has no gradient stays where it is."""
     args = train.parse(flags(files, tmp_path, "full", 1))
     unet = load_model(files / "model.safetensors")[0]
-    training = train.start_training(args, train.objective_of(args, CONFIG), unet, train.reading(args, 32, 0, 1))
+    training = train.start_training(
+        args, train.objective_of(args, CONFIG), unet, train.reading(args, 32, 0, 1)
+    )
     before = [x.detach().clone() for x in training.named.values()]
     for x in training.named.values():
         x.grad = torch.zeros_like(x)
     training.optimizer.step()
-    assert all(torch.equal(x, y) for x, y in zip(training.named.values(), before)), "weights decay without a gradient"
+    assert all(torch.equal(x, y) for x, y in zip(training.named.values(), before)), (
+        "weights decay without a gradient"
+    )
 
 
-@pytest.mark.parametrize("objective, drop", [("full", 0.1), ("style", 0.1), ("lcm", 0.0), ("full lcm", 0.0)])
+@pytest.mark.parametrize(
+    "objective, drop", [("full", 0.1), ("style", 0.1), ("lcm", 0.0), ("full lcm", 0.0)]
+)
 def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, objective, drop):
-    """A tenth of the captions becomes "", which guidance needs; a consistency loss has a null condition of its own."""
+    """A tenth of the captions becomes "", which guidance needs; a consistency loss has a null
+    condition of its own.
+    """
     seen = []
 
     def spy(*args):
@@ -253,19 +296,24 @@ def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, o
 def test_the_arts_captions_are_empty_as_often_as_asked(files, drop):
     """None of the emoji art's captions for a consistency loss; half of them if half is asked for."""
     how = Reading(CONFIG.size, 16, 1, 1, 0, drop, "cpu")
-    data = open_data(files / "art", load_model(files / "model.safetensors"), "", files / "none", how)
+    data = open_data(
+        files / "art", load_model(files / "model.safetensors"), "", files / "none", how
+    )
     captions = [caption for batch in islice(data.batches(0), 20) for caption in batch[1]]
     assert captions.count("") / len(captions) == pytest.approx(drop, abs=0.1 if drop else 0)
 
 
 def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch):
-    """In every forward of LCM training the base weights are those of the file; student and target run with the LoRA on,
-    with and without gradient, the teacher (prompt and null in one batch) with it off.
+    """In every forward of LCM training the base weights are those of the file; student and target
+    run with the LoRA on, with and without gradient, the teacher (prompt and null in one batch) with
+    it off.
     """
     calls = []
 
     def spy(student, teacher, target, z0, *rest, **kwargs):
-        unet = teacher.__closure__[[c for c in teacher.__code__.co_freevars].index("unet")].cell_contents
+        unet = teacher.__closure__[
+            [c for c in teacher.__code__.co_freevars].index("unet")
+        ].cell_contents
         base = load_model(files / "model.safetensors")[0]
         state = unet.state_dict()
         assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
@@ -279,14 +327,23 @@ def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch
 
             return call
 
-        return lcd_loss(wrap("student", student), wrap("teacher", teacher), wrap("target", target), z0, *rest, **kwargs)
+        return lcd_loss(
+            wrap("student", student),
+            wrap("teacher", teacher),
+            wrap("target", target),
+            z0,
+            *rest,
+            **kwargs,
+        )
 
     def network_off(base, z_t, t, cond):
         with torch.no_grad():
             return base(z_t, t, cond)
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", spy)
-    monkeypatch.setattr(train, "forward_dtype", lambda device: torch.float32)  # bfloat16 would round the base
+    monkeypatch.setattr(
+        train, "forward_dtype", lambda device: torch.float32
+    )  # bfloat16 would round the base
     run(files, tmp_path, "lcm", 3, "--lr", "1")
     first, last = calls[:3], calls[6:9]
     names = ["student", "teacher", "target"]
@@ -296,20 +353,22 @@ def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch
 
 
 def test_lcm_training_lowers_the_fixed_loss(files, tmp_path, capsys):
-    """Learning rate 0 leaves the loss at fixed (z0, t, noise) where it is, to the last digit; twenty steps of training
-    bring it down by 15 %.
+    """Learning rate 0 leaves the loss at fixed (z0, t, noise) where it is, to the last digit;
+    twenty steps of training bring it down by 15 %.
     """
     run(files, tmp_path / "still", "lcm", 2, "--lr", "0", "--w", "0", "--save-every", "1")
     run(files, tmp_path / "down", "lcm", 20, "--lr", "0.8", "--w", "0")
     lines = capsys.readouterr().out.splitlines()
-    before, still, after = [float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line]
+    before, still, after = [
+        float(line.split("fixed ")[1].split()[0]) for line in lines if "fixed" in line
+    ]
     assert still == before and after < 0.85 * before
 
 
 def test_written_lora_samples_as_the_live_one(files, tmp_path):
-    """The file of an LCM run, read again: as live layers it gives exactly what the state's parameters give, rounded to
-    float16; merged into the weights it gives the same latents to 1e-3 (a bug of one official script: a reload that
-    drops the LoRA).
+    """The file of an LCM run, read again: as live layers it gives exactly what the state's
+    parameters give, rounded to float16; merged into the weights it gives the same latents to 1e-3
+    (a bug of one official script: a reload that drops the LoRA).
     """
     run(files, tmp_path, "lcm", 4, "--lr", "1")
     tau = read_tau(tmp_path / "lora.safetensors")
@@ -322,7 +381,9 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
             load_tau(unet, tau)
         if how == "state":
             for path, (up, down, _) in get_tau(unet).items():
-                up.data, down.data = (state[f"{path}.{x}.weight"].half().float() for x in ("lora_up", "lora_down"))
+                up.data, down.data = (
+                    state[f"{path}.{x}.weight"].half().float() for x in ("lora_up", "lora_down")
+                )
         if how == "merged":
             merge_into(unet, tau)
         generator = torch.Generator().manual_seed(0)
@@ -336,7 +397,9 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
 
 
 def test_full_training_writes_the_average(files, tmp_path):
-    """model.safetensors is the running average of the weights, not the last ones: after one step, 0.1 old + 0.9 new."""
+    """model.safetensors is the running average of the weights, not the last ones: after one step,
+    0.1 old + 0.9 new.
+    """
     run(files, tmp_path, "full", 1, "--lr", "1")
     state, old = (
         read_tensors(latest_state(tmp_path))[0],
@@ -344,7 +407,9 @@ def test_full_training_writes_the_average(files, tmp_path):
     )
     written = load_model(tmp_path / "model.safetensors")[0].state_dict()
     for key, value in written.items():
-        torch.testing.assert_close(state[f"average.{key}"], 0.1 * old[key] + 0.9 * state[key], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            state[f"average.{key}"], 0.1 * old[key] + 0.9 * state[key], rtol=0, atol=1e-5
+        )
         assert torch.equal(value, state[f"average.{key}"].half().float())
 
 
@@ -367,18 +432,26 @@ def write_pictures(folder, count: int) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_text_towers(tmp_path, objective):
-    """SDXL in small: every objective trains on a folder of pictures, in buckets and with size ids, and what it writes
-    loads again.
+    """SDXL in small: every objective trains on a folder of pictures, in buckets and with size ids,
+    and what it writes loads again.
     """
     write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
     write_pictures(tmp_path / "pictures", 2)
     argv = [*flags(tmp_path, tmp_path / "out", objective, 1), "--lr", "0.1"]
-    train.main(train.parse([*argv, "--model", f"{tmp_path}/two.safetensors", "--data", f"{tmp_path}/pictures"]))
+    train.main(
+        train.parse(
+            [*argv, "--model", f"{tmp_path}/two.safetensors", "--data", f"{tmp_path}/pictures"]
+        )
+    )
     if "full" in objective:
         unet, _, _, config = load_model(tmp_path / "out/model.safetensors")
-        assert config.text == TWO_TOWERS.text and config.unet.w_dim == (256 if "lcm" in objective else None)
+        assert config.text == TWO_TOWERS.text and config.unet.w_dim == (
+            256 if "lcm" in objective else None
+        )
         old = load_model(tmp_path / "two.safetensors")[0].state_dict()
-        assert not torch.equal(unet.state_dict()["label_emb.0.0.weight"], old["label_emb.0.0.weight"])
+        assert not torch.equal(
+            unet.state_dict()["label_emb.0.0.weight"], old["label_emb.0.0.weight"]
+        )
     else:
         assert read_tau(tmp_path / "out/lora.safetensors")
 
@@ -388,15 +461,18 @@ def write_shards(folder, count: int, pictures: int) -> None:
     for shard in range(count):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(pictures):
-                for suffix, data in (("png", png(drawing(i))), ("txt", f"picture {shard} {i}".encode())):
+                for suffix, data in (
+                    ("png", png(drawing(i))),
+                    ("txt", f"picture {shard} {i}".encode()),
+                ):
                     member = tarfile.TarInfo(f"{i}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
 
 def test_shards_are_streamed_and_resumed(files, tmp_path, monkeypatch):
-    """Captioned tar shards, two reading processes: no latent is cached, and 5 steps == 2, Ctrl-C, then 3 more, bit for
-    bit, with the same captions.
+    """Captioned tar shards, two reading processes: no latent is cached, and 5 steps == 2, Ctrl-C,
+    then 3 more, bit for bit, with the same captions.
     """
     write_shards(tmp_path / "shards", 2, 5)
     more = ["--data", str(tmp_path / "shards"), "--workers", "2", "--batch", "2"]
@@ -428,15 +504,17 @@ def test_shards_are_streamed_and_resumed(files, tmp_path, monkeypatch):
 
 
 def test_a_large_models_base_stays_narrow(files, tmp_path, monkeypatch):
-    """As an official checkpoint on a processor without bfloat16: base kept in float16, blocks computed again. The LoRA
-    is that of a wide base, to 1e-3 of its largest value.
+    """As an official checkpoint on a processor without bfloat16: base kept in float16, blocks
+    computed again. The LoRA is that of a wide base, to 1e-3 of its largest value.
     """
     taus = []
     for large in (False, True):
         monkeypatch.setattr(train, "is_large", lambda config: large)
         monkeypatch.setattr(train, "forward_dtype", lambda device: torch.float32)
         kept = []
-        monkeypatch.setattr(train, "make_networks", lambda *args: kept.append(args[1]) or make_networks(*args))
+        monkeypatch.setattr(
+            train, "make_networks", lambda *args: kept.append(args[1]) or make_networks(*args)
+        )
         run(files, tmp_path / str(large), "lcm", 3)
         assert (kept[0].middle_block[1].proj_in.weight.dtype == torch.float16) == large
         assert kept[0].out[2].weight.dtype == torch.float32
@@ -481,13 +559,17 @@ def interrupt_at(monkeypatch, step: int) -> None:
 def contents(folder) -> dict:
     """All tensors and headers of a run's result and last state."""
     result = [p for p in folder.glob("*.safetensors") if not p.name.startswith("state_")]
-    return {name: read_tensors(p) for name, p in zip(("result", "state"), [*result, latest_state(folder)])}
+    return {
+        name: read_tensors(p)
+        for name, p in zip(("result", "state"), [*result, latest_state(folder)])
+    }
 
 
 @pytest.mark.parametrize("objective", ["full", "lcm"])
 def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, objective):
-    """6 steps == Ctrl-C in step 3, then --resume to 6: result and state (weights, averages, both moments) equal bit for
-    bit. The interrupted run ends its step, saves, and exits with the line that says how to go on.
+    """6 steps == Ctrl-C in step 3, then --resume to 6: result and state (weights, averages, both
+    moments) equal bit for bit. The interrupted run ends its step, saves, and exits with the line
+    that says how to go on.
     """
     run(files, tmp_path / "whole", objective, 6)
     with monkeypatch.context() as patch:
@@ -509,8 +591,8 @@ def test_resume_equals_an_uninterrupted_run(files, tmp_path, monkeypatch, object
 
 @pytest.mark.parametrize("objective", ["full", "lcm"])
 def test_saving_does_not_change_training(files, tmp_path, objective):
-    """Validation, sheets and files on the way draw nothing that training draws and put all weights back: --save-every 1
-    ends in the same state.
+    """Validation, sheets and files on the way draw nothing that training draws and put all weights
+    back: --save-every 1 ends in the same state.
     """
     run(files, tmp_path / "a", objective, 2)
     run(files, tmp_path / "b", objective, 2, "--save-every", "1")
@@ -529,7 +611,9 @@ def finished(files, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flag, was, now", [("--lr", "0.0003", "0.001"), ("--seed", "0", "5"), ("--w", "7.5", "3")])
+@pytest.mark.parametrize(
+    "flag, was, now", [("--lr", "0.0003", "0.001"), ("--seed", "0", "5"), ("--w", "7.5", "3")]
+)
 def test_resume_with_another_flag_is_refused(files, finished, flag, was, now):
     """Both values are in the message, and nothing in --out has changed."""
     before = {p: p.read_bytes() for p in finished.iterdir()}
@@ -541,14 +625,20 @@ def test_resume_with_another_flag_is_refused(files, finished, flag, was, now):
 def test_resume_of_another_model_or_of_nothing_is_refused(files, finished, tmp_path):
     """Another rank, another objective, and a folder without a state."""
     assert "--rank was 2, is now 4" in refused(flags(files, finished, "lcm", 1, "--resume"))
-    assert "--objective was lcm, is now diffusion" in refused(flags(files, finished, "full", 1, "--resume"))
-    assert "no state of a run to continue from" in refused(flags(files, tmp_path, "lcm", 1, "--resume"))
+    assert "--objective was lcm, is now diffusion" in refused(
+        flags(files, finished, "full", 1, "--resume")
+    )
+    assert "no state of a run to continue from" in refused(
+        flags(files, tmp_path, "lcm", 1, "--resume")
+    )
 
 
 def test_a_new_run_does_not_write_over_an_old_one(files, finished):
     """The same --out without --resume is refused, and the old state stays byte for byte."""
     before = latest_state(finished).read_bytes()
-    assert "already holds a run; continue it with --resume" in refused(flags(files, finished, "attention", 1))
+    assert "already holds a run; continue it with --resume" in refused(
+        flags(files, finished, "attention", 1)
+    )
     assert latest_state(finished).read_bytes() == before
 
 
@@ -562,8 +652,8 @@ def test_resume_of_a_finished_run_changes_nothing(files, finished):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypatch, what):
-    """NaN in the loss, or only in its gradient, at the third step: an error that names the step, the files of step 2
-    intact.
+    """NaN in the loss, or only in its gradient, at the third step: an error that names the step,
+    the files of step 2 intact.
     """
     count = []
 
@@ -571,12 +661,16 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
         loss = lcd_loss(*args, **kwargs)
         count.append(loss.requires_grad)
         if sum(count) == 3 and loss.requires_grad:
-            return loss * float("nan") if what == "loss" else loss + (0 * loss).sqrt()  # sqrt'(0) = inf, times 0
+            return (
+                loss * float("nan") if what == "loss" else loss + (0 * loss).sqrt()
+            )  # sqrt'(0) = inf, times 0
         return loss
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", spoiled)
     argv = flags(files, tmp_path, "lcm", 3, "--save-every", "1")
-    with pytest.raises(ValueError, match=r"at step 2, with '.+' and others; the last saved state is good"):
+    with pytest.raises(
+        ValueError, match=r"at step 2, with '.+' and others; the last saved state is good"
+    ):
         train.main(train.parse(argv))
     assert read_run(latest_state(tmp_path))["step"] == 2
     assert all(x.isfinite().all() for x in read_tensors(latest_state(tmp_path))[0].values())
@@ -584,7 +678,9 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
 
 
 def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch):
-    """A full disk at the second save: the first save's files are whole, and the run resumes from them."""
+    """A full disk at the second save: the first save's files are whole, and the run resumes from
+    them.
+    """
     original, saves = save_state, []
 
     def full(path, *args):
@@ -610,49 +706,107 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
     [
         ([], "required: --objective"),
         (["--objective", "lcm"], "--rank --full is required"),
-        (["--objective", "lcm", "--rank", "2", "--w", "2:14"], "--w is 2:14: an LCM-LoRA has no input for w"),
-        (["--objective", "lcm", "--full", "--w", "14:2"], "--w is 14:2; give a number, or LOW:HIGH"),
-        (["--objective", "lcm", "--full", "--w", "high"], "--w is high; give a number, or LOW:HIGH"),
-        (["--objective", "lcm", "--rank", "2", "--accumulate", "0"], "--accumulate is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "2", "--average", "1"], "--average is 1.0; give a number between 0 and 1"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--w", "2:14"],
+            "--w is 2:14: an LCM-LoRA has no input for w",
+        ),
+        (
+            ["--objective", "lcm", "--full", "--w", "14:2"],
+            "--w is 14:2; give a number, or LOW:HIGH",
+        ),
+        (
+            ["--objective", "lcm", "--full", "--w", "high"],
+            "--w is high; give a number, or LOW:HIGH",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--accumulate", "0"],
+            "--accumulate is 0; give 1 or more",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--average", "1"],
+            "--average is 1.0; give a number between 0 and 1",
+        ),
         (["--objective", "lcm", "--full", "--rank", "2"], "not allowed with"),
         (["--objective", "gan", "--rank", "2"], "invalid choice: 'gan'"),
         (["--objective", "lcm", "--rank", "two"], "invalid int value: 'two'"),
         (["--objective", "lcm", "--rank", "0"], "rank is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "-1"], "rank is -1; give 1 or more"),
         (["--objective", "lcm", "--rank", "33"], "rank is 33, but the weight of"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"], "empty: no pictures; add some"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"], "cat.png: no caption; put its text into"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"], "pictures can be read, first: "),
+        (
+            ["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"],
+            "empty: no pictures; add some",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"],
+            "cat.png: no caption; put its text into",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"],
+            "pictures can be read, first: ",
+        ),
         (["--objective", "lcm", "--rank", "2", "--data", "none.tar"], "none.tar: no such file"),
-        (["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"], "broken.tar: not a .tar file"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"],
+            "broken.tar: not a .tar file",
+        ),
         (["--objective", "lcm", "--rank", "2", "--workers", "0"], "--workers is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--steps", "0"], "--steps is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "2", "--alpha", "0"], "--alpha is 0.0; give a number above 0"),
-        (["--objective", "lcm", "--rank", "2", "--k", "1000"], "--k is 1000; give a number of timesteps below 1000"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--alpha", "0"],
+            "--alpha is 0.0; give a number above 0",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--k", "1000"],
+            "--k is 1000; give a number of timesteps below 1000",
+        ),
         (["--objective", "lcm", "--rank", "2", "--batch", "0"], "--batch is 0; give 1 or more"),
         (["--objective", "lcm", "--rank", "2", "--looks", "0"], "--looks is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "2", "--save-every", "0"], "--save-every is 0; give 1 or more"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--save-every", "0"],
+            "--save-every is 0; give 1 or more",
+        ),
         (["--objective", "lcm", "--rank", "2", "--lr", "-1"], "--lr is -1.0; give 0 or more"),
         (["--objective", "lcm", "--rank", "2", "--seed", "-1"], "--seed is -1, "),
-        (["--objective", "lcm", "--rank", "2", "--size", "40"], "--size is 40; give a multiple of 16"),
-        (["--objective", "lcm", "--rank", "2", "--size", "0"], "--size is 0; give a multiple of 16"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--size", "40"],
+            "--size is 40; give a multiple of 16",
+        ),
+        (
+            ["--objective", "lcm", "--rank", "2", "--size", "0"],
+            "--size is 0; give a multiple of 16",
+        ),
         (["--objective", "lcm", "--rank", "2", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["--objective", "lcm", "--rank", "2", "--stepz", "3"], "unrecognized arguments: --stepz"),
-        (["--objective", "lcm", "--rank", "2", "--model", "none.safetensors"], "none.safetensors: no such file"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--model", "none.safetensors"],
+            "none.safetensors: no such file",
+        ),
         (["--objective", "lcm", "--rank", "2", "--data", "none"], "none: no such folder"),
         (
             ["--objective", "lcm", "--rank", "2", "--data", "{files}/model.safetensors"],
             "model.safetensors: no such folder",
         ),
-        (["--objective", "lcm", "--rank", "2", "--model", "{files}/art/noto.tar"], "noto.tar: not a safetensors file"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--model", "{files}/art/noto.tar"],
+            "noto.tar: not a safetensors file",
+        ),
         (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors"], "exists"),
-        (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors/x"], "Not a directory"),
+        (
+            ["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors/x"],
+            "Not a directory",
+        ),
     ],
 )
 def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
     """Each mistake ends in one line that holds the value, before any file is written."""
-    base = ["--data", str(files / "art"), "--model", str(files / "model.safetensors"), "--out", str(tmp_path / "out")]
+    base = [
+        "--data",
+        str(files / "art"),
+        "--model",
+        str(files / "model.safetensors"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     base += ["--steps", "1", "--device", "cpu"]
     assert message in refused([*(base if argv else []), *(x.format(files=files) for x in argv)])
     assert not list((tmp_path / "out").glob("*"))
@@ -660,34 +814,61 @@ def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(files, tmp_path):
-    assert "PyTorch sees no CUDA device" in refused([*flags(files, tmp_path, "lcm", 1), "--device", "cuda"])
+    assert "PyTorch sees no CUDA device" in refused(
+        [*flags(files, tmp_path, "lcm", 1), "--device", "cuda"]
+    )
 
 
 def test_resume_on_another_model(files, tmp_path):
-    """The same path, but another file: refused with both digests; the base of a LoRA cannot change on the way."""
+    """The same path, but another file: refused with both digests; the base of a LoRA cannot change
+    on the way.
+    """
     write_model(tmp_path / "model.safetensors")
-    argv = [*flags(files, tmp_path / "out", "attention", 1), "--model", str(tmp_path / "model.safetensors")]
+    argv = [
+        *flags(files, tmp_path / "out", "attention", 1),
+        "--model",
+        str(tmp_path / "model.safetensors"),
+    ]
     train.main(train.parse(argv))
     write_model(tmp_path / "model.safetensors", seed=1)
     message = refused([*argv, "--resume"])
     assert re.match(
-        r"--resume: --model was model.safetensors, sha256 \w{10}, is now model.safetensors, sha256", message
+        r"--resume: --model was model.safetensors, sha256 \w{10}, is now model.safetensors, sha256",
+        message,
     )
 
 
 def test_art_of_other_names_only(files, tmp_path):
-    """A shard none of whose names the model knows is refused by name, not by an error about an empty list."""
-    write_model(tmp_path / "other.safetensors", config=dataclasses.replace(CONFIG, names=("teapot",)))
-    argv = [*flags(files, tmp_path / "out", "lcm", 1), "--model", str(tmp_path / "other.safetensors")]
+    """A shard none of whose names the model knows is refused by name, not by an error about an
+    empty list.
+    """
+    write_model(
+        tmp_path / "other.safetensors", config=dataclasses.replace(CONFIG, names=("teapot",))
+    )
+    argv = [
+        *flags(files, tmp_path / "out", "lcm", 1),
+        "--model",
+        str(tmp_path / "other.safetensors"),
+    ]
     for data in (files / "art", files / "art/noto.tar"):
-        assert f"{data}: none of its drawings has a name that" in refused([*argv, "--data", str(data)])
+        assert f"{data}: none of its drawings has a name that" in refused(
+            [*argv, "--data", str(data)]
+        )
 
 
 def test_as_a_command(files, monkeypatch, capsys):
-    """As `python train.py` an error leaves with one line, which exits with 1; --help explains and exits with 0."""
+    """As `python train.py` an error leaves with one line, which exits with 1; --help explains and
+    exits with 0.
+    """
     for argv, message in (
-        (flags(files, files / "model.safetensors", "lcm", 1), "train.py: .*exists: .*model.safetensors"),
-        ([*flags(files, files, "lcm", 1), "--model", "none.safetensors"], "train.py: none.safetensors: no such file"),
+        (
+            flags(files, files / "model.safetensors", "lcm", 1),
+            "train.py: .*exists: .*model.safetensors",
+        ),
+        (
+            [*flags(files, files, "lcm", 1), "--model", "none.safetensors"],
+            "train.py: none.safetensors: no such file",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,6 @@
-"""A model, a LoRA and art small enough to train and sample in seconds, with all that the shipped ones have."""
+"""A model, a LoRA and art small enough to train and sample in seconds, with all that the shipped
+ones have.
+"""
 
 import io
 import json
@@ -19,7 +21,15 @@ from minilcm.model.vae import VAE, VAEConfig
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(
     # blocks that the emoji model has too, so that LoRA files name modules of a known UNet
-    unet=UNetConfig((32, 32, 32), ((0,), (0,), (1,)), 1, ((1, 1), (0, 1), (0, 0)), context_dim=32, heads=2, groups=8),
+    unet=UNetConfig(
+        (32, 32, 32),
+        ((0,), (0,), (1,)),
+        1,
+        ((1, 1), (0, 1), (0, 0)),
+        context_dim=32,
+        heads=2,
+        groups=8,
+    ),
     vae=VAEConfig((16, 16, 16), res_blocks=1, groups=4, scale=1.0),
     text=TextConfig(32, 1, 2),
     size=32,
@@ -28,17 +38,21 @@ CONFIG = Config(
 )
 
 
-TWO_TOWERS = replace(  # SDXL in small: the second tower's pooled vector and six sizes go into the UNet
-    CONFIG,
-    unet=replace(CONFIG.unet, context_dim=32 + 48, adm=48 + 6 * 256),
-    text=TextConfig(32, 1, 2, big=(48, 1, 2)),
-    size=64,
-    names=(),
+TWO_TOWERS = (
+    replace(  # SDXL in small: the second tower's pooled vector and six sizes go into the UNet
+        CONFIG,
+        unet=replace(CONFIG.unet, context_dim=32 + 48, adm=48 + 6 * 256),
+        text=TextConfig(32, 1, 2, big=(48, 1, 2)),
+        size=64,
+        names=(),
+    )
 )
 
 
 def tiny_unet(seed: int = 0, cfg: UNetConfig = CONFIG.unet) -> UNet:
-    """Random weights; what writes into a residual is enlarged, so that prompt and LoRA move the output visibly."""
+    """Random weights; what writes into a residual is enlarged, so that prompt and LoRA move the
+    output visibly.
+    """
     torch.manual_seed(seed)
     unet = UNet(cfg).requires_grad_(False).eval()
     for path in target_paths(unet, ("to_out.0", "proj_out", "ff.net.2", "out_layers.3")):
@@ -59,12 +73,23 @@ def tiny_text(seed: int = 0, cfg: TextConfig = CONFIG.text) -> TextEncoder:
 
 
 def write_model(path: Path, seed: int = 0, config: Config = CONFIG) -> Path:
-    save_model(path, tiny_unet(seed, config.unet).state_dict(), tiny_vae(seed), tiny_text(seed, config.text), config)
+    save_model(
+        path,
+        tiny_unet(seed, config.unet).state_dict(),
+        tiny_vae(seed),
+        tiny_text(seed, config.text),
+        config,
+    )
     return path
 
 
 def random_tau(
-    model: torch.nn.Module, seed: int, rank: int, lora_alpha: float, targets=TARGETS, size: float = 0.2
+    model: torch.nn.Module,
+    seed: int,
+    rank: int,
+    lora_alpha: float,
+    targets=TARGETS,
+    size: float = 0.2,
 ) -> Tau:
     """A LoRA for all targets of the model with both factors random, none of them zero."""
     generator, tau = torch.Generator().manual_seed(seed), {}
@@ -77,7 +102,9 @@ def random_tau(
 
 
 def load_tau(model: torch.nn.Module, tau: Tau) -> None:
-    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha are the same."""
+    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha
+    are the same.
+    """
     layers = lora_layers(model)
     if set(layers) != set(tau):
         odd = sorted(set(layers) ^ set(tau))

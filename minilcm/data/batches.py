@@ -1,6 +1,7 @@
 """Which examples a training step sees, and all of its randomness: a function of (seed, step).
 
-So a resumed run needs only its step number, and the same seed gives the same run on any number of processes.
+So a resumed run needs only its step number, and the same seed gives the same run on any number of
+processes.
 """
 
 import random
@@ -30,19 +31,25 @@ class Batch(NamedTuple):
 def batch_order(
     shapes: list[tuple[int, int]], batch: int, seed: int, start: int
 ) -> Iterator[tuple[list[int], random.Random, torch.Generator]]:
-    """(indices of examples, rng, generator) of step start, start + 1, ...: its batch, and all its randomness.
+    """(indices of examples, rng, generator) of step start, start + 1, ...: its batch, and all its
+    randomness.
 
-    Examples of one shape form a bucket, and all examples of a batch are from one bucket. Every bucket is an endless
-    sequence of its own permutations, cut into batches: what is left over from one epoch begins the next one's first
-    batch, and nothing is dropped. An epoch takes the batches that begin in it, in random order of buckets.
+    Examples of one shape form a bucket, and all examples of a batch are from one bucket. Every
+    bucket is an endless sequence of its own permutations, cut into batches: what is left over from
+    one epoch begins the next one's first batch, and nothing is dropped. An epoch takes the batches
+    that begin in it, in random order of buckets.
     """
-    members = [[i for i, x in enumerate(shapes) if x == shape] for shape in sorted(set(shapes))]  # of each bucket
+    members = [
+        [i for i, x in enumerate(shapes) if x == shape] for shape in sorted(set(shapes))
+    ]  # of each bucket
 
     def before(epoch: int) -> list[int]:
         """Batches of each bucket that begin before this epoch."""
         return [-(-epoch * len(m) // batch) for m in members]
 
-    epoch = start * batch // len(shapes)  # or an earlier one, because each bucket rounds its batches up
+    epoch = (
+        start * batch // len(shapes)
+    )  # or an earlier one, because each bucket rounds its batches up
     while sum(before(epoch)) > start:
         epoch -= 1
     while True:
@@ -60,7 +67,9 @@ def batch_order(
             index, m = [], len(members[bucket])
             for i in places:  # the i-th example of this bucket in the whole run
                 if not index or i % m == 0:
-                    permuted = torch.Generator().manual_seed(seed * 1_000_003 + i // m + (bucket << 40))
+                    permuted = torch.Generator().manual_seed(
+                        seed * 1_000_003 + i // m + (bucket << 40)
+                    )
                     order = torch.randperm(m, generator=permuted)
                 index.append(members[bucket][order[i % m]])
             yield index, rng, generator
@@ -68,7 +77,9 @@ def batch_order(
 
 
 def in_background(items: Iterator, ahead: int = 2) -> Iterator:
-    """The same items, made by a thread that is up to `ahead` of them early: a GPU need not wait for them."""
+    """The same items, made by a thread that is up to `ahead` of them early: a GPU need not wait for
+    them.
+    """
     made = Queue(ahead)
 
     def make() -> None:
@@ -87,13 +98,20 @@ def in_background(items: Iterator, ahead: int = 2) -> Iterator:
 
 
 def batches(
-    cache: list[Example], batch: int, seed: int, start: int = 0, process: int = 0, world: int = 1, drop: float = 0.0
+    cache: list[Example],
+    batch: int,
+    seed: int,
+    start: int = 0,
+    process: int = 0,
+    world: int = 1,
+    drop: float = 0.0,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) of step start, start + 1, ...; see `batch_order`.
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) of step start, start + 1, ...; see
+    `batch_order`.
 
-    Process p of `world` gets rows p b to (p + 1) b of the batch that one process with batch = world b would draw,
-    noise included; so the generator is in the same state on all of them. A share `drop` of the captions is replaced by
-    "", which classifier-free guidance needs.
+    Process p of `world` gets rows p b to (p + 1) b of the batch that one process with batch = world
+    b would draw, noise included; so the generator is in the same state on all of them. A share
+    `drop` of the captions is replaced by "", which classifier-free guidance needs.
     """
     rows = slice(process * batch, (process + 1) * batch)
     for index, rng, generator in batch_order([x.shape for x in cache], batch * world, seed, start):

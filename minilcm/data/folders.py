@@ -1,6 +1,7 @@
 """Folders of pictures with captions, in the three layouts that people have.
 
-read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--> what a training step is given
+read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--> what a training
+step is given
 """
 
 import csv
@@ -25,10 +26,10 @@ class Picture(NamedTuple):
 def read_pictures(path: str | Path) -> list[Picture]:
     """The pictures of a folder, sorted. Three layouts, which may be mixed:
 
-    cat.png beside cat.txt or cat.caption; metadata.jsonl or metadata.csv, there or in a subfolder, with file_name and
-    text or caption (Hugging Face's imagefolder); subfolders 10_NAME, whose pictures come 10 times an epoch and have
-    NAME as caption where a .txt is missing (kohya's). Raises ValueError if a caption or picture is missing, or if
-    there is no picture at all.
+    cat.png beside cat.txt or cat.caption; metadata.jsonl or metadata.csv, there or in a subfolder,
+    with file_name and text or caption (Hugging Face's imagefolder); subfolders 10_NAME, whose
+    pictures come 10 times an epoch and have NAME as caption where a .txt is missing (kohya's).
+    Raises ValueError if a caption or picture is missing, or if there is no picture at all.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,16 +39,28 @@ def read_pictures(path: str | Path) -> list[Picture]:
     for table in tables:
         for file, caption in read_table(table):
             listed.setdefault(file, []).append(caption)
-    kohya = {folder: named for folder in path.iterdir() if folder.is_dir() and (named := read_repeats(folder))}
+    kohya = {
+        folder: named
+        for folder in path.iterdir()
+        if folder.is_dir() and (named := read_repeats(folder))
+    }
     files = set(listed)
     for folder in {path, *kohya, *(table.parent for table in tables)}:
-        files |= {f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith(".")}
+        files |= {
+            f
+            for f in folder.iterdir()
+            if f.suffix.lower() in PICTURES and not f.name.startswith(".")
+        }
     pictures = []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
-        pictures += [Picture(file, c, repeats) for c in listed.get(file) or [read_caption(file, name)]]
+        pictures += [
+            Picture(file, c, repeats) for c in listed.get(file) or [read_caption(file, name)]
+        ]
     if not pictures:
-        raise ValueError(f"{path}: no pictures; add some with .txt captions, a metadata.jsonl, or in 10_NAME/")
+        raise ValueError(
+            f"{path}: no pictures; add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
+        )
     return pictures
 
 
@@ -67,9 +80,15 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
         file = table.parent / row["file_name"]
         if not file.is_file():
             name = repr(row["file_name"])
-            raise ValueError(f"{table}: picture {n} is {name}, which is not there; add it or drop the line")
-        if not (captions := [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]):
-            raise ValueError(f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"')
+            raise ValueError(
+                f"{table}: picture {n} is {name}, which is not there; add it or drop the line"
+            )
+        if not (
+            captions := [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]
+        ):
+            raise ValueError(
+                f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"'
+            )
         yield file, " ".join(captions[0].split())
 
 
@@ -78,7 +97,9 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
     if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
         return None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
-        raise ValueError(f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME")
+        raise ValueError(
+            f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME"
+        )
     return int(match[1]), match[2]
 
 

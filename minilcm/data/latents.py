@@ -1,6 +1,7 @@
 """Pictures and captions encoded once, into files that later runs find again.
 
-Size ids are SDXL's (2307.01952 section 2.2), heights before widths: of the original, crop (top, left), of the target.
+Size ids are SDXL's (2307.01952 section 2.2), heights before widths: of the original, crop (top,
+left), of the target.
 """
 
 import hashlib
@@ -44,12 +45,14 @@ def cache_latents(
     looks: int = 1,
     device: str | torch.device = "cpu",
 ) -> list[Example]:
-    """Each picture cut to the nearest of `targets` (h, w) and encoded, `looks` times at other places; -> an epoch.
+    """Each picture cut to the nearest of `targets` (h, w) and encoded, `looks` times at other
+    places; -> an epoch.
 
-    targets = buckets(1024), or [(512, 512)] for squares. `vae_id` identifies the VAE, for example by its file's sha256.
-    A look is kept as a file in `folder`, named by a hash of the picture's bytes, targets, look and `vae_id`; if that
-    file exists, nothing is encoded. An unreadable picture is reported and skipped. Raises ValueError if none is
-    readable, or a latent is not finite.
+    targets = buckets(1024), or [(512, 512)] for squares. `vae_id` identifies the VAE, for example
+    by its file's sha256. A look is kept as a file in `folder`, named by a hash of the picture's
+    bytes, targets, look and `vae_id`; if that file exists, nothing is encoded. An unreadable
+    picture is reported and skipped. Raises ValueError if none is readable, or a latent is not
+    finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     examples, skipped = [], 0
@@ -57,7 +60,10 @@ def cache_latents(
         try:
             data = picture.file.read_bytes()
             content = hashlib.sha256(data).hexdigest()
-            files = [folder / f"{digest(content, targets, look, vae_id)}.safetensors" for look in range(looks)]
+            files = [
+                folder / f"{digest(content, targets, look, vae_id)}.safetensors"
+                for look in range(looks)
+            ]
             image = None if all(file.exists() for file in files) else open_picture(data)
         except (OSError, ValueError) as error:
             print(f"{picture.file}: skipped, {error}")
@@ -68,11 +74,17 @@ def cache_latents(
                 pixels, size_ids = crop(image, nearest(image, targets), random.Random(file.stem))
                 mean, std = vae.moments(pixels[None].to(device))  # (1, 4, h, w) each
                 if not all_finite(mean + std):
-                    raise ValueError(f"{picture.file}: latent is not finite; SDXL's VAE needs float32")
-                write_tensors(file, {"mean": mean[0], "std": std[0]}, {"size_ids": json.dumps(size_ids)})
+                    raise ValueError(
+                        f"{picture.file}: latent is not finite; SDXL's VAE needs float32"
+                    )
+                write_tensors(
+                    file, {"mean": mean[0], "std": std[0]}, {"size_ids": json.dumps(size_ids)}
+                )
             header, metadata = read_header(file)
             shape = header["mean"].shape[1:]
-            examples += [Example(file, picture.caption, json.loads(metadata["size_ids"]), shape)] * picture.repeats
+            examples += [
+                Example(file, picture.caption, json.loads(metadata["size_ids"]), shape)
+            ] * picture.repeats
     if skipped:
         print(f"{skipped} of {len(pictures)} pictures skipped")
     if not examples:
@@ -81,20 +93,31 @@ def cache_latents(
 
 
 @torch.no_grad()
-def cache_text(text: TextEncoder, text_id: str, captions: list[str], folder: Path) -> dict[str, Path]:
-    """Each caption, and "" for the null condition, in a file named by a hash of it and `text_id`; {caption: file}."""
+def cache_text(
+    text: TextEncoder, text_id: str, captions: list[str], folder: Path
+) -> dict[str, Path]:
+    """Each caption, and "" for the null condition, in a file named by a hash of it and `text_id`;
+    {caption: file}.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {c: folder / f"{digest(c or None, text_id)}.safetensors" for c in dict.fromkeys(["", *captions])}
+    files = {
+        c: folder / f"{digest(c or None, text_id)}.safetensors"
+        for c in dict.fromkeys(["", *captions])
+    }
     for caption, file in tqdm(files.items(), desc="captions", disable=None):
         if not file.exists():
             context, vector = text.encode_captions([caption])
-            pooled = {} if vector is None else {"pooled": vector[0, : -6 * 256]}  # the size ids belong to the picture
+            pooled = (
+                {} if vector is None else {"pooled": vector[0, : -6 * 256]}
+            )  # the size ids belong to the picture
             write_tensors(file, {"context": context[0]} | pooled, {"caption": caption})
     return files
 
 
 def read_cond(files: dict[str, Path], captions: list[str], size_ids: Tensor) -> Cond:
-    """The Cond of b captions from the files of `cache_text`; for SDXL with their pictures' size ids (b, 6)."""
+    """The Cond of b captions from the files of `cache_text`; for SDXL with their pictures' size ids
+    (b, 6).
+    """
     tensors = [read_tensors(files[caption])[0] for caption in captions]
     context = torch.stack([x["context"] for x in tensors])  # (b, n, d)
     if "pooled" not in tensors[0]:

@@ -1,4 +1,6 @@
-"""What is behind --data: shards, a folder of pictures, or the emoji art; each gives the same stream of batches."""
+"""What is behind --data: shards, a folder of pictures, or the emoji art; each gives the same stream
+of batches.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,9 @@ class Reading(NamedTuple):
     looks: int  # how often a picture is cut, or a drawing composed, and encoded
     workers: int  # processes that read shards
     seed: int
-    drop: float  # share of captions replaced by "": for guidance the model must know the null condition, too
+    drop: (
+        float  # share of captions replaced by "", so that the model learns the null condition, too
+    )
     device: str
     process: int = 0
     world: int = 1
@@ -37,7 +41,9 @@ class Data(NamedTuple):
     """What is trained on."""
 
     prompts: list[str]  # eight captions, for the sheet
-    batches: Callable[..., Iterator]  # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
+    batches: Callable[
+        ..., Iterator
+    ]  # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
     cond_of: Callable[[list[str], Tensor], Cond]  # (captions, size ids)
     positions: list[int]  # of each worker in its shards
     idle: list[nn.Module]  # networks that are only needed again for sheets
@@ -49,9 +55,11 @@ class Data(NamedTuple):
 
 
 def open_data(path: Path, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards while training.
+    """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards
+    while training.
 
-    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three do.
+    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three
+    do.
     """
     _, vae, text, config = model
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
@@ -86,7 +94,9 @@ def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -
 
 
 def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:
-    """The drawings that are not held out, of the names that the model knows; captions are made anew each time."""
+    """The drawings that are not held out, of the names that the model knows; captions are made anew
+    each time.
+    """
     art = read_art(path)
     if (path / "held_out.txt").exists():
         art, _ = split_art(art, path / "held_out.txt", list(config.names) or None)

@@ -1,4 +1,6 @@
-"""Pictures to pixels and back: files read, cut to size, written as PNG with their recipe inside, and contact sheets."""
+"""Pictures to pixels and back: files read, cut to size, written as PNG with their recipe inside,
+and contact sheets.
+"""
 
 import io
 import math
@@ -32,7 +34,9 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is no picture."""
+    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is
+    no picture.
+    """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
@@ -41,7 +45,8 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and centre-cropped to (W, H).
+    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and
+    centre-cropped to (W, H).
 
     Raises ValueError if there is no such file, or it is no picture.
     """
@@ -63,14 +68,21 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 
 
 def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
-    """Targets (h, w) of about size^2 pixels: multiples of `multiple`, 90 to 100 % of the area, aspect 1:2 to 2:1.
+    """Targets (h, w) of about size^2 pixels: multiples of `multiple`, 90 to 100 % of the area,
+    aspect 1:2 to 2:1.
 
-    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I), and also 704 x 1344 in landscape.
+    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I), and also 704 x 1344 in
+    landscape.
     """
     if size < 1 or size % multiple:
         raise ValueError(f"size is {size}; give a multiple of {multiple}")
     sides = range(multiple, 2 * size, multiple)
-    return [(h, w) for h in sides for w in sides if 0.9 * size**2 < h * w <= size**2 and h <= 2 * w and w <= 2 * h]
+    return [
+        (h, w)
+        for h in sides
+        for w in sides
+        if 0.9 * size**2 < h * w <= size**2 and h <= 2 * w and w <= 2 * h
+    ]
 
 
 def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, int]:
@@ -78,13 +90,25 @@ def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, in
     return min(targets, key=lambda t: abs(math.log(t[1] * image.height / (t[0] * image.width))))
 
 
-def crop(image: Image.Image, target: tuple[int, int], rng: random.Random) -> tuple[Tensor, list[int]]:
-    """The image scaled to cover `target` (h, w) and cut at a random place: pixels (3, h, w), and the six size ids."""
+def crop(
+    image: Image.Image, target: tuple[int, int], rng: random.Random
+) -> tuple[Tensor, list[int]]:
+    """The image scaled to cover `target` (h, w) and cut at a random place: pixels (3, h, w), and
+    the six size ids.
+    """
     (h, w), (H, W) = target, (image.height, image.width)
     zoom = max(h / H, w / W)
-    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))  # as large as the scaled picture would be
+    tall, wide = (
+        max(h, round(zoom * H)),
+        max(w, round(zoom * W)),
+    )  # as large as the scaled picture would be
     top, left = rng.randint(0, tall - h), rng.randint(0, wide - w)
-    box = (left * W / wide, top * H / tall, (left + w) * W / wide, (top + h) * H / tall)  # the cut, in the original
+    box = (
+        left * W / wide,
+        top * H / tall,
+        (left + w) * W / wide,
+        (top + h) * H / tall,
+    )  # the cut, in the original
     return to_pixels(image.resize((w, h), Image.Resampling.BICUBIC, box)), [H, W, top, left, h, w]
 
 
@@ -92,7 +116,9 @@ def crop(image: Image.Image, target: tuple[int, int], rng: random.Random) -> tup
 
 
 def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
-    """Write a PNG, atomically, with A1111's text chunk `parameters`, whose first line is the prompt."""
+    """Write a PNG, atomically, with A1111's text chunk `parameters`, whose first line is the
+    prompt.
+    """
     info = PngInfo()
     info.add_text("parameters", parameters)
     with atomic(path) as part:
@@ -100,7 +126,9 @@ def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
 
 
 def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """All images in rows of `columns`, each above its label, whose lines are wrapped to the image's width."""
+    """All images in rows of `columns`, each above its label, whose lines are wrapped to the image's
+    width.
+    """
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     letters = width // 6
@@ -120,8 +148,14 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 
 
 @torch.no_grad()
-def draw_sheet(columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]) -> Image.Image:
-    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) -> (1, 3, H, W)."""
+def draw_sheet(
+    columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]
+) -> Image.Image:
+    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) ->
+    (1, 3, H, W).
+    """
     pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
-    return contact_sheet([picture for row in zip(*pictures) for picture in row], labels, len(columns))
+    return contact_sheet(
+        [picture for row in zip(*pictures) for picture in row], labels, len(columns)
+    )

@@ -1,4 +1,6 @@
-"""Captioned pictures from webdataset tar shards, streamed from front to back: nothing is unpacked on disk."""
+"""Captioned pictures from webdataset tar shards, streamed from front to back: nothing is unpacked
+on disk.
+"""
 
 import json
 import random
@@ -28,7 +30,9 @@ class Sample(NamedTuple):
 
 
 def members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(name, suffix, bytes) of each file in a tar, front to back, up to where it is damaged, if it is."""
+    """(name, suffix, bytes) of each file in a tar, front to back, up to where it is damaged, if it
+    is.
+    """
     try:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
@@ -44,7 +48,8 @@ def members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
-    """(name, picture's bytes, caption) of each sample of a webdataset shard, where files of one name are adjacent.
+    """(name, picture's bytes, caption) of each sample of a webdataset shard, where files of one
+    name are adjacent.
 
     A sample without a picture or a caption is reported and skipped.
     """
@@ -53,7 +58,9 @@ def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
         try:
             picture = next(parts[x[1:]] for x in PICTURES if x[1:] in parts)
             meta = {} if "txt" in parts else json.loads(parts["json"])
-            caption = parts["txt"].decode() if "txt" in parts else meta.get("caption") or meta["text"]
+            caption = (
+                parts["txt"].decode() if "txt" in parts else meta.get("caption") or meta["text"]
+            )
             yield name, picture, " ".join(caption.split())
         except (StopIteration, ValueError, KeyError, AttributeError):
             print(f"{shard}: {name} skipped, it needs a picture and a caption in .txt or .json")
@@ -74,7 +81,9 @@ def shuffled(samples: Iterator, buffer: int, rng: random.Random) -> Iterator:
 
 def check_shards(shards: list[Path], readers: int) -> None:
     if len(shards) < readers:
-        raise ValueError(f"{len(shards)} shards for {readers} readers; give each reader one, or fewer workers")
+        raise ValueError(
+            f"{len(shards)} shards for {readers} readers; give each reader one, or fewer workers"
+        )
     if missing := [shard for shard in shards if not shard.is_file()]:
         raise ValueError(f"{missing[0]}: no such file")
 
@@ -90,11 +99,13 @@ def stream(
     skip: int = 0,
     buffer: int = 1000,
 ) -> Iterator[Sample]:
-    """Endless samples of webdataset .tar shards: NAME.jpg beside NAME.txt, or NAME.json with a caption.
+    """Endless samples of webdataset .tar shards: NAME.jpg beside NAME.txt, or NAME.json with a
+    caption.
 
-    Each of world * workers readers has its own shards and sees each sample once per epoch. A sample's position counts
-    the samples up to it, so `skip` passes over them without decoding, and over whole epochs without reading. What is
-    damaged is reported and skipped. Raises ValueError if a shard is missing, there are too few, or none has a picture.
+    Each of world * workers readers has its own shards and sees each sample once per epoch. A
+    sample's position counts the samples up to it, so `skip` passes over them without decoding, and
+    over whole epochs without reading. What is damaged is reported and skipped. Raises ValueError if
+    a shard is missing, there are too few, or none has a picture.
     """
     check_shards(shards, world * workers)
     mine = sorted(shards)[process * workers + worker :: world * workers]
@@ -102,7 +113,11 @@ def stream(
     while True:
         begin, good = position, position < skip
         rng = random.Random(f"{seed} {process} {worker} {epoch}")
-        samples = ((shard, *sample) for shard in rng.sample(mine, len(mine)) for sample in read_shard(shard))
+        samples = (
+            (shard, *sample)
+            for shard in rng.sample(mine, len(mine))
+            for sample in read_shard(shard)
+        )
         for shard, name, data, caption in shuffled(samples, buffer, rng):
             position += 1
             if position <= skip:
@@ -114,7 +129,9 @@ def stream(
                 continue
             good = True
             pixels, size_ids = crop(
-                image, nearest(image, targets), random.Random(f"{seed} {process} {worker} {position}")
+                image,
+                nearest(image, targets),
+                random.Random(f"{seed} {process} {worker} {position}"),
             )
             yield Sample(pixels, caption, torch.tensor(size_ids), position)
         if not good or position == begin:
@@ -126,12 +143,23 @@ def stream(
 
 
 class Shards(IterableDataset):
-    """`stream` as a torch.utils.data.DataLoader needs it: its worker i reads the part of worker (first + i) % workers.
+    """`stream` as a torch.utils.data.DataLoader needs it: its worker i reads the part of worker
+    (first + i) % workers.
 
-    DataLoader takes turns beginning with worker 0; `first` is whose turn it is when a run is resumed.
+    DataLoader takes turns beginning with worker 0; `first` is whose turn it is when a run is
+    resumed.
     """
 
-    def __init__(self, shards: list[Path], targets: list, process: int, world: int, seed: int, skip: list, first: int):
+    def __init__(
+        self,
+        shards: list[Path],
+        targets: list,
+        process: int,
+        world: int,
+        seed: int,
+        skip: list,
+        first: int,
+    ):
         self.shards, self.targets, self.process, self.world = shards, targets, process, world
         self.seed, self.skip, self.first = seed, skip, first
 
@@ -139,7 +167,9 @@ class Shards(IterableDataset):
         info = get_worker_info()
         worker = (self.first + info.id) % info.num_workers
         at, readers = self.skip[worker], info.num_workers
-        return stream(self.shards, self.targets, self.process, self.world, worker, readers, self.seed, at)
+        return stream(
+            self.shards, self.targets, self.process, self.world, worker, readers, self.seed, at
+        )
 
 
 def columns(samples: list[Sample]) -> Sample:
@@ -148,7 +178,9 @@ def columns(samples: list[Sample]) -> Sample:
 
 
 def in_one_line(loader: DataLoader) -> Iterator[Sample]:
-    """The batches; an error of a reader in its one line, without the traceback that DataLoader adds."""
+    """The batches; an error of a reader in its one line, without the traceback that DataLoader
+    adds.
+    """
     try:
         yield from loader
     except ValueError as error:
@@ -156,7 +188,9 @@ def in_one_line(loader: DataLoader) -> Iterator[Sample]:
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step, saves, and stops its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the main process finishes its step, saves, and stops its workers
 
 
 @torch.no_grad()
@@ -172,23 +206,29 @@ def stream_batches(
     positions: list[int],
     drop: float = 0.0,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) like `batches.batches`, from shards, encoded when read.
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) like `batches.batches`, from shards,
+    encoded when read.
 
-    `positions` holds the position of each worker, 0 at first, and is updated when one of its batches is taken; a call
-    with the saved positions continues at `start`. Workers take turns, batch by batch. Pictures are squares of `size`,
-    cut at random. A share `drop` of the captions is replaced by "". Raises ValueError as `stream` does.
+    `positions` holds the position of each worker, 0 at first, and is updated when one of its
+    batches is taken; a call with the saved positions continues at `start`. Workers take turns,
+    batch by batch. Pictures are squares of `size`, cut at random. A share `drop` of the captions is
+    replaced by "". Raises ValueError as `stream` does.
     """
     check_shards(shards, world * len(positions))
     workers, device = len(positions), next(vae.parameters()).device
     data = Shards(shards, [(size, size)], process, world, seed, list(positions), start % workers)
-    loader = DataLoader(data, batch, num_workers=workers, collate_fn=columns, worker_init_fn=ignore_ctrl_c)
+    loader = DataLoader(
+        data, batch, num_workers=workers, collate_fn=columns, worker_init_fn=ignore_ctrl_c
+    )
     rows = slice(process * batch, (process + 1) * batch)
     for step, samples in enumerate(in_one_line(loader), start):
         rng = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         dropped = [rng.random() < drop for _ in range(world * batch)][rows]
         captions = ["" if gone else caption for gone, caption in zip(dropped, samples.caption)]
-        moments = [vae.moments(pixels[None].to(device)) for pixels in samples.pixels]  # one at a time, to save memory
+        moments = [
+            vae.moments(pixels[None].to(device)) for pixels in samples.pixels
+        ]  # one at a time, to save memory
         mean, std = (torch.cat(x) for x in zip(*moments))  # (b, 4, h, w) each
         noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rows]
         positions[step % workers] = samples.position[-1]

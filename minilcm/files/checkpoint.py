@@ -1,4 +1,6 @@
-"""One file, one model: UNet, VAE and text encoders under the official prefixes, loaded strictly, and written."""
+"""One file, one model: UNet, VAE and text encoders under the official prefixes, loaded strictly,
+and written.
+"""
 
 import re
 from pathlib import Path
@@ -30,13 +32,21 @@ from .safetensors_file import Header, all_finite, read_header, write_tensors
 
 
 def rename(key: str) -> str:
-    """Other programs' spellings -> the official ones, within a part: VAE attention by diffusers' names, cond_proj."""
-    key = re.sub(r"^(.*mid\.attn_1\.)to_([qkv])\.", r"\1\2.", key).replace("attn_1.to_out.0.", "attn_1.proj_out.")
+    """Other programs' spellings -> the official ones, within a part: VAE attention by diffusers'
+    names, cond_proj.
+    """
+    key = re.sub(r"^(.*mid\.attn_1\.)to_([qkv])\.", r"\1\2.", key).replace(
+        "attn_1.to_out.0.", "attn_1.proj_out."
+    )
     return key.replace("time_embed.cond_proj.", "time_embedding.cond_proj.")
 
 
-def read_part(path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one part under official names, read one at a time into `dtype`. Raises ValueError on NaN."""
+def read_part(
+    path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of one part under official names, read one at a time into `dtype`. Raises
+    ValueError on NaN.
+    """
     out = {}
     with safe_open(path, "pt") as f:
         for key, (file_key, _) in part_of(header, prefixes).items():
@@ -67,7 +77,9 @@ def places(header: Header) -> dict[str, Place]:
     for prefixes, te in ((UNET, ""), (CLIP_L, "te1."), (BIG_G, "te2.")):
         for key, (file_key, shape) in part_of(header, prefixes).items():
             path = te + key.removesuffix(".weight")
-            if fused := re.fullmatch(r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path):
+            if fused := re.fullmatch(
+                r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path
+            ):
                 for x, rows in qkv_rows(shape[0]).items():
                     out[f"te2.encoder.layers.{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
             elif path == "te2.text_projection":
@@ -81,7 +93,8 @@ def places(header: Header) -> dict[str, Place]:
 
 
 def weight_shapes(header: Header) -> dict[str, Tensor]:
-    """{path in a tau + ".weight": a tensor of the weight's shape, without data}: what `merge.check_fit` compares with.
+    """{path in a tau + ".weight": a tensor of the weight's shape, without data}: what
+    `merge.check_fit` compares with.
 
     So whether a LoRA fits can be known before a tensor is read.
     """
@@ -94,9 +107,11 @@ def weight_shapes(header: Header) -> dict[str, Tensor]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Put `state` into a module built on meta; a 1x1 kernel may be stored as a matrix, and the reverse.
+    """Put `state` into a module built on meta; a 1x1 kernel may be stored as a matrix, and the
+    reverse.
 
-    Raises ValueError naming missing and misshapen keys; keys that are left over are named in one printed line.
+    Raises ValueError naming missing and misshapen keys; keys that are left over are named in one
+    printed line.
     """
     want, problems = module.state_dict(), []
     for key in want.keys() & state.keys():
@@ -105,9 +120,15 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
             state[key] = state[key].reshape(here)
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
     problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"] if missing else []
-    problems += [f"{len(extra)} unknown keys, first: {', '.join(extra[:5])}"] if extra and missing else []
+    problems += (
+        [f"{len(extra)} unknown keys, first: {', '.join(extra[:5])}"] if extra and missing else []
+    )
     wrong = sorted(k for k in want if k in state and want[k].shape != state[k].shape)
-    problems += [f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(want[wrong[0]].shape)}"] if wrong else []
+    problems += (
+        [f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(want[wrong[0]].shape)}"]
+        if wrong
+        else []
+    )
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
     if extra:
@@ -124,12 +145,16 @@ class Model(NamedTuple):
     config: Config
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None) -> Model:
-    """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the VAE in float32.
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None
+) -> Model:
+    """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the
+    VAE in float32.
 
-    Families: SD1.x, SDXL base, SSD-1B and what minilcm writes. SDXL's VAE overflows in float16, hence float32.
-    `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is one model in `dtype`.
-    Raises ValueError with one line: no such file, damaged, another family, a part that is missing or does not fit.
+    Families: SD1.x, SDXL base, SSD-1B and what minilcm writes. SDXL's VAE overflows in float16,
+    hence float32. `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is
+    one model in `dtype`. Raises ValueError with one line: no such file, damaged, another family, a
+    part that is missing or does not fit.
     """
     return load_checkpoint(open_checkpoint(path), dtype, vae_path)
 
@@ -139,7 +164,9 @@ def load_checkpoint(
 ) -> Model:
     """`load_model` for a checkpoint whose header has been read."""
     path, header, _, config = checkpoint
-    vae_path, vae_header = (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
+    vae_path, vae_header = (
+        (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
+    )
     refuse_quantised(vae_path, vae_header)
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
         print(f"{path}: {len(narrow)} tensors are float8, less exact than the original weights")
@@ -163,13 +190,17 @@ def load_checkpoint(
 
 
 def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
-    """The network without memory for its weights. Raises ValueError if its config, from the file, is impossible."""
+    """The network without memory for its weights. Raises ValueError if its config, from the file,
+    is impossible.
+    """
     try:
         with torch.device("meta"):
             return cls(cfg)
     except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
         what = ascii(str(error)[:200])
-        raise ValueError(f"{path}: minilcm.config describes a network that cannot be built ({what})") from None
+        raise ValueError(
+            f"{path}: minilcm.config describes a network that cannot be built ({what})"
+        ) from None
 
 
 def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -178,23 +209,35 @@ def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     def tower(prefixes: tuple[str, ...], what: str) -> dict[str, Tensor]:
         state = read_part(path, header, prefixes, dtype)
-        if prefixes is BIG_G and "text_projection.weight" in state:  # Hugging Face multiplies from the left
+        if (
+            prefixes is BIG_G and "text_projection.weight" in state
+        ):  # Hugging Face multiplies from the left
             state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
         try:
             return clip_l_to_open_clip(state)
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path}: {what}: q, k, v of a layer are incomplete or do not fit ({error})") from None
+            raise ValueError(
+                f"{path}: {what}: q, k, v of a layer are incomplete or do not fit ({error})"
+            ) from None
 
     load_strict(text.tower, tower(CLIP_L, "text tower"), f"{path}: text tower")
     if text.cfg.big:
         load_strict(text.big, tower(BIG_G, "second text tower"), f"{path}: second text tower")
 
 
-def save_model(path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config) -> None:
-    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict: it may be an average."""
+def save_model(
+    path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config
+) -> None:
+    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict: it may be an
+    average.
+    """
     parts = {UNET[0]: unet, VAE_[0]: vae.state_dict()}
     parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
     if config.text.big:  # SDXL keeps its second tower by open_clip's own names
         parts[BIG_G[1]] = text.big.state_dict()
-    tensors = {prefix + key: value.half() for prefix, state in parts.items() for key, value in state.items()}
+    tensors = {
+        prefix + key: value.half()
+        for prefix, state in parts.items()
+        for key, value in state.items()
+    }
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})

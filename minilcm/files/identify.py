@@ -1,4 +1,6 @@
-"""Which model is in a file? The family of a checkpoint, or what else the file is, from its header alone."""
+"""Which model is in a file? The family of a checkpoint, or what else the file is, from its header
+alone.
+"""
 
 import json
 import re
@@ -22,10 +24,13 @@ CLIP_L = (
     "cond_stage_model.transformer.",  # old merges
 )
 BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
-QUANTISED = re.compile(r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*")
+QUANTISED = re.compile(
+    r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*"
+)
 NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
-    r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|posterior_\w+"
-    r"|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*|embedding_manager\..*|global_step)"
+    r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
+    r"|posterior_\w+|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*"
+    r"|embedding_manager\..*|global_step)"
 )
 
 
@@ -46,7 +51,9 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError and the like unless every field is there with the right type."""
+    """The inverse of `to_json`. Raises ValueError and the like unless every field is there with the
+    right type.
+    """
 
     def tuples(x):
         return tuple(tuples(y) for y in x) if isinstance(x, list) else x
@@ -57,7 +64,11 @@ def from_json(text: str) -> Config:
             return any(fits(value, k) for k in args)
         if args:  # tuple[int, ...] or tuple[int, int, int]
             fixed = args[:1] * (len(value) - 1) if type(value) is tuple else None
-            return fixed is not None and args[1:] in ((...,), fixed) and all(fits(x, args[0]) for x in value)
+            return (
+                fixed is not None
+                and args[1:] in ((...,), fixed)
+                and all(fits(x, args[0]) for x in value)
+            )
         if kind in (int, float):
             return type(value) in (int, kind) and 0 <= value <= 1 << 16
         return type(value) is kind
@@ -103,8 +114,12 @@ FAMILIES = {
 
 
 def check_size(config: Config, size: int) -> None:
-    """Raises ValueError unless pictures of this width and height have whole latents at the UNet's lowest level."""
-    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point of that level
+    """Raises ValueError unless pictures of this width and height have whole latents at the UNet's
+    lowest level.
+    """
+    coarsest = 2 ** (
+        len(config.vae.channels) + len(config.unet.channels) - 2
+    )  # pixels per point of that level
     if size < 1 or size % coarsest:
         raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
 
@@ -115,18 +130,24 @@ def is_large(config: Config) -> bool:
 
 
 def count_blocks(config: Config) -> int:
-    """Roughly how many blocks the networks have, each of which needs tensors: a bound on what a header may claim."""
+    """Roughly how many blocks the networks have, each of which needs tensors: a bound on what a
+    header may claim.
+    """
     unet, text = config.unet, config.text
     depths = [depth for level in (*unet.down, *unet.up) for depth in level]
     vae = 2 * len(config.vae.channels) * config.vae.res_blocks
-    return len(depths) + sum(depths) + (unet.middle or 0) + vae + text.layers + (text.big or (0, 0))[1]
+    return (
+        len(depths) + sum(depths) + (unet.middle or 0) + vae + text.layers + (text.big or (0, 0))[1]
+    )
 
 
 # ---- the parts of a file
 
 
 def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{key below the prefix: (key in the file, shape)} of one part, by the first of `prefixes` that the file has."""
+    """{key below the prefix: (key in the file, shape)} of one part, by the first of `prefixes` that
+    the file has.
+    """
     for prefix in prefixes:
         if keys := [k for k in header if k.startswith(prefix)]:
             return {k[len(prefix) :]: (k, header[k].shape) for k in keys}
@@ -150,13 +171,17 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the header and identify the family. Raises ValueError with one line that says what the file is instead."""
+    """Read the header and identify the family. Raises ValueError with one line that says what the
+    file is instead.
+    """
     header, metadata = read_header(path)
     return Checkpoint(Path(path), header, metadata, identify_header(path, header, metadata))
 
 
 def identify(path: str | Path) -> Config:
-    """The Config of a checkpoint, from its header alone: what `load_model` would build. Raises as `open_checkpoint`."""
+    """The Config of a checkpoint, from its header alone: what `load_model` would build. Raises as
+    `open_checkpoint`.
+    """
     return open_checkpoint(path).config
 
 
@@ -166,15 +191,29 @@ def is_lora(header: Header) -> bool:
 
 def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) -> Config:
     """`identify` for a header that has been read; `path` is for messages."""
-    if lora := [k for k in header if re.search(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.", k)]:
-        raise ValueError(f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint ({min(lora)})")
-    unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # names and shapes, no prefix
+    if lora := [
+        k
+        for k in header
+        if re.search(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.", k)
+    ]:
+        raise ValueError(
+            f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint ({min(lora)})"
+        )
+    unet = {
+        k: shape for k, (_, shape) in part_of(header, UNET).items()
+    }  # names and shapes, no prefix
     if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:
-        raise ValueError(f"{path}: {what_else(header)}; supported are SD1.x, SDXL base and SSD-1B single files")
+        raise ValueError(
+            f"{path}: {what_else(header)}; supported are SD1.x, SDXL base and SSD-1B single files"
+        )
     if marks := [k for k in header if k in ("v_pred", "ztsnr", "edm_mean", "edm_std")]:
-        raise ValueError(f"{path}: a v-prediction or EDM checkpoint (key {marks[0]}); LCM-LoRA expects epsilon")
+        raise ValueError(
+            f"{path}: a v-prediction or EDM checkpoint (key {marks[0]}); LCM-LoRA expects epsilon"
+        )
     if video := [k for k in unet if "time_stack" in k or "temporal" in k]:
-        raise ValueError(f"{path}: detected a video UNet (key {video[0]}); supported: SD1.x, SDXL base, SSD-1B")
+        raise ValueError(
+            f"{path}: detected a video UNet (key {video[0]}); supported: SD1.x, SDXL base, SSD-1B"
+        )
     refuse_quantised(path, header)
     if "minilcm.config" in metadata:
         try:
@@ -192,7 +231,9 @@ def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Conf
     """The official family whose UNet has these shapes. Raises ValueError if there is none."""
     matrices = {k: s for k, s in unet.items() if len(s) > 1}
     width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
-    context = next((s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None)
+    context = next(
+        (s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None
+    )
     adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
     i, depths = 1, []
     while any(k.startswith(f"input_blocks.{i}.") for k in unet):
@@ -203,15 +244,30 @@ def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Conf
     facts = width, channels, context, adm, tuple(depths), middle
     for config in (family.config() for family in FAMILIES.values() if family.config):
         u = config.unet
-        if facts == (u.channels[0], 4, u.context_dim, u.adm, tuple(d for level in u.down for d in level), u.middle):
+        if facts == (
+            u.channels[0],
+            4,
+            u.context_dim,
+            u.adm,
+            tuple(d for level in u.down for d in level),
+            u.middle,
+        ):
             w_keys = [k for k in unet if k.endswith("cond_proj.weight")]
             if all(k in matrices for k in w_keys):
-                return replace(config, unet=replace(u, w_dim=matrices[w_keys[0]][1])) if w_keys else config
-    raise ValueError(f"{path}: detected {refused_family(*facts)}; supported: SD1.x, SDXL base, SSD-1B")
+                return (
+                    replace(config, unet=replace(u, w_dim=matrices[w_keys[0]][1]))
+                    if w_keys
+                    else config
+                )
+    raise ValueError(
+        f"{path}: detected {refused_family(*facts)}; supported: SD1.x, SDXL base, SSD-1B"
+    )
 
 
 def refuse_quantised(path: str | Path, header: Header) -> None:
-    """Raises ValueError, one line, if a part has tensors that are not floating-point, or that other tensors scale."""
+    """Raises ValueError, one line, if a part has tensors that are not floating-point, or that other
+    tensors scale.
+    """
     for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
@@ -229,7 +285,10 @@ def depth(unet: dict, block: str) -> int:
 def what_else(header: Header) -> str:
     """What a file without an LDM UNet looks like."""
     for mark, what in (
-        ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet (down_blocks); give the LDM single file"),
+        (
+            "down_blocks.0.resnets.0.conv1.weight",
+            "a diffusers UNet (down_blocks); give the LDM single file",
+        ),
         ("joint_blocks.", "Stable Diffusion 3"),
         ("double_blocks.", "Flux"),
         ("clf.1.", "Stable Cascade"),
@@ -242,12 +301,16 @@ def what_else(header: Header) -> str:
     return f"not an LDM checkpoint (first key: {min(header, default='none')})"
 
 
-def refused_family(width: int, channels: int, context: int | None, adm: int | None, depths: tuple, middle) -> str:
+def refused_family(
+    width: int, channels: int, context: int | None, adm: int | None, depths: tuple, middle
+) -> str:
     """The name of a UNet that is not supported, from its shapes."""
     if width == 256:
         return "the x4 upscaler"
     if channels in (8, 9):
-        return f"{'an inpainting' if channels == 9 else 'a pix2pix'} UNet ({channels} input channels)"
+        return (
+            f"{'an inpainting' if channels == 9 else 'a pix2pix'} UNet ({channels} input channels)"
+        )
     if width == 384:
         return "the SDXL refiner"
     if context == 2048 and depths == (0, 0, 1, 1, 2, 2):

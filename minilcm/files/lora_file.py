@@ -35,14 +35,17 @@ def parse_lora(text: str) -> tuple[Path, float]:
     except ValueError:
         lam = math.nan
     if not math.isfinite(lam):
-        raise ValueError(f"{text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8")
+        raise ValueError(
+            f"{text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8"
+        )
     return Path(name), lam
 
 
 def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
     """The family whose UNet has most of these modules, by name and then by shape.
 
-    SSD-1B's modules are all among SDXL's: a LoRA that has no other is said to be for SSD-1B, and fits both.
+    SSD-1B's modules are all among SDXL's: a LoRA that has no other is said to be for SSD-1B, and
+    fits both.
     """
 
     def fit(family: Family) -> tuple[int, int]:
@@ -51,7 +54,11 @@ def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
             if prefix == "" and flat in table:
                 named += 1
                 shape = table[flat][1]
-                shaped += all(parts[x].shape[i] == shape[i] for x, i in (("up", 0), ("down", 1)) if parts[x].ndim > 1)
+                shaped += all(
+                    parts[x].shape[i] == shape[i]
+                    for x, i in (("up", 0), ("down", 1))
+                    if parts[x].ndim > 1
+                )
         return named, shaped
 
     best = {}
@@ -64,7 +71,9 @@ def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
 
 def family_of(tau: Tau) -> Family:
     """`find_family` for a tau."""
-    return find_family({("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()})
+    return find_family(
+        {("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()}
+    )
 
 
 def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
@@ -72,31 +81,41 @@ def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
     for te, tower in TOWERS.items():
         first = next((path for path in tau if path.startswith(te)), None)
         if first and not any(key.startswith(te) for key in weights):
-            raise ValueError(f"{name}: changes {tower}, a text encoder that is not here, first: {first}")
+            raise ValueError(
+                f"{name}: changes {tower}, a text encoder that is not here, first: {first}"
+            )
     check_fit(weights, tau, name)
 
 
 def read_tau(path: str | Path) -> Tau:
-    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank, 0 means no effect.
+    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank, 0
+    means no effect.
 
-    Raises ValueError with one line: no such file, damaged, not a LoRA, another kind of adapter, a key that names no
-    module, a module spelled twice, down without up, ranks that do not fit, values that are not finite.
+    Raises ValueError with one line: no such file, damaged, not a LoRA, another kind of adapter, a
+    key that names no module, a module spelled twice, down without up, ranks that do not fit, values
+    that are not finite.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
     modules, spelled = by_module(path, tensors)
     family, settings = find_family(modules), peft_settings(path, metadata)
     if not settings and any(key.startswith("base_model.model.") for key in tensors):
-        print(f"{path}: no adapter_config.json: lora_alpha is taken as the rank; PEFT's default is 8")
+        print(
+            f"{path}: no adapter_config.json: lora_alpha is taken as the rank; PEFT's default is 8"
+        )
     paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
     if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
         first = ", ".join(unknown[:5])
-        raise ValueError(f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}")
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}"
+        )
     tau: Tau = {}
     for module, parts in modules.items():
         target, up, down = module[0] + paths[module], parts["up"], parts["down"]
         if target in tau:
-            raise ValueError(f"{path}: {target} is in the file twice, in LDM and in diffusers spelling")
+            raise ValueError(
+                f"{path}: {target} is in the file twice, in LDM and in diffusers spelling"
+            )
         if "mid" in parts:  # LoCon's Tucker form: down is 1x1, mid has the kernel
             down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
         if "alpha" in parts:
@@ -113,21 +132,28 @@ class PeftSettings(NamedTuple):
     """What PEFT stores beside the tensors of one network."""
 
     default: float  # lora_alpha
-    patterns: dict[str, float]  # {end of a module's name, or a regular expression of it: lora_alpha}
+    patterns: dict[
+        str, float
+    ]  # {end of a module's name, or a regular expression of it: lora_alpha}
     rslora: bool  # scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
 
     def lora_alpha(self, module: str, rank: int) -> float:
         """By the first pattern that matches the end of `module`'s name, at a dot."""
         names = module, f"text_model.{module}"  # text encoders: patterns have it or not
-        fits = (a for p, a in self.patterns.items() if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names))
+        fits = (
+            a
+            for p, a in self.patterns.items()
+            if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names)
+        )
         return next(fits, self.default) * (rank**0.5 if self.rslora else 1.0)
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
-    """{prefix in tau: settings} from the header's `lora_adapter_metadata`, else adapter_config.json in the same folder.
+    """{prefix in tau: settings} from the header's `lora_adapter_metadata`, else adapter_config.json
+    in the same folder.
 
-    Raises ValueError with one line if they are not PEFT's. A pattern with repeats is refused: in a malicious file such
-    a regular expression could run for years.
+    Raises ValueError with one line if they are not PEFT's. A pattern with repeats is refused: in a
+    malicious file such a regular expression could run for years.
     """
     config, inside = path.parent / "adapter_config.json", "lora_adapter_metadata" in metadata
     if not inside and not config.is_file():
@@ -135,20 +161,36 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
     where = "lora_adapter_metadata" if inside else str(config)
     try:
         raw = json.loads(metadata[where] if inside else config.read_text())
-        names = {"unet.": "", "text_encoder.": "te1.", "text_encoder_2.": "te2."} if inside else {"": ""}
+        names = (
+            {"unet.": "", "text_encoder.": "te1.", "text_encoder_2.": "te2."}
+            if inside
+            else {"": ""}
+        )
         settings = {}
         for theirs, ours in names.items():
             if any(key.startswith(theirs) for key in raw.keys()) or not inside:
-                patterns = {p: float(a) for p, a in (raw.get(theirs + "alpha_pattern") or {}).items()}
+                patterns = {
+                    p: float(a) for p, a in (raw.get(theirs + "alpha_pattern") or {}).items()
+                }
                 default = float(raw[theirs + "lora_alpha"])
-                settings[ours] = PeftSettings(default, patterns, bool(raw.get(theirs + "use_rslora")))
+                settings[ours] = PeftSettings(
+                    default, patterns, bool(raw.get(theirs + "use_rslora"))
+                )
                 for pattern in patterns:
                     re.compile(pattern)
                     if re.search(r"[*+?{(|]", pattern):
                         raise ValueError(f"the pattern {pattern} has repeats or choices")
                 if not all(map(math.isfinite, (default, *patterns.values()))):
                     raise ValueError("an alpha is not finite")
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, re.error) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        re.error,
+    ) as error:
         what = ascii(f"{type(error).__name__} {error}"[:200])
         raise ValueError(f"{path}: {where} does not hold PEFT's settings ({what})") from None
     return settings
@@ -160,19 +202,29 @@ def read_recipe(path: str | Path) -> dict[str, str]:
 
 
 def recipe_in(metadata: dict[str, str]) -> dict[str, str]:
-    return {key.removeprefix("minilcm."): value for key, value in metadata.items() if key.startswith("minilcm.")}
+    return {
+        key.removeprefix("minilcm."): value
+        for key, value in metadata.items()
+        if key.startswith("minilcm.")
+    }
 
 
 # ---- writing
 
 
 def write_tau(
-    path: str | Path, tau: Tau, recipe: dict[str, str], dtype: torch.dtype = torch.float16, style: str | None = None
+    path: str | Path,
+    tau: Tau,
+    recipe: dict[str, str],
+    dtype: torch.dtype = torch.float16,
+    style: str | None = None,
 ) -> None:
-    """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata under `minilcm.*`.
+    """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata
+    under `minilcm.*`.
 
-    style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1 for SD1.x, G2 for
-    SDXL, because A1111 ignores one of SDXL's modules in G1. lora_alpha is rounded to `dtype` in kohya's styles.
+    style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1
+    for SD1.x, G2 for SDXL, because A1111 ignores one of SDXL's modules in G1. lora_alpha is rounded
+    to `dtype` in kohya's styles.
     """
     family = family_of(tau)
     cfg, is_xl = family.unet(), family.unet in (sdxl, ssd1b)
@@ -199,8 +251,12 @@ def write_tau(
     write_tensors(path, tensors, metadata | {f"minilcm.{k}": v for k, v in recipe.items()})
 
 
-def lora_metadata(tau: Tau, family: Family, settings: dict[str, dict[str, tuple[int, float]]]) -> dict[str, str]:
-    """What the lists of kohya, A1111 and ComfyUI read; A1111 hides an SDXL LoRA whose metadata does not say SDXL."""
+def lora_metadata(
+    tau: Tau, family: Family, settings: dict[str, dict[str, tuple[int, float]]]
+) -> dict[str, str]:
+    """What the lists of kohya, A1111 and ComfyUI read; A1111 hides an SDXL LoRA whose metadata does
+    not say SDXL.
+    """
     ranks = sorted({down.shape[0] for _, down, _ in tau.values()})
     alphas = sorted({lora_alpha for _, _, lora_alpha in tau.values()})
     metadata = {
@@ -212,15 +268,25 @@ def lora_metadata(tau: Tau, family: Family, settings: dict[str, dict[str, tuple[
         "modelspec.date": date.today().isoformat(),
     }
     sdxl_names = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"
-    base = {"SD1.x": ("sd_v1", "stable-diffusion-v1/lora"), "SSD-1B": sdxl_names, "SDXL base": sdxl_names}
+    base = {
+        "SD1.x": ("sd_v1", "stable-diffusion-v1/lora"),
+        "SSD-1B": sdxl_names,
+        "SDXL base": sdxl_names,
+    }
     if family.title in base:
         metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base[family.title]
-    if settings:  # PEFT: one rank and lora_alpha for a whole network, and patterns for the modules that differ
+    if settings:  # PEFT: one rank and lora_alpha for a network, patterns for modules that differ
         raw = {}
         for name, modules in settings.items():
             r, lora_alpha = next(iter(modules.values()))
-            raw |= {f"{name}.r": r, f"{name}.lora_alpha": lora_alpha, f"{name}.target_modules": sorted(modules)}
+            raw |= {
+                f"{name}.r": r,
+                f"{name}.lora_alpha": lora_alpha,
+                f"{name}.target_modules": sorted(modules),
+            }
             raw[f"{name}.rank_pattern"] = {m: x for m, (x, _) in modules.items() if x != r}
-            raw[f"{name}.alpha_pattern"] = {m: a for m, (_, a) in modules.items() if a != lora_alpha}
+            raw[f"{name}.alpha_pattern"] = {
+                m: a for m, (_, a) in modules.items() if a != lora_alpha
+            }
         metadata["lora_adapter_metadata"] = json.dumps(raw, indent=2, sort_keys=True)
     return metadata

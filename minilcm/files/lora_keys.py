@@ -42,13 +42,21 @@ REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any of the five spellings -> (prefix in tau, module as spelled, "up" | "down" | "mid" | "alpha")."""
+    """A key in any of the five spellings -> (prefix in tau, module as spelled, "up" | "down" |
+    "mid" | "alpha").
+    """
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
     if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
-        tail = f"{old[2]}_proj" if "self_attn" in old[1] else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
+        tail = (
+            f"{old[2]}_proj"
+            if "self_attn" in old[1]
+            else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
+        )
         key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
-    match = re.fullmatch(r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight", key)
+    match = re.fullmatch(
+        r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight", key
+    )
     match = match or re.fullmatch(r"(.+)\.(alpha)", key)
     if not match:
         return None
@@ -60,15 +68,25 @@ def split_key(key: str) -> tuple[str, str, str] | None:
 Module = tuple[str, str]  # (prefix in tau, flattened name)
 
 
-def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict[str, Tensor]], dict[Module, str]]:
-    """({module: {"up", "down", ...: tensor}}, {module: its name as spelled}). Raises ValueError as `read_tau` does."""
+def by_module(
+    path: Path, tensors: dict[str, Tensor]
+) -> tuple[dict[Module, dict[str, Tensor]], dict[Module, str]]:
+    """({module: {"up", "down", ...: tensor}}, {module: its name as spelled}). Raises ValueError as
+    `read_tau` does.
+    """
     for key in sorted(tensors):
         for mark, kind in REFUSED.items():
             if re.search(mark, key):
-                raise ValueError(f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key})")
+                raise ValueError(
+                    f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key})"
+                )
     keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith("bundle_emb.")}
     if not any(keys.values()):
-        what = "a checkpoint; pass it with --model" if any("diffusion_model." in k for k in keys) else "not a LoRA file"
+        what = (
+            "a checkpoint; pass it with --model"
+            if any("diffusion_model." in k for k in keys)
+            else "not a LoRA file"
+        )
         raise ValueError(f"{path}: this is {what} (first key: {min(keys, default='none')})")
 
     modules: dict[Module, dict[str, Tensor]] = {}
@@ -78,14 +96,18 @@ def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict
         if split is None:
             raise ValueError(f"{path}: key {key} does not belong to a LoRA")
         if not value.is_floating_point() and split[2] != "alpha":
-            raise ValueError(f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first")
+            raise ValueError(
+                f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first"
+            )
         value = value.float()
         if not all_finite(value):
             raise ValueError(f"{path}: {key} has values that are not finite")
         prefix, name, part = split
         module = prefix, name.replace(".", "_")
         if part in modules.setdefault(module, {}):
-            raise ValueError(f"{path}: {''.join(module)} is in the file twice, the second time as {key}")
+            raise ValueError(
+                f"{path}: {''.join(module)} is in the file twice, the second time as {key}"
+            )
         modules[module][part], spelled[module] = value, name
     for (prefix, flat), parts in modules.items():
         if "up" not in parts or "down" not in parts:
@@ -95,9 +117,11 @@ def by_module(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[Module, dict
     return modules, spelled
 
 
-def check_shapes(name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in), for convolutions (out, r, 1, 1) and (r, in, k, k), fit and
-    are not empty.
+def check_shapes(
+    name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, alpha: Tensor | None = None
+) -> None:
+    """Raises ValueError unless up (out, r) and down (r, in), for convolutions (out, r, 1, 1) and
+    (r, in, k, k), fit and are not empty.
     """
     rank, ones = down.shape[:1], (1,) * (down.ndim - 2)
     if down.ndim not in (2, 4) or up.shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):

@@ -1,12 +1,15 @@
-"""The names of modules, LDM <-> diffusers, and flattened: one of the two maps of this project, with its inverse.
+"""The names of modules, LDM <-> diffusers, and flattened: one of the two maps of this project, with
+its inverse.
 
-A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's paths for the text encoders.
+A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's paths for the
+text encoders.
 
     LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q   as in checkpoints and in a tau
     diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
     flattened  down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q
 
-A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module names of a known UNet.
+A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up among the module
+names of a known UNet.
 """
 
 from collections.abc import Callable
@@ -38,7 +41,9 @@ def split_parts(tau: Tau) -> tuple[Tau, Tau]:
 
 
 def block_names(cfg: UNetConfig) -> dict[str, str]:
-    """{LDM block: diffusers block}, in running order. LDM numbers all blocks in one series, diffusers by level."""
+    """{LDM block: diffusers block}, in running order. LDM numbers all blocks in one series,
+    diffusers by level.
+    """
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -67,7 +72,9 @@ def block_names(cfg: UNetConfig) -> dict[str, str]:
             names[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
             i += 1
         # the upsampler follows the transformer, or the ResBlock where there is none
-        names[f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        names[f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"] = (
+            f"up_blocks.{level}.upsamplers.0.conv"
+        )
     return names
 
 
@@ -81,7 +88,9 @@ def to_diffusers_path(path: str, cfg: UNetConfig) -> str:
 
 @cache
 def module_table(config: Callable[[], UNetConfig]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{flattened name: (LDM path, shape of the weight)} of a UNet's Linear and Conv2d modules, in both spellings."""
+    """{flattened name: (LDM path, shape of the weight)} of a UNet's Linear and Conv2d modules, in
+    both spellings.
+    """
     with torch.device("meta"):
         unet = UNet(config())
     table = {}
@@ -94,12 +103,18 @@ def module_table(config: Callable[[], UNetConfig]) -> dict[str, tuple[str, tuple
 
 @cache
 def text_table() -> dict[str, str]:
-    """{flattened name: Hugging Face's path below `text_model.`}, for 32 layers, and bigG's text_projection."""
+    """{flattened name: Hugging Face's path below `text_model.`}, for 32 layers, and bigG's
+    text_projection.
+    """
     parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + ["text_projection"]
+    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + [
+        "text_projection"
+    ]
     return {path.replace(".", "_"): path for path in paths}
 
 
 def to_ldm_path(flat: str, config: Callable[[], UNetConfig]) -> str | None:
-    """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` -> `input_blocks.1.0.in_layers.2`."""
+    """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` ->
+    `input_blocks.1.0.in_layers.2`.
+    """
     return module_table(config).get(flat, (None,))[0]

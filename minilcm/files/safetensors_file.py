@@ -1,4 +1,6 @@
-"""Safetensors files: read with one clear error, written under a temporary name, so they are complete or absent."""
+"""Safetensors files: read with one clear error, written under a temporary name, so they are
+complete or absent.
+"""
 
 import hashlib
 import json
@@ -18,7 +20,9 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` if the block succeeds and removed if it does not."""
+    """A temporary path to write to, renamed to `path` if the block succeeds and removed if it does
+    not.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -37,7 +41,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, sorted by key, atomically; other programs expect {"format": "pt"} in the metadata."""
+    """Write a safetensors file, sorted by key, atomically; other programs expect {"format": "pt"}
+    in the metadata.
+    """
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         try:
@@ -46,7 +52,18 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
             raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 
 
@@ -60,14 +77,18 @@ class Entry(NamedTuple):
 
 
 Header = dict[str, Entry]
-MAX_HEADER = 10_000_000  # bytes, 30 times SDXL's; parsed JSON takes up to 30 times its size in memory
+MAX_HEADER = (
+    10_000_000  # bytes, 30 times SDXL's; parsed JSON takes up to 30 times its size in memory
+)
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
-    """({key: Entry}, metadata) of a safetensors file, checked to the last byte without reading a tensor.
+    """({key: Entry}, metadata) of a safetensors file, checked to the last byte without reading a
+    tensor.
 
-    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line: missing, a folder, a pickle
-    or GGUF, damaged, a header above 10 MB, a key twice or not printable, offsets that overlap or leave the file.
+    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line:
+    missing, a folder, a pickle or GGUF, damaged, a header above 10 MB, a key twice or not
+    printable, offsets that overlap or leave the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -82,7 +103,9 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         if head[:4] == b"GGUF":
             raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
         if len(head) < 9:
-            raise ValueError(f"{damaged} (expected a header, found {size} bytes); download it again")
+            raise ValueError(
+                f"{damaged} (expected a header, found {size} bytes); download it again"
+            )
         if head[8:9] != b"{":
             what = "pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
             raise ValueError(f"{path}: not a safetensors file; {what}")
@@ -90,7 +113,9 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
             found = f"expected a header of {n:,} bytes, found {size - 8:,}"
             raise ValueError(f"{damaged} ({found}); download it again")
         if n > MAX_HEADER:
-            raise ValueError(f"{damaged} (a header of {n:,} bytes, above {MAX_HEADER:,}); download it again")
+            raise ValueError(
+                f"{damaged} (a header of {n:,} bytes, above {MAX_HEADER:,}); download it again"
+            )
         f.seek(8)
         raw = f.read(n)
 
@@ -101,12 +126,16 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
             raise ValueError(f"{damaged} (the tensors overlap or leave a gap); download it again")
         end = next_end
     if size != 8 + n + end:
-        raise ValueError(f"{damaged} (expected {8 + n + end:,} bytes, found {size:,}); download it again")
+        raise ValueError(
+            f"{damaged} (expected {8 + n + end:,} bytes, found {size:,}); download it again"
+        )
     return header, metadata
 
 
 def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
-    """The JSON of a header. Raises ValueError, beginning with `damaged`, unless each entry makes sense by itself."""
+    """The JSON of a header. Raises ValueError, beginning with `damaged`, unless each entry makes
+    sense by itself.
+    """
 
     def unique(pairs: list) -> dict:
         if len(pairs) != len({key for key, _ in pairs}):
@@ -120,31 +149,44 @@ def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
             (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
             if not key.isprintable() or len(key) > 1000:
                 raise ValueError(f"key {ascii(key)[:80]} is not a name")
-            if type(shape) is not list or not all(type(x) is int and x >= 0 for x in (begin, end, *shape)):
+            if type(shape) is not list or not all(
+                type(x) is int and x >= 0 for x in (begin, end, *shape)
+            ):
                 raise ValueError(f"{key} has a shape or offset that is not a number")
-            if end - begin != BYTES[dtype] * math.prod(shape) or math.prod(x for x in shape if x) >= 1 << 63:
+            if (
+                end - begin != BYTES[dtype] * math.prod(shape)
+                or math.prod(x for x in shape if x) >= 1 << 63
+            ):
                 raise ValueError(f"{key} is {dtype} {str(shape)[:100]} in {end - begin} bytes")
             header[key] = Entry(dtype, tuple(shape), begin, end)
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
-        raise ValueError(f"{damaged} (header: {' '.join(what.split())[:200]}); download it again") from None
+        raise ValueError(
+            f"{damaged} (header: {' '.join(what.split())[:200]}); download it again"
+        ) from None
     return header, metadata
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file. Raises ValueError with one line, as `read_header` does."""
+    """(tensors, metadata) of a safetensors file. Raises ValueError with one line, as `read_header`
+    does.
+    """
     header, metadata = read_header(path)
     try:
         with safe_open(path, "pt") as f:
             return {key: f.get_tensor(key) for key in header}, metadata
     except (SafetensorError, AttributeError) as error:  # for example a dtype that this torch lacks
-        raise ValueError(f"{path}: file is damaged or incomplete ({error}); download it again") from None
+        raise ValueError(
+            f"{path}: file is damaged or incomplete ({error}); download it again"
+        ) from None
 
 
 def sha256(path: str | Path) -> str:
-    """The hash of a file, in hexadecimal, by which A1111 and model sites identify it (often by ten digits)."""
+    """The hash of a file, in hexadecimal, by which A1111 and model sites identify it (often by ten
+    digits).
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -153,16 +195,23 @@ def sha256(path: str | Path) -> str:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x has no NaN and no infinity: both would show in its minimum or maximum. One pass, no copy."""
+    """Whether x has no NaN and no infinity: both would show in its minimum or maximum. One pass, no
+    copy.
+    """
     return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
 def rewrite(
-    source: str | Path, path: str | Path, metadata: dict[str, str], changes: dict[str, Callable[[Tensor], Tensor]]
+    source: str | Path,
+    path: str | Path,
+    metadata: dict[str, str],
+    changes: dict[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    """A copy of `source` in which `changes` maps some tensors through a function, and all others stay byte for byte.
+    """A copy of `source` in which `changes` maps some tensors through a function, and all others
+    stay byte for byte.
 
-    Atomic. One tensor at a time, in the file's order, so the peak memory is one tensor; dtypes and shapes are kept.
+    Atomic. One tensor at a time, in the file's order, so the peak memory is one tensor; dtypes and
+    shapes are kept.
     """
     header, old = read_header(source)
     entries = {"__metadata__": {**old, **metadata}} if old or metadata else {}
@@ -170,10 +219,17 @@ def rewrite(
         entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # data aligned to 8 bytes
-    with atomic(path) as part, open(source, "rb") as f, open(part, "wb") as out, safe_open(source, "pt") as tensors:
+    with (
+        atomic(path) as part,
+        open(source, "rb") as f,
+        open(part, "wb") as out,
+        safe_open(source, "pt") as tensors,
+    ):
         start = 8 + int.from_bytes(f.read(8), "little")
         out.write(len(raw).to_bytes(8, "little") + raw)
-        for key, entry in tqdm(sorted(header.items(), key=lambda x: x[1].begin), desc="tensors", disable=None):
+        for key, entry in tqdm(
+            sorted(header.items(), key=lambda x: x[1].begin), desc="tensors", disable=None
+        ):
             if key in changes:
                 value = tensors.get_tensor(key)
                 changed = changes[key](value).to(value.dtype).contiguous()

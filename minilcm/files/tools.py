@@ -1,6 +1,7 @@
 """Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time.
 
-dW = (lora_alpha / rank) B A. A LoRA is given with its lambda, and written with a recipe of what it was made from.
+dW = (lora_alpha / rank) B A. A LoRA is given with its lambda, and written with a recipe of what it
+was made from.
 """
 
 import math
@@ -18,7 +19,17 @@ from tqdm import tqdm
 from ..lora import Tau
 from ..merge import add_delta_, combine, delta_norms, distance, extract_tau, no_kernel, reduce_rank
 from .checkpoint import Place, places, weight_shapes
-from .identify import BIG_G, CLIP_L, FAMILIES, UNET, VAE_, identify_header, is_lora, open_checkpoint, part_of
+from .identify import (
+    BIG_G,
+    CLIP_L,
+    FAMILIES,
+    UNET,
+    VAE_,
+    identify_header,
+    is_lora,
+    open_checkpoint,
+    part_of,
+)
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
 from .names import TOWERS
 from .safetensors_file import Header, all_finite, read_header, rewrite
@@ -47,7 +58,9 @@ def recipe_text(loras: list[Lora], sign: float = 1.0) -> str:
 def info(path: Path) -> None:
     """Print what a file is."""
     header, metadata = read_header(path)
-    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in Counter(e.dtype for e in header.values()).most_common())
+    dtypes = ", ".join(
+        f"{n} {dtype}" for dtype, n in Counter(e.dtype for e in header.values()).most_common()
+    )
     print(f"{path}: {path.stat().st_size:,} bytes, {len(header)} tensors: {dtypes}")
     if is_lora(header):
         lora_info(read_tau(path), recipe_in(metadata))
@@ -74,7 +87,10 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     config = identify_header(path, header, metadata)
     lcm = ", full LCM: it takes w" if config.unet.w_dim else ""
     base = replace(config.unet, w_dim=None)
-    title = next((family.title for family in FAMILIES.values() if family.unet() == base), "a model by minilcm")
+    title = next(
+        (family.title for family in FAMILIES.values() if family.unet() == base),
+        "a model by minilcm",
+    )
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{lcm}")
     for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
         if found := part_of(header, prefixes):
@@ -87,7 +103,9 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
 # ---- LoRA files
 
 
-def combine_files(loras: list[Lora], out: Path, dtype: torch.dtype, style: str | None, force: bool) -> None:
+def combine_files(
+    loras: list[Lora], out: Path, dtype: torch.dtype, style: str | None, force: bool
+) -> None:
     """tau_mix = sum_i lambda_i tau_i."""
     check_out(out, [path for path, _ in loras], force)
     mix = combine([read_tau(path) for path, _ in loras], [lam for _, lam in loras])
@@ -121,7 +139,9 @@ def resize_file(
 # ---- checkpoint files
 
 
-def merge_file(checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0) -> None:
+def merge_file(
+    checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0
+) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
     check_out(out, [checkpoint, *(path for path, _ in loras)], force)
     header = open_checkpoint(checkpoint).header
@@ -133,7 +153,9 @@ def merge_file(checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign
     for path, parts in combine(taus, [sign * lam for _, lam in loras]).items():
         by_key.setdefault(where[path].key, []).append((where[path], parts))
 
-    def add(key: str, changes: list[tuple[Place, tuple[Tensor, Tensor, float]]]) -> Callable[[Tensor], Tensor]:
+    def add(
+        key: str, changes: list[tuple[Place, tuple[Tensor, Tensor, float]]]
+    ) -> Callable[[Tensor], Tensor]:
         def change(weight: Tensor) -> Tensor:
             if not all_finite(weight):
                 raise ValueError(f"{checkpoint}: {key} has values that are not finite")
@@ -150,7 +172,13 @@ def merge_file(checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign
 
 
 def extract_file(
-    base: Path, tuned: Path, rank: int, out: Path, dtype: torch.dtype, style: str | None, force: bool
+    base: Path,
+    tuned: Path,
+    rank: int,
+    out: Path,
+    dtype: torch.dtype,
+    style: str | None,
+    force: bool,
 ) -> None:
     """The best tau of this rank for dW = W_tuned - W_base."""
     check_out(out, [base, tuned], force)

@@ -15,7 +15,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
-    """The fastest safe dtype: float16 on CUDA; on a CPU bfloat16 if it has the instructions, else float32.
+    """The fastest safe dtype: float16 on CUDA; on a CPU bfloat16 if it has the instructions, else
+    float32.
 
     A CPU without them emulates bfloat16 and float16, some 170 times slower than float32.
     """
@@ -25,20 +26,28 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def forward_dtype(device: str) -> torch.dtype:
-    """Of the forward pass: bfloat16 where it is fast. Trained weights, loss and schedule are float32."""
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    """Of the forward pass: bfloat16 where it is fast. Trained weights, loss and schedule are
+    float32.
+    """
+    if (
+        device == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() < (8, 0)
+    ):
         return torch.float32  # such a GPU emulates bfloat16
     return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
 
 
 def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Inside the block, matrix products and convolutions run in `dtype`; float32 switches it off."""
+    """Inside the block, matrix products and convolutions run in `dtype`; float32 means no change."""
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
 def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """The module on `device` for one block, then back on the CPU: only one of three networks is on the GPU."""
+    """The module on `device` for one block, then back on the CPU: only one of three networks is on
+    the GPU.
+    """
     try:
         yield module.to(device)
     finally:
@@ -47,28 +56,34 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
 
 
 def add_checkpointing(unet: nn.Module) -> None:
-    """Gradient checkpointing (1604.06174): keep only the inputs of each ResBlock and transformer block.
+    """Gradient checkpointing (1604.06174): keep only the inputs of each ResBlock and transformer
+    block.
 
-    The backward pass recomputes what is inside: about a third more work, a fraction of the activations. A forward
-    pass without gradients, as the teacher's and the target's, is not changed.
+    The backward pass recomputes what is inside: about a third more work, a fraction of the
+    activations. A forward pass without gradients, as the teacher's and the target's, is not
+    changed.
     """
     for block in unet.modules():
         if isinstance(block, ResBlock | TransformerBlock):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
 
 # ---- a frozen float16 weight under float32 arithmetic
 
 
 def is_narrow(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
-    """Whether x, outside autocast, is float32 while the layer's frozen weight is stored in float16."""
+    """Whether x, outside autocast, is float32 while the layer's frozen weight is in float16."""
     return x.dtype == torch.float32 and layer.weight.dtype == torch.float16
 
 
 def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer's output in float32, from a weight that is widened where it is used, in both directions.
+    """The layer's output in float32, from a weight that is widened where it is used, in both
+    directions.
 
-    A plain `weight.float()` would be kept by autograd from the forward to the backward pass, for every layer at once.
+    A plain `weight.float()` would be kept by autograd from the forward to the backward pass, for
+    every layer at once.
     """
     if isinstance(layer, nn.Linear):
         return WidenedLinear.apply(x, layer.weight, layer.bias)
@@ -93,12 +108,22 @@ class WidenedConv2d(torch.autograd.Function):
     """The same for a convolution."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.sizes = x.shape, stride, padding
-        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+        return F.conv2d(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding
+        )
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,), (shape, stride, padding) = ctx.saved_tensors, ctx.sizes
-        return nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding), None, None, None, None
+        return (
+            nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding),
+            None,
+            None,
+            None,
+            None,
+        )

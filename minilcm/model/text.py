@@ -1,8 +1,10 @@
-"""The text encoders: prompts -> Cond, by open_clip's tower and tokenizer, from the official key names.
+"""The text encoders: prompts -> Cond, by open_clip's tower and tokenizer, from the official key
+names.
 
-Official SD1.x files have the tower under Hugging Face's names with separate q, k, v projections; open_clip fuses the
-three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse: one of the two maps of this project.
-open_clip takes longer to import than torch, so it is imported when a tower or tokenizer is built.
+Official SD1.x files have the tower under Hugging Face's names with separate q, k, v projections;
+open_clip fuses the three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse:
+one of the two maps of this project. open_clip takes longer to import than torch, so it is imported
+when a tower or tokenizer is built.
 """
 
 import re
@@ -44,7 +46,8 @@ def qkv_rows(n: int) -> dict[str, slice]:
 def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys, with q, k, v fused.
 
-    `embeddings.position_ids` is not a weight and is left out. Raises KeyError if a layer lacks one of q, k, v.
+    `embeddings.position_ids` is not a weight and is left out. Raises KeyError if a layer lacks one
+    of q, k, v.
     """
     out = {}
     for key, value in state.items():
@@ -62,7 +65,9 @@ def open_clip_to_clip_l(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `clip_l_to_open_clip`."""
     out = {}
     for key, value in state.items():
-        if fused := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key):
+        if fused := re.fullmatch(
+            r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key
+        ):
             for x, rows in qkv_rows(len(value)).items():
                 out[f"encoder.layers.{fused[1]}.self_attn.{x}_proj.{fused[2]}"] = value[rows]
         else:
@@ -77,7 +82,9 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    big: tuple[int, int, int] | None = None  # (width, layers, heads) of SDXL's second tower, OpenCLIP bigG
+    big: tuple[int, int, int] | None = (
+        None  # (width, layers, heads) of SDXL's second tower, OpenCLIP bigG
+    )
 
 
 def sdxl_text() -> TextConfig:
@@ -98,21 +105,24 @@ def phrase_pairs(phrase: str) -> list[int]:
 
 
 def byte_pairs(prompt: str) -> list[int]:
-    """The prompt's tokens. A comma between plain words is a token of its own, and training captions are made of few
-    phrases: each is split into tokens once.
+    """The prompt's tokens. A comma between plain words is a token of its own, and training captions
+    are made of few phrases: each is split into tokens once.
     """
     if not prompt.isascii() or "&" in prompt:  # which open_clip mends in its own ways
         return tokenizer().encode(prompt)
-    first, *rest = (phrase_pairs(phrase) for phrase in re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt))
+    first, *rest = (
+        phrase_pairs(phrase) for phrase in re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt)
+    )
     return sum(([*phrase_pairs(","), *tokens] for tokens in rest), first)
 
 
 class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
-    SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "".
-    SDXL (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm, (b, 77, 768 + 1280);
-    vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each, (b, 2816); null is zeros for text.
+    SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "". SDXL
+    (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm, (b, 77, 768 +
+    1280); vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each, (b, 2816); null
+    is zeros for text.
     """
 
     def __init__(self, cfg: TextConfig = TextConfig()):
@@ -122,12 +132,23 @@ class TextEncoder(nn.Module):
         self.cfg = cfg
         self.tokenizer = tokenizer()
         self.tower = TextTransformer(
-            N_TOKENS, VOCAB, cfg.width, cfg.heads, cfg.layers, output_dim=None, proj_type="none", act_layer=QuickGELU
+            N_TOKENS,
+            VOCAB,
+            cfg.width,
+            cfg.heads,
+            cfg.layers,
+            output_dim=None,
+            proj_type="none",
+            act_layer=QuickGELU,
         )
-        self.tower.attn_mask = None  # built in `hidden`, so that a tower made on meta needs only its weights
+        self.tower.attn_mask = (
+            None  # built in `hidden`, so that a tower made on meta needs only its weights
+        )
         if cfg.big:
             width, layers, heads = cfg.big
-            self.big = TextTransformer(N_TOKENS, VOCAB, width, heads, layers, output_dim=width)  # exact GELU
+            self.big = TextTransformer(
+                N_TOKENS, VOCAB, width, heads, layers, output_dim=width
+            )  # exact GELU
             self.big.attn_mask = None
         self.cut: set[str] = set()  # prompts reported as too long
 
@@ -153,7 +174,9 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: list[str], size: tuple[int, int] = (1024, 1024)) -> Cond:
-        """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); `size` = (W, H) in pixels, SDXL only."""
+        """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); `size` = (W, H) in pixels,
+        SDXL only.
+        """
         device = self.tower.positional_embedding.device
         ids = self.tokenize(prompts).to(device)
         if not self.cfg.big:
@@ -161,24 +184,31 @@ class TextEncoder(nn.Module):
         ids_big = self.tokenize(prompts, pad=0).to(device)
         _, context = hidden(self.tower, ids)  # (b, 77, 768)
         last, context_big = hidden(self.big, ids_big)  # (b, 77, 1280)
-        # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and text_projection
+        # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and
+        # text_projection
         at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
         pooled = at_eos @ self.big.text_projection
         return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, uncut_ids(size)))
 
     def encode_captions(self, captions: list[str]) -> Cond:
-        """`encode`, but an empty caption, dropped for guidance, gets the null condition that sampling will use."""
+        """`encode`, but an empty caption, dropped for guidance, gets the null condition that
+        sampling will use.
+        """
         cond = self.encode(captions)
         if cond.vector is None:
             return cond  # SD1.x: "" is the null condition
         null = self.null_cond(len(captions))
-        empty = torch.tensor([caption == "" for caption in captions], device=cond.context.device)  # (b,)
+        empty = torch.tensor(
+            [caption == "" for caption in captions], device=cond.context.device
+        )  # (b,)
         context = torch.where(empty[:, None, None], null.context, cond.context)
         return Cond(context, torch.where(empty[:, None], null.vector, cond.vector))
 
     @torch.no_grad()
     def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:
-        """The null condition of classifier-free guidance, b rows: "" for SD1.x; for SDXL zeros, except the size."""
+        """The null condition of classifier-free guidance, b rows: "" for SD1.x; for SDXL zeros,
+        except the size.
+        """
         if not self.cfg.big:
             return Cond(self.encode([""]).context.expand(b, -1, -1))
         weight, width = self.tower.positional_embedding, self.cfg.big[0]
@@ -193,7 +223,9 @@ def uncut_ids(size: tuple[int, int]) -> Tensor:
 
 
 def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
-    """Pooled text (b, d) and ids (b or 1, 6): original (h, w), crop (top, left), target (h, w) -> (b, d + 1536)."""
+    """Pooled text (b, d) and ids (b or 1, 6): original (h, w), crop (top, left), target (h, w) ->
+    (b, d + 1536).
+    """
     embedded = timestep_embedding(size_ids.to(pooled.device).flatten(), 256)  # (b * 6, 256)
     embedded = rearrange(embedded, "(b six) d -> b (six d)", six=6).to(pooled.dtype)
     return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=-1)
@@ -201,11 +233,17 @@ def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
 
 def with_sizes(cond: Cond, size_ids: Tensor) -> Cond:
     """The same Cond with other size ids (b or 1, 6); unchanged for SD1.x, which has none."""
-    return cond if cond.vector is None else Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
+    return (
+        cond
+        if cond.vector is None
+        else Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
+    )
 
 
 def lora_weights(text: TextEncoder) -> dict[str, Tensor]:
-    """{path in a tau + ".weight": view of the weight}: te1. is CLIP-L, te2. is bigG; q, k, v are rows of one matrix."""
+    """{path in a tau + ".weight": view of the weight}: te1. is CLIP-L, te2. is bigG; q, k, v are
+    rows of one matrix.
+    """
     views = {}
     for te, tower in (("te1", text.tower), ("te2", getattr(text, "big", None))):
         for i, block in enumerate(tower.transformer.resblocks if tower else []):
@@ -224,7 +262,9 @@ def hidden(tower: "TextTransformer", ids: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of the last and of the penultimate layer, without final norm, (b, n, d) each."""
     n = ids.shape[1]
     x = tower.token_embedding(ids) + tower.positional_embedding[:n]  # (b, n, d)
-    mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device).triu(1)  # causal: -inf above the diagonal
+    mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device).triu(
+        1
+    )  # causal: -inf above the diagonal
     for block in tower.transformer.resblocks:
         before, x = x, block(x, attn_mask=mask)
     return x, before

@@ -1,4 +1,5 @@
-"""The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key names.
+"""The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key
+names.
 
                     SD1.5                                 SDXL (SSD-1B without the starred)
 time_embed          t -> 320 -> 1280                      the same
@@ -40,13 +41,17 @@ class Cond(NamedTuple):
         """Some of the b rows."""
         return Cond(*(None if x is None else x[rows] for x in self))
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Cond":
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "Cond":
         return Cond(*(None if x is None else x.to(device=device, dtype=dtype) for x in self))
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet. A depth is the number of transformer blocks after a ResBlock; levels are in running order."""
+    """Sizes of a UNet. A depth is the number of transformer blocks after a ResBlock; levels are in
+    running order.
+    """
 
     channels: tuple[int, ...]  # width of each level
     down: tuple[tuple[int, ...], ...]  # depths on the way down, one tuple a level
@@ -132,26 +137,38 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         width, time_dim = cfg.channels[0], 4 * cfg.channels[0]
-        self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
         if cfg.adm:
             self.label_emb = nn.Sequential(
-                nn.Sequential(nn.Linear(cfg.adm, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+                nn.Sequential(
+                    nn.Linear(cfg.adm, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+                )
             )
         if cfg.w_dim:  # of a full LCM, whose files have diffusers' name for it
-            self.time_embedding = nn.ModuleDict({"cond_proj": nn.Linear(cfg.w_dim, width, bias=False)})
+            self.time_embedding = nn.ModuleDict(
+                {"cond_proj": nn.Linear(cfg.w_dim, width, bias=False)}
+            )
 
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, time_dim, cfg.groups)
 
         def transformer(c: int, depth: int) -> list[nn.Module]:
             heads = cfg.heads or c // cfg.head_dim
-            return [SpatialTransformer(c, depth, cfg.context_dim, heads, cfg.linear, cfg.groups)] if depth else []
+            return (
+                [SpatialTransformer(c, depth, cfg.context_dim, heads, cfg.linear, cfg.groups)]
+                if depth
+                else []
+            )
 
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(4, width, 3, padding=1))])
         c, skips = width, [width]
         for level, depths in enumerate(cfg.down):
             for depth in depths:
-                self.input_blocks.append(Block(res(c, cfg.channels[level]), *transformer(cfg.channels[level], depth)))
+                self.input_blocks.append(
+                    Block(res(c, cfg.channels[level]), *transformer(cfg.channels[level], depth))
+                )
                 c = cfg.channels[level]
                 skips.append(c)
             if level < len(cfg.down) - 1:
@@ -172,12 +189,18 @@ class UNet(nn.Module):
                     parts.append(Upsample(c))
                 self.output_blocks.append(Block(*parts))
 
-        self.out = nn.Sequential(nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1)
+        )
 
-    def forward(self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None) -> Tensor:
-        """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or (b,), cond with b rows.
+    def forward(
+        self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
+    ) -> Tensor:
+        """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or
+        (b,), cond with b rows.
 
-        w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes none.
+        w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
+        none.
         """
         dtype = self.out[2].weight.dtype
         x, context = z_t.to(dtype), cond.context.to(dtype)  # (b, 4, h, w), (b, n, d)

@@ -1,7 +1,8 @@
 """The autoencoder between pixels (b, 3, H, W) in [-1, 1] and latents (b, 4, H/f, W/f).
 
-LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): Stable Diffusion has four levels (f8), the emoji
-model three (f4). The scale that gives latents unit variance (0.18215 in SD1.5) is applied here and nowhere else.
+LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): Stable Diffusion has four
+levels (f8), the emoji model three (f4). The scale that gives latents unit variance (0.18215 in
+SD1.5) is applied here and nowhere else.
 
     encoder.conv_in, down.i.{block.j, downsample.conv}, mid.{block_1, attn_1, block_2},
             norm_out, conv_out -> quant_conv
@@ -30,7 +31,9 @@ class VAEConfig:
 
 
 class ResnetBlock(nn.Module):
-    """The ResBlock of layers.py without a time embedding, under the names that LDM uses in its autoencoder."""
+    """The ResBlock of layers.py without a time embedding, under the names that LDM uses in its
+    autoencoder.
+    """
 
     def __init__(self, channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -58,7 +61,9 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.shape[2]
         y = self.norm(x)
-        q, k, v = (rearrange(proj(y), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(proj(y), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, h*w, c)
         return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=h))
 
@@ -156,12 +161,20 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of q(z|x), scaled: pixels (b, 3, H, W) in [-1, 1] -> two of (b, 4, H/f, W/f), float32."""
-        mean, log_var = self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype))).float().chunk(2, dim=1)
+        """Mean and std of q(z|x), scaled: pixels (b, 3, H, W) in [-1, 1] -> two of (b, 4, H/f,
+        W/f), float32.
+        """
+        mean, log_var = (
+            self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))
+            .float()
+            .chunk(2, dim=1)
+        )
         return mean * self.cfg.scale, torch.exp(0.5 * log_var.clamp(-30, 20)) * self.cfg.scale
 
     def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """A sample z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f), by a CPU generator."""
+        """A sample z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f), by a CPU
+        generator.
+        """
         mean, std = self.moments(pixels)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
@@ -170,14 +183,18 @@ class VAE(nn.Module):
         return self.moments(pixels)[0]
 
     def decode(self, z0: Tensor) -> Tensor:
-        """Scaled latents (b, 4, h, w) -> pixels (b, 3, f h, f w), float32, near [-1, 1] but not clamped."""
+        """Scaled latents (b, 4, h, w) -> pixels (b, 3, f h, f w), float32, near [-1, 1] but not
+        clamped.
+        """
         z = (z0 / self.cfg.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z)).float()
 
     def decode_tiled(self, z0: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
-        """`decode` in square tiles of at most `tile` latents, blended linearly over `overlap`: memory of one tile.
+        """`decode` in square tiles of at most `tile` latents, blended linearly over `overlap`:
+        memory of one tile.
 
-        The result is close to `decode`, not equal: attention and GroupNorm see a tile instead of the picture.
+        The result is close to `decode`, not equal: attention and GroupNorm see a tile instead of
+        the picture.
         """
         b, _, h, w = z0.shape
         f = self.factor
@@ -185,7 +202,10 @@ class VAE(nn.Module):
         def spans(n: int) -> list[slice]:
             """Spread evenly along one axis, so that neighbours share at least `overlap`."""
             side, count = min(tile, n), max(1, math.ceil((n - overlap) / (tile - overlap)))
-            return [slice(start, start + side) for start in (i * (n - side) // max(1, count - 1) for i in range(count))]
+            return [
+                slice(start, start + side)
+                for start in (i * (n - side) // max(1, count - 1) for i in range(count))
+            ]
 
         def ramp(n: int) -> Tensor:
             """Weight along one axis of a tile: near 0 at its edges, 1 from `overlap` on."""
@@ -197,7 +217,10 @@ class VAE(nn.Module):
         weight = ramp(min(tile, h))[:, None] * ramp(min(tile, w))  # (f tile, f tile)
         for rows in spans(h):
             for columns in spans(w):
-                where = slice(rows.start * f, rows.stop * f), slice(columns.start * f, columns.stop * f)
+                where = (
+                    slice(rows.start * f, rows.stop * f),
+                    slice(columns.start * f, columns.stop * f),
+                )
                 out[:, :, where[0], where[1]] += weight * self.decode(z0[:, :, rows, columns])
                 total[where] += weight
         return out / total

@@ -1,8 +1,8 @@
 """What is measured at every save of a training run, on fixed latents, captions and noise.
 
-No noise is drawn anew, so the numbers of two saves differ only because the weights do. As in lcm.py, student, teacher
-and target are callables (z_t, t, cond, w) -> eps_hat. The teacher does not learn: its trajectory is computed once,
-before the loop.
+No noise is drawn anew, so the numbers of two saves differ only because the weights do. As in
+lcm.py, student, teacher and target are callables (z_t, t, cond, w) -> eps_hat. The teacher does not
+learn: its trajectory is computed once, before the loop.
 """
 
 import json
@@ -27,7 +27,9 @@ from ..schedule import Schedule, T, diffusion_loss
 from ..solver import EpsFn, guided_eps, sample_ddim
 from .processes import mean_over_processes
 
-INDICES = tuple(round(i * (GRID - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49: ten of the 50 grid indices
+INDICES = tuple(
+    round(i * (GRID - 1) / 9) for i in range(10)
+)  # 0, 5, 11, ..., 49: ten of the 50 grid indices
 STEPS = (1, 2, 4)  # numbers of LCM steps that the student is sampled with
 
 
@@ -40,7 +42,9 @@ class Probe(NamedTuple):
     prompts_cond: Cond  # of the eight prompts that are drawn, from seeds 0-7
     prompts_null: Cond
     w: float  # guidance
-    before: Tensor  # lcm: the teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) before training
+    before: (
+        Tensor  # lcm: teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) at first
+    )
 
 
 def make_probe(
@@ -54,7 +58,9 @@ def make_probe(
     schedule: Schedule,
     guidance: float,
 ) -> Probe:
-    """Before the first step; what is drawn are latents (8, 4, side, side), for diffusion with `guidance`."""
+    """Before the first step; what is drawn are latents (8, 4, side, side), for diffusion with
+    `guidance`.
+    """
     z_T, _ = noise(range(8), (4, side, side), z0.device)
     w = sum(objective.w_range) / 2 if objective.kind == "lcm" else guidance - 1
     if objective.kind == "lcm":
@@ -68,7 +74,9 @@ def make_probe(
 def measure(
     objective: Objective, networks: list[Network], probe: Probe, schedule: Schedule, tau: Tau
 ) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target, and of a LoRA."""
+    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target, and of
+    a LoRA.
+    """
     if objective.kind == "lcm":
         record, columns = lcm_record(*networks, probe, schedule, objective.k)
     else:
@@ -78,7 +86,9 @@ def measure(
 
 @torch.no_grad()
 def loss_on(batches: list[Batch], batch_loss: Callable[[Batch], Tensor]) -> float:
-    """The mean loss on batches; their generators are restored, so that every evaluation sees the same noise."""
+    """The mean loss on batches; their generators are restored, so that every evaluation sees the
+    same noise.
+    """
     states = [batch.generator.get_state() for batch in batches]
     loss = sum(batch_loss(batch).item() for batch in batches) / len(batches)
     for batch, state in zip(batches, states):
@@ -102,9 +112,13 @@ def lcm_record(
     return record, lcm_columns(student, teacher, *along)
 
 
-def diffusion_record(student: Network, probe: Probe, schedule: Schedule) -> tuple[dict, dict[str, Tensor]]:
+def diffusion_record(
+    student: Network, probe: Probe, schedule: Schedule
+) -> tuple[dict, dict[str, Tensor]]:
     """(measurements of a diffusion model, {label: z0 (8, 4, h, w)} for its sheet)."""
-    now = guided_ddim(student, probe.before, probe.prompts_cond, probe.prompts_null, schedule, probe.w)
+    now = guided_ddim(
+        student, probe.before, probe.prompts_cond, probe.prompts_null, schedule, probe.w
+    )
     record = {"loss_by_band": loss_by_band(student, probe.z0, probe.cond, schedule)}
     return record, {"before, 20 DDIM": probe.before, "now, 20 DDIM": now}
 
@@ -120,7 +134,9 @@ def bind(network: Network, cond: Cond, w: float) -> EpsFn:
 
 
 def in_parts(network: Network, most: int) -> Network:
-    """The network on at most `most` images at a time, so that measuring needs no more memory than a training step."""
+    """The network on at most `most` images at a time, so that measuring needs no more memory than a
+    training step.
+    """
 
     def call(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
         parts = [slice(i, i + most) for i in range(0, len(z_t), most)]
@@ -148,19 +164,24 @@ def loss_by_index(
     w: float,
     k: int = T // GRID,
 ) -> dict[int, float]:
-    """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), with the same noise."""
+    """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), with the
+    same noise.
+    """
     _, ws, eps = draw(z0.shape, torch.Generator().manual_seed(0), (w, w))
 
     def loss_at(n: int) -> float:
         at_n = torch.full((len(z0),), n)
-        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, at_n, ws, eps, k).item()
+        return lcd_loss(
+            student, teacher, target, z0, cond, null_cond, schedule, at_n, ws, eps, k
+        ).item()
 
     return {n: loss_at(n) for n in INDICES}
 
 
 @torch.no_grad()
 def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -> dict[int, float]:
-    """{first t of a band of 100: mean squared error of eps_hat there}, unweighted: a network that says 0 has 1.
+    """{first t of a band of 100: mean squared error of eps_hat there}, unweighted: a network that
+    says 0 has 1.
 
     z0 (b, c, h, w): image i is at (i + 1/2) / b of every band, with the same noise.
     """
@@ -168,7 +189,9 @@ def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
     for start in range(0, T, 100):
         t = start + (torch.arange(b) * 2 + 1) * 100 // (2 * b)  # (b,)
-        losses[start] = diffusion_loss(bind(student, cond, 0.0), z0, t.to(z0.device), eps, schedule, gamma=None).item()
+        losses[start] = diffusion_loss(
+            bind(student, cond, 0.0), z0, t.to(z0.device), eps, schedule, gamma=None
+        ).item()
     return losses
 
 
@@ -177,7 +200,13 @@ def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -
 
 @torch.no_grad()
 def guided_trajectory(
-    network: Network, z_T: Tensor, cond: Cond, null_cond: Cond, schedule: Schedule, w: float, steps: int = GRID
+    network: Network,
+    z_T: Tensor,
+    cond: Cond,
+    null_cond: Cond,
+    schedule: Schedule,
+    w: float,
+    steps: int = GRID,
 ) -> Tensor:
     """All points of guided DDIM, (steps + 1, b, c, h, w): from z_T at t = 999 to z0 at t = 0.
 
@@ -198,21 +227,31 @@ def guided(network: Network, cond: Cond, null_cond: Cond, w: float) -> EpsFn:
 
 
 def guided_ddim(
-    network: Network, like: Tensor, cond: Cond, null_cond: Cond, schedule: Schedule, w: float, steps: int = 20
+    network: Network,
+    like: Tensor,
+    cond: Cond,
+    null_cond: Cond,
+    schedule: Schedule,
+    w: float,
+    steps: int = 20,
 ) -> Tensor:
     """z0 (b, c, h, w), of the shape and device of `like`, by guided DDIM from seeds 0 to b - 1."""
     eps_fn, seeds = guided(network, cond, null_cond, w), range(len(like))
-    return generate(eps_fn, seeds, like.shape[1:], "ddim", steps, device=like.device, schedule=schedule)
+    return generate(
+        eps_fn, seeds, like.shape[1:], "ddim", steps, device=like.device, schedule=schedule
+    )
 
 
 @torch.no_grad()
 def consistency_along_trajectory(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """How far f is from constant along the teacher's 50-step trajectory (51, b, c, h, w), by grid index n.
+    """How far f is from constant along the teacher's 50-step trajectory (51, b, c, h, w), by grid
+    index n.
 
-    {n: RMS of f at index n minus f at its neighbour}, 20 timesteps below; {n: RMS of f at index n minus z0, the
-    trajectory's end}. Both are 0 if the student solves the teacher's ODE as 50 steps of DDIM do. 2303.01469 def. 1.
+    {n: RMS of f at index n minus f at its neighbour}, 20 timesteps below; {n: RMS of f at index n
+    minus z0, the trajectory's end}. Both are 0 if the student solves the teacher's ODE as 50 steps
+    of DDIM do. 2303.01469 def. 1.
     """
     eps_fn, neighbours, end = bind(student, cond, w), {}, {}
 
@@ -227,18 +266,26 @@ def consistency_along_trajectory(
     return neighbours, end
 
 
-def few_steps(network: Network, like: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int) -> Tensor:
-    """z0 (b, c, h, w), of the shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b - 1."""
+def few_steps(
+    network: Network, like: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int
+) -> Tensor:
+    """z0 (b, c, h, w), of the shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b -
+    1.
+    """
     eps_fn, seeds = bind(network, cond, w), range(len(like))
-    return generate(eps_fn, seeds, like.shape[1:], "lcm", steps, device=like.device, schedule=schedule)
+    return generate(
+        eps_fn, seeds, like.shape[1:], "lcm", steps, device=like.device, schedule=schedule
+    )
 
 
 def distance_to_teacher(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> dict[int, float]:
-    """{steps: RMS of the student's z0 in 1, 2, 4 steps minus the trajectory's end}, both from seeds 0 to b - 1.
+    """{steps: RMS of the student's z0 in 1, 2, 4 steps minus the trajectory's end}, both from seeds
+    0 to b - 1.
 
-    Only one step can reach 0: with more, the noise between them leads to another picture of the same prompt.
+    Only one step can reach 0: with more, the noise between them leads to another picture of the
+    same prompt.
     """
     z0 = {steps: few_steps(student, trajectory[0], cond, schedule, w, steps) for steps in STEPS}
     return {steps: rms(z0[steps] - trajectory[-1]) for steps in STEPS}
@@ -257,14 +304,18 @@ def lcm_columns(
 # ---- the sheet and the log
 
 
-def write_sheet(folder: Path, step: int, columns: dict[str, Tensor], prompts: list[str], vae: VAE) -> None:
+def write_sheet(
+    folder: Path, step: int, columns: dict[str, Tensor], prompts: list[str], vae: VAE
+) -> None:
     """step_NNNNNN.png: a row per prompt, a column per label of `columns`."""
     sheet = draw_sheet(columns, prompts, lambda z0: vae.decode_tiled(z0, tile=64))
     save_png(folder / f"step_{step:06d}.png", sheet, f"step {step}")
 
 
 def append_metrics(path: str | Path, record: dict) -> None:
-    """Append a line of JSON, on the disk when this returns. A kill meanwhile leaves at most a truncated last line."""
+    """Append a line of JSON, on the disk when this returns. A kill meanwhile leaves at most a
+    truncated last line.
+    """
     with open(path, "a+b") as f:
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)  # a truncated line would merge with this one
@@ -274,17 +325,22 @@ def append_metrics(path: str | Path, record: dict) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records by step. A truncated last line is ignored; of a step written twice, the later record counts.
+    """The records by step. A truncated last line is ignored; of a step written twice, the later
+    record counts.
 
     Raises ValueError if there is no such file, or a complete line is not a record.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     records = {}
-    for i, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):  # what follows the last break is truncated
+    for i, line in enumerate(
+        Path(path).read_bytes().split(b"\n")[:-1], 1
+    ):  # what follows the last break is truncated
         try:
             # JSON's keys are strings: indices and numbers of steps become int again
-            record = json.loads(line, object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})
+            record = json.loads(
+                line, object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
+            )
             records[record["step"]] = record
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: line {i} is not a record of a step") from None

@@ -1,7 +1,8 @@
-"""Will it fit? The memory of a training step, part by part, from shapes alone: before any weight is read.
+"""Will it fit? The memory of a training step, part by part, from shapes alone: before any weight is
+read.
 
-The real step runs on fake tensors, which have a shape but no memory. They are declared to be on the CPU, because
-autograd's backward pass asks for a real GPU; the shapes are the same.
+The real step runs on fake tensors, which have a shape but no memory. They are declared to be on the
+CPU, because autograd's backward pass asks for a real GPU; the shapes are the same.
 """
 
 import resource
@@ -26,7 +27,10 @@ from ..model.unet import Cond, UNet
 from ..model.vae import VAE
 from ..objective import Objective, loss_of, make_networks
 
-RUNTIME = {"cuda": 0.5, "cpu": 0.9}  # GB, about: the CUDA context; Python, its libraries and the kernels they compile
+RUNTIME = {
+    "cuda": 0.5,
+    "cpu": 0.9,
+}  # GB, about: the CUDA context; Python, its libraries and the kernels they compile
 
 
 class Step(NamedTuple):
@@ -44,7 +48,9 @@ class Step(NamedTuple):
 
 
 def tensors_in(x) -> Iterator[torch.Tensor]:
-    """The tensors among an operation's arguments or results; torch's own tree_leaves is several times slower."""
+    """The tensors among an operation's arguments or results; torch's own tree_leaves is several
+    times slower.
+    """
     if isinstance(x, torch.Tensor):
         yield x
     elif isinstance(x, list | tuple):
@@ -55,8 +61,9 @@ def tensors_in(x) -> Iterator[torch.Tensor]:
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors made inside the block that are still alive: `now`, and at the `peak`.
 
-    It sees every operation below autograd, so temporaries and what the graph saves both count; views share their
-    storage and count once. Works on real tensors and on fake ones (FakeTensorMode), which have a shape but no memory.
+    It sees every operation below autograd, so temporaries and what the graph saves both count;
+    views share their storage and count once. Works on real tensors and on fake ones
+    (FakeTensorMode), which have a shape but no memory.
     """
 
     def __init__(self):
@@ -84,7 +91,9 @@ def peak_bytes(device: str) -> int:
     """The most memory this process has held so far, on the GPU or in main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def size_of(tensors) -> int:
@@ -97,12 +106,19 @@ def size_of(tensors) -> int:
 
 @contextmanager
 def norms_as_on_cuda() -> Iterator[None]:
-    """CUDA's autocast normalises in float32 and keeps the widened inputs, which therefore count; the CPU's does not."""
+    """CUDA's autocast normalises in float32 and keeps the widened inputs, which therefore count;
+    the CPU's does not.
+    """
 
     def widened(norm):
-        return lambda x, *args: norm(x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args))
+        return lambda x, *args: norm(
+            x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args)
+        )
 
-    with patch.object(F, "group_norm", widened(F.group_norm)), patch.object(F, "layer_norm", widened(F.layer_norm)):
+    with (
+        patch.object(F, "group_norm", widened(F.group_norm)),
+        patch.object(F, "layer_norm", widened(F.layer_norm)),
+    ):
         yield
 
 
@@ -118,11 +134,17 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
         vector = torch.randn(step.batch, config.unet.adm) if config.unet.adm else None
         cond = Cond(torch.randn(step.batch, N_TOKENS, config.unet.context_dim), vector)
         with LiveBytes() as live, norms_as_on_cuda() if step.device == "cuda" else nullcontext():
-            for _ in range(min(2, step.accumulate)):  # in the second batch all gradients are there from the start
+            for _ in range(
+                min(2, step.accumulate)
+            ):  # in the second batch all gradients are there from the start
                 loss_of(objective, nets, z0, cond, cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
     full = objective.rank is None
-    copies = size_of(nets.target_unet.parameters()) + base * step.half.itemsize if nets.target_unet else 0
+    copies = (
+        size_of(nets.target_unet.parameters()) + base * step.half.itemsize
+        if nets.target_unet
+        else 0
+    )
     return {
         "UNet": size_of(x for x in unet.parameters() if full or not x.requires_grad),
         "teacher and target": copies,
@@ -136,7 +158,9 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
 
 
 def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
-    """Bytes in float32 of VAE, text encoders, and the activations of encoding a picture and decoding it in tiles."""
+    """Bytes in float32 of VAE, text encoders, and the activations of encoding a picture and
+    decoding it in tiles.
+    """
     with FakeTensorMode(), torch.no_grad():
         vae, text = VAE(config.vae), TextEncoder(config.text)
         with LiveBytes() as encoding:
@@ -147,9 +171,15 @@ def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
 
 
 def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0) -> None:
-    """Print the bytes of a step by part, with the other choice of checkpointing, and whether `capacity` GB suffice."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # fake tensors are slow: SDXL takes most of a minute
-        job = pool.submit(step_bytes, objective._replace(checkpointing=not objective.checkpointing), config, step)
+    """Print the bytes of a step by part, with the other choice of checkpointing, and whether
+    `capacity` GB suffice.
+    """
+    with ProcessPoolExecutor(
+        1, get_context("spawn")
+    ) as pool:  # fake tensors are slow: SDXL takes most of a minute
+        job = pool.submit(
+            step_bytes, objective._replace(checkpointing=not objective.checkpointing), config, step
+        )
         parts, count = step_bytes(objective, config, step)
         vae, text, encoding, decoding = vae_and_text_bytes(config, step.size)
         other, _ = job.result()
@@ -179,7 +209,11 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
         print(f".tar shards are encoded while training, with VAE and text on the GPU: {more}")
     if capacity:
         left = capacity - total - RUNTIME[step.device]
-        fits = f"fits, {left:.2f} GB are left" if left >= 0 else f"does not fit, {-left:.2f} GB are missing"
+        fits = (
+            f"fits, {left:.2f} GB are left"
+            if left >= 0
+            else f"does not fit, {-left:.2f} GB are missing"
+        )
         runtime = "CUDA" if step.device == "cuda" else "Python"
         print(f"in {capacity:g} GB, {RUNTIME[step.device]} for {runtime} itself: {fits}")
     print(f"total {total:.2f} GB")

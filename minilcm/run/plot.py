@@ -1,4 +1,6 @@
-"""A training run on one page: RUN/metrics.jsonl -> RUN/plot.png. Needs matplotlib, the extra `plot`."""
+"""A training run on one page: RUN/metrics.jsonl -> RUN/plot.png. Needs matplotlib, the extra
+`plot`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +16,29 @@ if TYPE_CHECKING:
 INDEX = "grid index n,  t = 20 n + 19"
 SAVES = {  # key in a record: title and axes of a panel with one line per save
     "loss_by_index": ("Loss by grid index", INDEX, "distillation loss, latent units"),
-    "loss_by_band": ("Loss by timestep", "timestep t, first of a band of 100", "mean squared error of the noise"),
-    "self_consistency": ("Self-consistency: f at neighbours\non the teacher's trajectory", INDEX, "RMS, latent units"),
-    "to_end": ("Solving the ODE: f against the end\nof the teacher's trajectory", INDEX, "RMS, latent units"),
+    "loss_by_band": (
+        "Loss by timestep",
+        "timestep t, first of a band of 100",
+        "mean squared error of the noise",
+    ),
+    "self_consistency": (
+        "Self-consistency: f at neighbours\non the teacher's trajectory",
+        INDEX,
+        "RMS, latent units",
+    ),
+    "to_end": (
+        "Solving the ODE: f against the end\nof the teacher's trajectory",
+        INDEX,
+        "RMS, latent units",
+    ),
     "delta_norms": ("Size of the LoRA's change", "block of the UNet", "Frobenius norm ||dW||"),
 }
 
 
 def plot_run(run: Path) -> Path:
-    """Write RUN/plot.png and return its path. Raises ValueError as `read_metrics` and `draw_run` do."""
+    """Write RUN/plot.png and return its path. Raises ValueError as `read_metrics` and `draw_run`
+    do.
+    """
     figure, out = draw_run(read_metrics(run / "metrics.jsonl"), str(run)), run / "plot.png"
     with atomic(out) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -59,7 +75,9 @@ def draw_run(records: list[dict], title: str) -> "Figure":
     for key in saved:
         draw_saves(axes[key], key, records, colour)
     if saved:
-        figure.colorbar(colour, ax=list(axes.values()), label="optimizer step of a save", shrink=0.6)
+        figure.colorbar(
+            colour, ax=list(axes.values()), label="optimizer step of a save", shrink=0.6
+        )
     for ax in axes.values():
         ax.grid(alpha=0.3)
     return figure
@@ -68,11 +86,22 @@ def draw_run(records: list[dict], title: str) -> "Figure":
 def draw_loss(ax: "Axes", records: list[dict]) -> None:
     """The training loss by step, and at each save the loss on fixed latents."""
     trained = [record for record in records if "loss" in record]
-    ax.plot([r["step"] for r in trained], [r["loss"] for r in trained], color="0.6", label="of the current batch")
+    ax.plot(
+        [r["step"] for r in trained],
+        [r["loss"] for r in trained],
+        color="0.6",
+        label="of the current batch",
+    )
     for key in ("loss_by_index", "loss_by_band"):
         means = {r["step"]: sum(r[key].values()) / len(r[key]) for r in records if key in r}
         if means:
-            ax.plot(*zip(*means.items()), "o-", color="black", markersize=4, label="of fixed latents, mean over t")
+            ax.plot(
+                *zip(*means.items()),
+                "o-",
+                color="black",
+                markersize=4,
+                label="of fixed latents, mean over t",
+            )
     ax.set(title="Training loss", xlabel="optimizer step", ylabel="loss", yscale="log")
     ax.legend()
 
@@ -81,8 +110,17 @@ def draw_distance(ax: "Axes", records: list[dict]) -> None:
     """The student's distance to the teacher by step, a line per number of LCM steps."""
     for (steps, _), mark in zip(records[0]["to_teacher"].items(), "o^sDv"):
         distance = [record["to_teacher"][steps] for record in records]
-        ax.plot([r["step"] for r in records], distance, f"{mark}-", label=f"{steps} step{'s' * (steps > 1)}")
-    ax.set(title="Student against the teacher's\nguided 50 steps", xlabel="optimizer step", yscale="log")
+        ax.plot(
+            [r["step"] for r in records],
+            distance,
+            f"{mark}-",
+            label=f"{steps} step{'s' * (steps > 1)}",
+        )
+    ax.set(
+        title="Student against the teacher's\nguided 50 steps",
+        xlabel="optimizer step",
+        yscale="log",
+    )
     ax.set_ylabel("RMS, latent units")
     ax.legend()
 

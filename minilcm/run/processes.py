@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 8 train.py ...
 
-`process` is what torchrun calls RANK, `world` the number of processes. Each runs the same code on its own rows of the
-batch. DDP keeps the frozen base on every process and averages the LoRA's gradients; FSDP2 (`shard`) gives each process
-a share of every weight, its gradient and its moments.
+`process` is what torchrun calls RANK, `world` the number of processes. Each runs the same code on
+its own rows of the batch. DDP keeps the frozen base on every process and averages the LoRA's
+gradients; FSDP2 (`shard`) gives each process a share of every weight, its gradient and its moments.
 """
 
 import os
@@ -36,7 +36,9 @@ def replicate(unet: nn.Module) -> nn.Module:
 
 
 def shard(unet: nn.Module) -> nn.Module:
-    """FSDP2, in place: a block's weights are whole only while it runs; each process keeps 1 / world of them."""
+    """FSDP2, in place: a block's weights are whole only while it runs; each process keeps 1 / world
+    of them.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -44,13 +46,14 @@ def shard(unet: nn.Module) -> nn.Module:
     for block in unet.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
             fully_shard(block, mesh=mesh)
-    # also what belongs to no block. A target UNet has no backward pass to reshard it, so reshard after the forward pass
+    # also what belongs to no block. A target UNet has no backward pass to reshard it, so reshard
+    # after the forward pass
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)
     return unet
 
 
 def whole(x: Tensor) -> Tensor:
-    """The whole of a sharded tensor, for which every process must ask; other tensors as they are."""
+    """The whole of a sharded tensor, for which all processes must ask; other tensors as they are."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 

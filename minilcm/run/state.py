@@ -1,4 +1,6 @@
-"""The state of a training run, and its files: all that it needs to continue as if it had never stopped."""
+"""The state of a training run, and its files: all that it needs to continue as if it had never
+stopped.
+"""
 
 import json
 from dataclasses import replace
@@ -46,24 +48,34 @@ def start_folder(folder: Path, resume: bool) -> None:
     """Make the folder of a run, and remove what a killed run left half written."""
     folder.mkdir(parents=True, exist_ok=True)
     if list(folder.glob("state_*.safetensors")) and not resume:
-        raise ValueError(f"{folder} already holds a run; continue it with --resume, or give another --out")
+        raise ValueError(
+            f"{folder} already holds a run; continue it with --resume, or give another --out"
+        )
     for part in folder.glob(".*.part"):
         part.unlink()
 
 
 def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
-    """Raises ValueError with both values of the first flag that would make the resumed run another run."""
+    """Raises ValueError with both values of the first flag that would make the resumed run another
+    run.
+    """
     for key, value in now.items():
         if (was := then.get(key)) != value:
             flag = key.replace("_", "-")
-            raise ValueError(f"--resume: --{flag} was {was}, is now {value}; give the flags of that run")
+            raise ValueError(
+                f"--resume: --{flag} was {was}, is now {value}; give the flags of that run"
+            )
 
 
-def state_tensors(named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
-    """What a run needs to continue, on the CPU: trained tensors (and averages), and the optimizer's moments.
+def state_tensors(
+    named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, Tensor]:
+    """What a run needs to continue, on the CPU: trained tensors (and averages), and the optimizer's
+    moments.
 
-    There is no generator to save: everything random in a step is drawn from (seed, step). If every process has only
-    its share of the tensors, all of them must call this; those that do not `keep` get {}.
+    There is no generator to save: everything random in a step is drawn from (seed, step). If every
+    process has only its share of the tensors, all of them must call this; those that do not `keep`
+    get {}.
     """
     moments = {
         f"optimizer.{i}.{key}": value
@@ -79,7 +91,9 @@ def state_tensors(named: dict[str, Tensor], optimizer: torch.optim.Optimizer, ke
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
-    """Write `state_tensors` and `run` (step, flags) as safetensors with JSON in the header, atomically."""
+    """Write `state_tensors` and `run` (step, flags) as safetensors with JSON in the header,
+    atomically.
+    """
     write_tensors(path, tensors, {"minilcm.run": json.dumps(run)})
 
 
@@ -95,7 +109,9 @@ def latest_state(folder: str | Path) -> Path:
 
 
 def read_run(path: str | Path) -> dict:
-    """{"step", "flags", "positions"} of a state. Raises ValueError if the file is not a complete state."""
+    """{"step", "flags", "positions"} of a state. Raises ValueError if the file is not a complete
+    state.
+    """
     _, metadata = read_header(path)
     if "minilcm.run" not in metadata:
         raise ValueError(f"{path}: not the state of a run")
@@ -103,12 +119,18 @@ def read_run(path: str | Path) -> dict:
 
 
 @torch.no_grad()
-def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict:
-    """Fill `named` and the optimizer in place from a state; returns its `run`. Raises ValueError on other keys."""
+def load_state(
+    path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict:
+    """Fill `named` and the optimizer in place from a state; returns its `run`. Raises ValueError on
+    other keys.
+    """
     tensors, _ = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):
-        raise ValueError(f"{path}: state of another model or objective; give another --out, or that run's flags")
+        raise ValueError(
+            f"{path}: state of another model or objective; give another --out, or that run's flags"
+        )
     for key, value in named.items():
         value.copy_(share_of(tensors[key], value))
     parameters = optimizer.param_groups[0]["params"]
@@ -116,43 +138,63 @@ def load_state(path: str | Path, named: dict[str, Tensor], optimizer: torch.opti
     for key, value in moments.items():
         _, i, name = key.split(".")
         like = parameters[int(i)]
-        state.setdefault(int(i), {})[name] = share_of(value, like) if value.shape == like.shape else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(int(i), {})[name] = (
+            share_of(value, like) if value.shape == like.shape else value
+        )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     return read_run(path)
 
 
 def restore(path: Path, training: Training, positions: list[int], process: int) -> int:
-    """Fill training, and the positions of this process's workers, from a state; returns its step."""
+    """Fill training and the positions of this process's workers from a state; returns its step."""
     run = load_state(path, training.saved(), training.optimizer)
     positions[:] = run["positions"][process]
     return run["step"]
 
 
-def recipe_of(objective: Objective, step: int, seed: int, model: str, model_sha256: str) -> dict[str, str]:
+def recipe_of(
+    objective: Objective, step: int, seed: int, model: str, model_sha256: str
+) -> dict[str, str]:
     """What the metadata of a LoRA tells about its training."""
     recipe = {"objective": objective.kind, "steps": str(step), "seed": str(seed)}
     recipe |= {"model": model, "model_sha256": model_sha256}
     if objective.kind == "lcm":
         w = ":".join(f"{w:g}" for w in dict.fromkeys(objective.w_range))
-        recipe |= {"w": w, "k": str(objective.k), "K": str(GRID), "timestep_scaling": f"{T_SCALE:g}"}
+        recipe |= {
+            "w": w,
+            "k": str(objective.k),
+            "K": str(GRID),
+            "timestep_scaling": f"{T_SCALE:g}",
+        }
     return recipe
 
 
-def save_run(folder: Path, training: Training, base: Model, recipe: dict[str, str], run: dict, first: bool) -> None:
+def save_run(
+    folder: Path, training: Training, base: Model, recipe: dict[str, str], run: dict, first: bool
+) -> None:
     """The result and the state, of which two are kept; `run` has step, flags and positions.
 
-    Every process must call this, and the `first` one writes: lora.safetensors with the recipe, or model.safetensors.
+    Every process must call this, and the `first` one writes: lora.safetensors with the recipe, or
+    model.safetensors.
     """
     weights = {}
     for name, x in (training.average or training.named).items():
-        x = whole(x)  # one at a time on the GPU; all of them only in the main memory of the first process
+        x = whole(
+            x
+        )  # one at a time on the GPU; all of them only in the main memory of the first process
         weights |= {name: x.detach().cpu()} if first else {}
     tensors = state_tensors(training.saved(), training.optimizer, keep=first)
     if not first:
         return
     if layers := get_tau(training.unet):
         tau = {
-            path: (weights[f"{path}.lora_up.weight"], weights[f"{path}.lora_down.weight"], lora_alpha)
+            path: (
+                weights[f"{path}.lora_up.weight"],
+                weights[f"{path}.lora_down.weight"],
+                lora_alpha,
+            )
             for path, (_, _, lora_alpha) in layers.items()
         }
         write_tau(folder / "lora.safetensors", tau, recipe)

@@ -1,4 +1,6 @@
-"""The emoji art: what a caption says is true of its picture, and everything random comes from (seed, step)."""
+"""The emoji art: what a caption says is true of its picture, and everything random comes from
+(seed, step).
+"""
 
 import io
 import json
@@ -36,8 +38,8 @@ PIZZA = Art("pizza", ("Pizza", "slice", "cheese"), "noto", drawing(1))
 
 
 def test_brackets_are_left_out_40_percent_and_a_tenth_is_empty():
-    """Frequencies over 6000 draws: style and colour each left out of 40 +- 3 % of captions that say anything, 10 +- 2 %
-    empty, and the two brackets independently of each other (both said: 36 %).
+    """Frequencies over 6000 draws: style and colour each left out of 40 +- 3 % of captions that say
+    anything, 10 +- 2 % empty, and the two brackets independently of each other (both said: 36 %).
     """
     rng = random.Random(0)
     said = [caption(PIZZA, "blue", rng)[1] for _ in range(6000)]
@@ -49,11 +51,14 @@ def test_brackets_are_left_out_40_percent_and_a_tenth_is_empty():
 
 
 def test_captions_say_what_is_true():
-    """Over all styles and colours: the words of a caption, read by a pattern here, agree with the picture and with what
-    the second return value claims was said; a bracket that is left out is named nowhere.
+    """Over all styles and colours: the words of a caption, read by a pattern here, agree with the
+    picture and with what the second return value claims was said; a bracket that is left out is
+    named nowhere.
     """
     rng = random.Random(1)
-    pattern = re.compile(r"(?P<name>[^,]+?)(, (?P<style>\w+) style)?(, on (a|an) (?P<color>\w+) background)?")
+    pattern = re.compile(
+        r"(?P<name>[^,]+?)(, (?P<style>\w+) style)?(, on (a|an) (?P<color>\w+) background)?"
+    )
     for style in STYLES:
         for color in COLORS:
             for _ in range(40):
@@ -70,7 +75,11 @@ def test_captions_say_what_is_true():
 def test_articles_agree():
     """'an orange background', 'a blue background', 'an octopus'."""
     rng = random.Random(2)
-    texts = {caption(Art("octopus", ("octopus",), "noto", drawing(0)), c, rng)[0] for c in COLORS for _ in range(100)}
+    texts = {
+        caption(Art("octopus", ("octopus",), "noto", drawing(0)), c, rng)[0]
+        for c in COLORS
+        for _ in range(100)
+    }
     assert any("an orange background" in text for text in texts) and any(
         text.startswith("an octopus") for text in texts
     )
@@ -78,21 +87,35 @@ def test_articles_agree():
 
 
 def test_naming_uses_name_label_article_and_keywords():
-    """The bare name is the most frequent; label, article and keyword forms all occur, and each holds name or label."""
+    """The bare name is the most frequent; label, article and keyword forms all occur, and each
+    holds name or label.
+    """
     rng = random.Random(3)
     art = Art("red apple", ("Apple", "fruit"), "noto", drawing(0))
-    names = Counter(text.split(",")[0] for text, _ in (caption(art, "white", rng) for _ in range(3000)) if text)
-    assert names.most_common(1)[0][0] == "red apple"
-    assert {"apple", "a red apple", "an apple", "fruit red apple", "red apple fruit", "a fruit of red apple"} <= set(
-        names
+    names = Counter(
+        text.split(",")[0] for text, _ in (caption(art, "white", rng) for _ in range(3000)) if text
     )
+    assert names.most_common(1)[0][0] == "red apple"
+    assert {
+        "apple",
+        "a red apple",
+        "an apple",
+        "fruit red apple",
+        "red apple fruit",
+        "a fruit of red apple",
+    } <= set(names)
     assert all("apple" in name for name in names)
 
 
 def test_captions_of_own_pictures_are_left_alone():
-    """A picture with a text of its own (style None) has that text as caption, or none in a tenth of the draws."""
+    """A picture with a text of its own (style None) has that text as caption, or none in a tenth of
+    the draws.
+    """
     rng = random.Random(4)
-    texts = Counter(caption(Art("my cat Tom, asleep", (), None, drawing(0)), "white", rng)[0] for _ in range(2000))
+    texts = Counter(
+        caption(Art("my cat Tom, asleep", (), None, drawing(0)), "white", rng)[0]
+        for _ in range(2000)
+    )
     assert set(texts) == {"my cat Tom, asleep", ""} and abs(texts[""] / 2000 - 0.1) < 0.02
 
 
@@ -104,7 +127,9 @@ def level(color: str) -> torch.Tensor:
 
 
 def test_compose_stands_on_the_colour_it_tells():
-    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour exactly; all occur."""
+    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour
+    exactly; all occur.
+    """
     pictures, colors = compose([PIZZA] * 100, 64, random.Random(0))
     assert pictures.shape == (100, 3, 64, 64) and pictures.dtype == torch.float32
     assert pictures.min() >= -1 and pictures.max() <= 1
@@ -115,7 +140,9 @@ def test_compose_stands_on_the_colour_it_tells():
 
 
 def test_compose_scales_and_moves_within_the_frame():
-    """A full square of art covers 75 to 95 % of the side and moves half of its way to each edge, so all is in sight."""
+    """A full square of art covers 75 to 95 % of the side and moves half of its way to each edge, so
+    all is in sight.
+    """
     square = PIZZA._replace(image=Image.new("RGBA", (128, 128), (0, 0, 255, 255)))
     sides, moved = [], []
     for pixels, color in zip(*compose([square] * 300, 64, random.Random(0))):
@@ -136,11 +163,15 @@ def test_place_blends_transparency():
 
 
 def test_place_puts_a_point_where_shift_says():
-    """A drawing's red centre, 8 of 128 pixels wide, lands at half the canvas plus shift, whatever the scale."""
+    """A drawing's red centre, 8 of 128 pixels wide, lands at half the canvas plus shift, whatever
+    the scale.
+    """
     drawing = torch.zeros(1, 4, 128, 128)
     drawing[:, :, 60:68, 60:68] = torch.tensor([1.0, 0.0, 0.0, 1.0])[None, :, None, None]
     for scale, (dx, dy) in ((1.0, (0.0, 0.0)), (0.75, (0.125, -0.0625)), (0.95, (-0.1, 0.2))):
-        pixels = place(drawing, torch.ones(1, 3), 64, torch.tensor([scale]), torch.tensor([[dx, dy]]))
+        pixels = place(
+            drawing, torch.ones(1, 3), 64, torch.tensor([scale]), torch.tensor([[dx, dy]])
+        )
         red = (1 - pixels[0, 1]) / 2  # (S, S), how much of a pixel is covered
         at = torch.arange(64) + 0.5
         assert red.sum() == pytest.approx((8 * scale * 64 / 128) ** 2, rel=0.02)
@@ -179,8 +210,8 @@ def read_error(path) -> str:
 
 
 def test_read_art_errors(tmp_path):
-    """One line that names the file: nothing there, an empty folder, a file that is no tar, half a pair missing, a shard
-    cut off, a picture that is none.
+    """One line that names the file: nothing there, an empty folder, a file that is no tar, half a
+    pair missing, a shard cut off, a picture that is none.
     """
     assert "no such folder or .tar file" in read_error(tmp_path / "none")
     assert "no such folder or .tar file" in read_error(tmp_path / "none.tar")
@@ -190,7 +221,9 @@ def test_read_art_errors(tmp_path):
     (empty / "cat.png").write_bytes(png(drawing(0)))
     assert "no such folder or .tar file" in read_error(empty / "cat.png")
 
-    assert "needs both a .png and a .json" in read_error(write_tar(tmp_path / "half.tar", {"1.png": png(drawing(0))}))
+    assert "needs both a .png and a .json" in read_error(
+        write_tar(tmp_path / "half.tar", {"1.png": png(drawing(0))})
+    )
     assert "no drawings" in read_error(write_tar(tmp_path / "nothing.tar", {}))
     whole = write_art(tmp_path / "whole.tar").read_bytes()
     for n in (0, 100, 700, 1500, len(whole) // 2):
@@ -199,7 +232,9 @@ def test_read_art_errors(tmp_path):
     good = json.dumps({"name": "x", "label": "x", "keywords": []}).encode()
     for files in ({"1.png": b"no", "1.json": good}, {"1.png": png(drawing(0)), "1.json": b"{"}):
         assert "bad.tar" in read_error(write_tar(tmp_path / "bad.tar", files))
-    assert "bad.tar" in read_error(write_tar(tmp_path / "bad.tar", {"1.png": png(drawing(0)), "1.json": b"{}"}))
+    assert "bad.tar" in read_error(
+        write_tar(tmp_path / "bad.tar", {"1.png": png(drawing(0)), "1.json": b"{}"})
+    )
 
 
 def test_folders_and_names_without_a_dot_in_a_tar_are_skipped(tmp_path):
@@ -210,7 +245,11 @@ def test_folders_and_names_without_a_dot_in_a_tar_are_skipped(tmp_path):
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
         meta = json.dumps({"name": "x", "label": "x", "keywords": []}).encode()
-        for name, data in {"./art/1.png": png(drawing(0)), "./art/1.json": meta, "./art/README": b"hello"}.items():
+        for name, data in {
+            "./art/1.png": png(drawing(0)),
+            "./art/1.json": meta,
+            "./art/README": b"hello",
+        }.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -227,8 +266,8 @@ def committed():
 
 
 def test_held_out_pairs(committed):
-    """weights/emoji/art: no held-out (name, style) is in the seen part, every name is seen in at least two styles, a
-    tenth is held out, each listed pair exists, and nothing is lost.
+    """weights/emoji/art: no held-out (name, style) is in the seen part, every name is seen in at
+    least two styles, a tenth is held out, each listed pair exists, and nothing is lost.
     """
     art, seen, held_out = committed
     pairs = {tuple(line.split("\t")) for line in (ART / "held_out.txt").read_text().splitlines()}
@@ -236,13 +275,19 @@ def test_held_out_pairs(committed):
     assert not pairs & {(a.name, a.style) for a in seen}
     assert len(seen) + len(held_out) == len(art)
     assert abs(len(held_out) / len(art) - 0.10) < 0.01
-    assert set(Counter(a.style for a in seen)) == set(STYLES) == set(Counter(a.style for a in held_out))
+    assert (
+        set(Counter(a.style for a in seen))
+        == set(STYLES)
+        == set(Counter(a.style for a in held_out))
+    )
     styles = Counter(a.name for a in seen)
     assert set(styles) == {a.name for a in art} and min(styles.values()) >= 2
 
 
 def test_committed_art_is_whole(committed):
-    """No (name, style) twice, every drawing 128 pixels at its longest and not empty, every name of names.txt drawn."""
+    """No (name, style) twice, every drawing 128 pixels at its longest and not empty, every name of
+    names.txt drawn.
+    """
     art, _, _ = committed
     assert len({(a.name, a.style) for a in art}) == len(art)
     assert {max(a.image.size) for a in art} == {128}
@@ -255,8 +300,12 @@ def test_split_can_be_restricted_to_names(committed):
     art, seen, held_out = committed
     names = ["pizza", "red apple", "penguin"]
     seen_of, held_out_of = split_art(art, ART / "held_out.txt", names)
-    assert [(a.name, a.style) for a in seen_of] == [(a.name, a.style) for a in seen if a.name in names]
-    assert [(a.name, a.style) for a in held_out_of] == [(a.name, a.style) for a in held_out if a.name in names]
+    assert [(a.name, a.style) for a in seen_of] == [
+        (a.name, a.style) for a in seen if a.name in names
+    ]
+    assert [(a.name, a.style) for a in held_out_of] == [
+        (a.name, a.style) for a in held_out if a.name in names
+    ]
     assert {a.name for a in seen_of} == set(names)
 
 
@@ -271,7 +320,9 @@ def numbered_cache(m: int = 7, std: float = 0.1) -> Cache:
 
 
 def same(a, b) -> bool:
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[3].get_state(), b[3].get_state())
+    return (
+        torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[3].get_state(), b[3].get_state())
+    )
 
 
 def test_cache_art():
@@ -290,8 +341,12 @@ def test_cache_art():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    """Two iterators agree on latents, captions and the generator they hand over; another seed gives other batches."""
-    one, two, other = (list(islice(art_batches(numbered_cache(), 3, seed), 6)) for seed in (0, 0, 1))
+    """Two iterators agree on latents, captions and the generator they hand over; another seed gives
+    other batches.
+    """
+    one, two, other = (
+        list(islice(art_batches(numbered_cache(), 3, seed), 6)) for seed in (0, 0, 1)
+    )
     assert all(same(a, b) for a, b in zip(one, two))
     assert not any(same(a, b) for a, b in zip(one, other))
     assert not any(same(a, b) for a, b in zip(one, one[1:]))
@@ -299,21 +354,26 @@ def test_batches_are_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_start_is_skipping(batch):
-    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch above the data's
-    size.
+    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch
+    above the data's size.
     """
     whole = list(islice(art_batches(numbered_cache(), batch, 4), 8))
     for k in (1, 2, 5):
-        assert all(same(a, b) for a, b in zip(islice(art_batches(numbered_cache(), batch, 4, start=k), 3), whole[k:]))
+        assert all(
+            same(a, b)
+            for a, b in zip(islice(art_batches(numbered_cache(), batch, 4, start=k), 3), whole[k:])
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_each_epoch_is_a_permutation(batch):
-    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders; captions belong to
-    them.
+    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders;
+    captions belong to them.
     """
     shown = []
-    for z0, captions, size_ids, _ in islice(art_batches(numbered_cache(), batch, 0), -(-28 // batch)):
+    for z0, captions, size_ids, _ in islice(
+        art_batches(numbered_cache(), batch, 0), -(-28 // batch)
+    ):
         assert z0.shape == (batch, 4, 2, 2) and len(captions) == batch
         assert size_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * batch
         index = [round(x) for x in z0.mean(dim=(1, 2, 3)).tolist()]
@@ -324,8 +384,8 @@ def test_each_epoch_is_a_permutation(batch):
 
 
 def test_latents_are_drawn_afresh():
-    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean and std in the long
-    run.
+    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean
+    and std in the long run.
     """
     cache = numbered_cache(m=2, std=0.25)
     drawn = torch.cat([z0 for z0, *_ in islice(art_batches(cache, 2, 0), 400)])
@@ -336,8 +396,9 @@ def test_latents_are_drawn_afresh():
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 20])
 def test_batches_by_hand(batch):
-    """Bit for bit what the first release drew, so its runs can be repeated: example i is entry i mod m of the
-    permutation with seed 1000003 seed + i // m; Random("SEED STEP") seeds the noise's generator, then makes captions.
+    """Bit for bit what the first release drew, so its runs can be repeated: example i is entry i
+    mod m of the permutation with seed 1000003 seed + i // m; Random("SEED STEP") seeds the noise's
+    generator, then makes captions.
     """
     cache, m, seed = numbered_cache(), 7, 3
     for step, (z0, captions, _, generator) in enumerate(islice(art_batches(cache, batch, seed), 9)):
@@ -345,7 +406,9 @@ def test_batches_by_hand(batch):
         expected = torch.Generator().manual_seed(rng.getrandbits(62))
         index = []
         for i in range(step * batch, (step + 1) * batch):
-            order = torch.randperm(m, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // m))
+            order = torch.randperm(
+                m, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // m)
+            )
             index.append(int(order[i % m]))
         noise = torch.randn(batch, 4, 2, 2, generator=expected)
         assert torch.equal(z0, cache.mean[index] + cache.std[index] * noise)
@@ -354,7 +417,9 @@ def test_batches_by_hand(batch):
 
 
 def test_ranks_share_the_batch_of_one():
-    """Three ranks with batch 2 have, one after the other, the rows of one process with batch 6: latents, captions."""
+    """Three ranks with batch 2 have, one after the other, the rows of one process with batch 6:
+    latents, captions.
+    """
     for start in (0, 4):
         ranks = zip(*(art_batches(numbered_cache(), 2, 0, start, rank, 3) for rank in range(3)))
         for whole, parts in islice(zip(art_batches(numbered_cache(), 6, 0, start), ranks), 5):

@@ -1,5 +1,5 @@
-"""Folders people have are read as their makers mean them, pictures are cut as the size ids say, and every batch is a
-function of (seed, step) that any number of ranks can share.
+"""Folders people have are read as their makers mean them, pictures are cut as the size ids say, and
+every batch is a function of (seed, step) that any number of ranks can share.
 """
 
 import hashlib
@@ -40,29 +40,71 @@ def put(folder, files: dict[str, str | bytes | None]):
 
 
 def read(folder) -> list[tuple[str, str, int]]:
-    return [(p.file.relative_to(folder).as_posix(), p.caption, p.repeats) for p in read_pictures(folder)]
+    return [
+        (p.file.relative_to(folder).as_posix(), p.caption, p.repeats) for p in read_pictures(folder)
+    ]
 
 
 def test_captions_in_txt_or_caption(tmp_path):
-    """Sorted; .txt before .caption; several lines are one caption; a BOM, capital suffixes, stray and hidden files."""
-    put(tmp_path, {"b.JPG": None, "b.txt": "\ufeffa cat,\r\n  asleep\n", "a.webp": None, "a.caption": "a dog"})
-    put(tmp_path, {"c.png": None, "c.txt": "", "c.caption": "no", "notes.md": "x", "._b.jpg": "x", "sub/d.png": None})
-    assert read(tmp_path) == [("a.webp", "a dog", 1), ("b.JPG", "a cat, asleep", 1), ("c.png", "", 1)]
+    """Sorted; .txt before .caption; several lines are one caption; a BOM, capital suffixes, stray
+    and hidden files.
+    """
+    put(
+        tmp_path,
+        {
+            "b.JPG": None,
+            "b.txt": "\ufeffa cat,\r\n  asleep\n",
+            "a.webp": None,
+            "a.caption": "a dog",
+        },
+    )
+    put(
+        tmp_path,
+        {
+            "c.png": None,
+            "c.txt": "",
+            "c.caption": "no",
+            "notes.md": "x",
+            "._b.jpg": "x",
+            "sub/d.png": None,
+        },
+    )
+    assert read(tmp_path) == [
+        ("a.webp", "a dog", 1),
+        ("b.JPG", "a cat, asleep", 1),
+        ("c.png", "", 1),
+    ]
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_imagefolder(tmp_path, kind, column):
-    """Hugging Face's metadata file, in the folder or in subfolders; its file names are relative to itself; a picture
-    listed twice has both captions, and one not listed still has its .txt.
+    """Hugging Face's metadata file, in the folder or in subfolders; its file names are relative to
+    itself; a picture listed twice has both captions, and one not listed still has its .txt.
     """
     rows = [("1.png", "one, two"), ("deep/2.png", 'say "two"'), ("1.png", "uno")]
     if kind == "jsonl":
-        table = "".join(json.dumps({"file_name": f, column: c, "width": 16}) + "\n" for f, c in rows)
+        table = "".join(
+            json.dumps({"file_name": f, column: c, "width": 16}) + "\n" for f, c in rows
+        )
     else:
-        table = f"file_name,width,{column}\n" + '1.png,16,"one, two"\ndeep/2.png,16,"say ""two"""\n1.png,16,uno\n'
-    expected = [("1.png", "one, two", 1), ("1.png", "uno", 1), ("3.png", "drei", 1), ("deep/2.png", 'say "two"', 1)]
-    files = {"1.png": None, "deep/2.png": None, "3.png": None, "3.txt": "drei", f"metadata.{kind}": table}
+        table = (
+            f"file_name,width,{column}\n"
+            + '1.png,16,"one, two"\ndeep/2.png,16,"say ""two"""\n1.png,16,uno\n'
+        )
+    expected = [
+        ("1.png", "one, two", 1),
+        ("1.png", "uno", 1),
+        ("3.png", "drei", 1),
+        ("deep/2.png", 'say "two"', 1),
+    ]
+    files = {
+        "1.png": None,
+        "deep/2.png": None,
+        "3.png": None,
+        "3.txt": "drei",
+        f"metadata.{kind}": table,
+    }
     assert read(put(tmp_path / "a", files)) == expected
     put(tmp_path / "b", {f"train/{name}": data for name, data in files.items()})
     assert read(tmp_path / "b") == [(f"train/{name}", caption, n) for name, caption, n in expected]
@@ -70,8 +112,19 @@ def test_imagefolder(tmp_path, kind, column):
 
 def test_kohya(tmp_path):
     """10_NAME: ten times an epoch, NAME where no .txt is; an unnumbered folder is not read."""
-    put(tmp_path, {"3_sks dog/1.png": None, "3_sks dog/2.png": None, "3_sks dog/2.txt": "a sks dog", "x.png": None})
-    put(tmp_path, {"x.txt": "x", "10_a_b/y.jpg": None, "other/z.png": None, "2024-01-05_trip/z.png": None})
+    put(
+        tmp_path,
+        {
+            "3_sks dog/1.png": None,
+            "3_sks dog/2.png": None,
+            "3_sks dog/2.txt": "a sks dog",
+            "x.png": None,
+        },
+    )
+    put(
+        tmp_path,
+        {"x.txt": "x", "10_a_b/y.jpg": None, "other/z.png": None, "2024-01-05_trip/z.png": None},
+    )
     assert sorted(read(tmp_path)) == [
         ("10_a_b/y.jpg", "a_b", 10),
         ("3_sks dog/1.png", "sks dog", 3),
@@ -92,14 +145,46 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
         ({"1.png": None, "1.txt": b"\xff\xfe\xff"}, "1.txt", "save it as UTF-8"),
         ({"1.png": None, "2.png": None, "metadata.jsonl": TABLE}, "2.png", "no caption"),
         ({"metadata.jsonl": TABLE}, "metadata.jsonl", "picture 1 is '1.png', which is not there"),
-        ({"a/metadata.csv": "file_name,text\n1.png,x\n"}, "a/metadata.csv", "'1.png', which is not there"),
-        ({"1.png": None, "metadata.jsonl": TABLE + '{"text": "x"}'}, "metadata.jsonl", 'picture 2 has no "file_name"'),
-        ({"1.png": None, "metadata.jsonl": "[1]\n"}, "metadata.jsonl", 'picture 1 has no "file_name"'),
-        ({"1.png": None, "metadata.jsonl": "{"}, "metadata.jsonl", "not UTF-8 with one picture a line"),
-        ({"1.png": None, "metadata.csv": b"\xff"}, "metadata.csv", "not UTF-8 with one picture a line"),
-        ({"1.png": None, "metadata.csv": "name,text\n1.png,x\n"}, "metadata.csv", 'picture 1 has no "file_name"'),
-        ({"1.png": None, "metadata.csv": "file_name,label\n1.png,x\n"}, "metadata.csv", "'1.png' has no caption"),
-        ({"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": null}'}, "metadata.jsonl", "has no caption"),
+        (
+            {"a/metadata.csv": "file_name,text\n1.png,x\n"},
+            "a/metadata.csv",
+            "'1.png', which is not there",
+        ),
+        (
+            {"1.png": None, "metadata.jsonl": TABLE + '{"text": "x"}'},
+            "metadata.jsonl",
+            'picture 2 has no "file_name"',
+        ),
+        (
+            {"1.png": None, "metadata.jsonl": "[1]\n"},
+            "metadata.jsonl",
+            'picture 1 has no "file_name"',
+        ),
+        (
+            {"1.png": None, "metadata.jsonl": "{"},
+            "metadata.jsonl",
+            "not UTF-8 with one picture a line",
+        ),
+        (
+            {"1.png": None, "metadata.csv": b"\xff"},
+            "metadata.csv",
+            "not UTF-8 with one picture a line",
+        ),
+        (
+            {"1.png": None, "metadata.csv": "name,text\n1.png,x\n"},
+            "metadata.csv",
+            'picture 1 has no "file_name"',
+        ),
+        (
+            {"1.png": None, "metadata.csv": "file_name,label\n1.png,x\n"},
+            "metadata.csv",
+            "'1.png' has no caption",
+        ),
+        (
+            {"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": null}'},
+            "metadata.jsonl",
+            "has no caption",
+        ),
         ({"0_cat/1.png": None}, "0_cat", "0 repeats; call it N_NAME with N from 1 to 1000"),
         ({"-2_cat/1.png": None}, "-2_cat", "-2 repeats"),
         ({"1.5_cat/1.png": None}, "1.5_cat", "1.5 repeats"),
@@ -126,7 +211,9 @@ def test_no_such_folder(tmp_path):
 
 
 def test_exif_rotation_is_respected():
-    """A picture stored lying with "rotate to stand" (orientation 6: 90 degrees clockwise) has its top at the top."""
+    """A picture stored lying with "rotate to stand" (orientation 6: 90 degrees clockwise) has its
+    top at the top.
+    """
     upright = Image.new("RGB", (20, 40), "blue")
     upright.paste("red", (0, 0, 20, 10))
     exif = Image.Exif()
@@ -134,14 +221,23 @@ def test_exif_rotation_is_respected():
     stored = upright.transpose(Image.Transpose.ROTATE_90)
     stored.save(file := io.BytesIO(), "PNG", exif=exif)
     image = open_picture(file.getvalue())
-    assert image.size == (20, 40) and image.getpixel((10, 2)) == (255, 0, 0) and image.getpixel((10, 38)) == (0, 0, 255)
+    assert (
+        image.size == (20, 40)
+        and image.getpixel((10, 2)) == (255, 0, 0)
+        and image.getpixel((10, 38)) == (0, 0, 255)
+    )
 
 
 def test_alpha_is_laid_on_white():
-    """Half-transparent black is grey, transparent is white, in RGBA as in a palette with transparency."""
+    """Half-transparent black is grey, transparent is white, in RGBA as in a palette with
+    transparency.
+    """
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    assert [open_picture(png(image)).getpixel((x, 0)) for x in (0, 1)] == [(127, 127, 127), (255, 255, 255)]
+    assert [open_picture(png(image)).getpixel((x, 0)) for x in (0, 1)] == [
+        (127, 127, 127),
+        (255, 255, 255),
+    ]
     palette = Image.new("P", (1, 1))
     palette.info["transparency"] = 0
     assert open_picture(png(palette)).getpixel((0, 0)) == (255, 255, 255)
@@ -150,7 +246,9 @@ def test_alpha_is_laid_on_white():
 
 
 def test_bad_pictures_are_refused(monkeypatch):
-    """No picture, one cut off, one above Pillow's limit for decompression bombs: always a ValueError."""
+    """No picture, one cut off, one above Pillow's limit for decompression bombs: always a
+    ValueError.
+    """
     whole = png(Image.effect_noise((64, 64), 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (b"", b"no picture", whole[:1000], whole):
@@ -171,14 +269,17 @@ def test_buckets_are_sdxls():
 
 @pytest.mark.parametrize("size, multiple", [(512, 64), (768, 64), (1024, 64), (64, 8), (512, 8)])
 def test_buckets_cover(size, multiple):
-    """Multiples, close to size^2 from below, the square among them, each lying and standing; and no picture between 1:2
-    and 2:1 loses more than a quarter of its area to the cut (a square cut would lose half).
+    """Multiples, close to size^2 from below, the square among them, each lying and standing; and no
+    picture between 1:2 and 2:1 loses more than a quarter of its area to the cut (a square cut would
+    lose half).
     """
     targets = buckets(size, multiple)
     assert len(set(targets)) == len(targets) and (size, size) in targets
     assert {(w, h) for h, w in targets} == set(targets)
     for h, w in targets:
-        assert h % multiple == w % multiple == 0 and 0.9 < h * w / size**2 <= 1 and 0.5 <= w / h <= 2
+        assert (
+            h % multiple == w % multiple == 0 and 0.9 < h * w / size**2 <= 1 and 0.5 <= w / h <= 2
+        )
     for i in range(-20, 21):
         aspect = 2 ** (i / 20)
         h, w = nearest(Image.new("1", (round(1000 * aspect), 1000)), targets)
@@ -186,8 +287,9 @@ def test_buckets_cover(size, multiple):
 
 
 def test_nearest_is_nearest():
-    """By ratio: 3:2 of (1:1, 2:1) is nearer to 2:1 (4/3 off, not 3/2), though 1.5 is in the middle; a picture of a
-    bucket's own aspect gets that bucket, and a picture on its side the bucket on its side.
+    """By ratio: 3:2 of (1:1, 2:1) is nearer to 2:1 (4/3 off, not 3/2), though 1.5 is in the middle;
+    a picture of a bucket's own aspect gets that bucket, and a picture on its side the bucket on its
+    side.
     """
     assert nearest(Image.new("1", (300, 200)), [(64, 64), (64, 128)]) == (64, 128)
     assert nearest(Image.new("1", (200, 300)), [(64, 64), (128, 64)]) == (128, 64)
@@ -210,7 +312,9 @@ def test_buckets_need_a_multiple():
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Red tells how far right, green how far down: the level at the centre of a pixel, 0 to 255 over the picture."""
+    """Red tells how far right, green how far down: the level at the centre of a pixel, 0 to 255
+    over the picture.
+    """
     image = Image.new("RGB", (width, height))
     image.putdata(
         [
@@ -223,11 +327,13 @@ def ramp(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    "size, target", [((200, 100), (64, 64)), ((60, 150), (64, 64)), ((30, 20), (64, 96)), ((101, 77), (48, 64))]
+    "size, target",
+    [((200, 100), (64, 64)), ((60, 150), (64, 64)), ((30, 20), (64, 96)), ((101, 77), (48, 64))],
 )
 def test_size_ids_tell_the_cut(size, target):
-    """Original (h, w), crop (top, left) in the scaled picture, target (h, w). The pixels are where the ids say: the
-    ramp at (y, x) of the cut has the level of (top + y, left + x) in the scaled picture. All places occur.
+    """Original (h, w), crop (top, left) in the scaled picture, target (h, w). The pixels are where
+    the ids say: the ramp at (y, x) of the cut has the level of (top + y, left + x) in the scaled
+    picture. All places occur.
     """
     image, (h, w), rng, places = ramp(*size), target, random.Random(0), set()
     zoom = max(w / size[0], h / size[1])
@@ -242,12 +348,18 @@ def test_size_ids_tell_the_cut(size, target):
     x = 2 * (left + torch.arange(w) + 0.5) / wide - 1
     y = 2 * (top + torch.arange(h) + 0.5) / tall - 1
     inner = slice(3, -3)  # bicubic needs neighbours
-    torch.testing.assert_close(pixels[0][inner, inner], x.expand(h, w)[inner, inner], rtol=0, atol=0.03)
-    torch.testing.assert_close(pixels[1][inner, inner], y[:, None].expand(h, w)[inner, inner], rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        pixels[0][inner, inner], x.expand(h, w)[inner, inner], rtol=0, atol=0.03
+    )
+    torch.testing.assert_close(
+        pixels[1][inner, inner], y[:, None].expand(h, w)[inner, inner], rtol=0, atol=0.03
+    )
 
 
 def test_size_ids_of_a_hand_made_picture():
-    """200 x 100 onto 64 x 64: scaled to 128 x 64, so top is 0 and left at most 64. Onto its own aspect: no cut."""
+    """200 x 100 onto 64 x 64: scaled to 128 x 64, so top is 0 and left at most 64. Onto its own
+    aspect: no cut.
+    """
     image = ramp(200, 100)
     ids = [crop(image, (64, 64), random.Random(i))[1] for i in range(500)]
     assert all(x[:3] == [100, 200, 0] and x[4:] == [64, 64] for x in ids)
@@ -258,7 +370,11 @@ def test_size_ids_of_a_hand_made_picture():
 def test_a_thread_of_a_picture_is_cut_without_scaling_it_whole():
     """1 x 5000 to cover 512 x 512 would be 2.6 million pixels long."""
     pixels, ids = crop(Image.new("RGB", (5000, 1), "white"), (512, 512), random.Random(0))
-    assert torch.equal(pixels, torch.ones(3, 512, 512)) and ids[:3] == [1, 5000, 0] and 0 <= ids[3] <= 511 * 5000
+    assert (
+        torch.equal(pixels, torch.ones(3, 512, 512))
+        and ids[:3] == [1, 5000, 0]
+        and 0 <= ids[3] <= 511 * 5000
+    )
 
 
 # ---- encoded once
@@ -290,8 +406,8 @@ TARGETS = [(32, 32), (32, 64), (64, 32)]
 
 
 def test_cache_latents(tmp_path):
-    """Each look is q(z|x) of the cut its size ids tell, in the shape of the nearest bucket; looks differ; a picture
-    with repeats is there as often, encoded once.
+    """Each look is q(z|x) of the cut its size ids tell, in the shape of the nearest bucket; looks
+    differ; a picture with repeats is there as often, encoded once.
     """
     pictures = folder_of(tmp_path / "in", [(64, 64), (130, 60), (60, 130)])
     pictures[1] = pictures[1]._replace(repeats=3)
@@ -299,24 +415,38 @@ def test_cache_latents(tmp_path):
     examples = cache_latents(vae, "vae", pictures, tmp_path / "cache", TARGETS, looks=2)
     assert vae.encoded == 6 and len(list((tmp_path / "cache").iterdir())) == 6
     assert Counter(x.caption for x in examples) == {"picture 0": 2, "picture 1": 6, "picture 2": 2}
-    assert {x.caption: x.shape for x in examples} == {"picture 0": (4, 4), "picture 1": (4, 8), "picture 2": (8, 4)}
+    assert {x.caption: x.shape for x in examples} == {
+        "picture 0": (4, 4),
+        "picture 1": (4, 8),
+        "picture 2": (8, 4),
+    }
     for x in examples:
         height, width, top, left, h, w = x.size_ids
         assert (h, w) == (8 * x.shape[0], 8 * x.shape[1])
         tensors, _ = read_tensors(x.file)
-        assert tensors["mean"].shape == tensors["std"].shape == (4, *x.shape) and (tensors["std"] == 0.5).all()
+        assert (
+            tensors["mean"].shape == tensors["std"].shape == (4, *x.shape)
+            and (tensors["std"] == 0.5).all()
+        )
         zoom = max(h / height, w / width)
         red = 2 * (left + 8 * torch.arange(w // 8) + 4) / round(zoom * width) - 1
         torch.testing.assert_close(tensors["mean"][0], red.expand(x.shape), rtol=0, atol=0.03)
-    looks = [x.size_ids[2:4] for x in cache_latents(vae, "vae", pictures, tmp_path / "more", [(32, 32)], looks=8)]
+    looks = [
+        x.size_ids[2:4]
+        for x in cache_latents(vae, "vae", pictures, tmp_path / "more", [(32, 32)], looks=8)
+    ]
     assert len({tuple(x) for x in looks[8:32]}) > 4
 
 
 def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
-    """A second call decodes and encodes nothing; a changed picture, another VAE, other targets or one look more only
-    themselves. A changed caption or a copy of a picture costs nothing.
+    """A second call decodes and encodes nothing; a changed picture, another VAE, other targets or
+    one look more only themselves. A changed caption or a copy of a picture costs nothing.
     """
-    pictures, vae, cache = folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)]), CountingVAE(), tmp_path / "cache"
+    pictures, vae, cache = (
+        folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)]),
+        CountingVAE(),
+        tmp_path / "cache",
+    )
 
     def encoded(vae_id="vae", targets=TARGETS, looks=1) -> int:
         before = vae.encoded
@@ -336,7 +466,10 @@ def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
     pictures.append(Picture(tmp_path / "in/3.png", "copy"))
     assert encoded() == 0
     monkeypatch.setattr("minilcm.data.latents.open_picture", None)
-    assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == ["another", "copy"]
+    assert [x.caption for x in cache_latents(vae, "vae", pictures, cache, TARGETS)][1::2] == [
+        "another",
+        "copy",
+    ]
 
 
 def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):
@@ -349,7 +482,9 @@ def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 and lines[2] == "2 of 4 pictures skipped"
         assert all(line.startswith(f"{p.file}: skipped, ") for line, p in zip(lines, pictures[1:3]))
-    with pytest.raises(ValueError, match=f"none of 2 pictures can be read, first: {pictures[1].file}"):
+    with pytest.raises(
+        ValueError, match=f"none of 2 pictures can be read, first: {pictures[1].file}"
+    ):
         cache_latents(CountingVAE(), "vae", pictures[1:3], tmp_path / "cache", TARGETS)
 
 
@@ -358,7 +493,9 @@ def test_latents_that_are_not_finite_are_not_kept(tmp_path):
     vae = CountingVAE()
     vae.moments = lambda pixels: (torch.full((1, 4, 4, 4), math.inf), torch.ones(1, 4, 4, 4))
     with pytest.raises(ValueError, match="0.png: latent is not finite"):
-        cache_latents(vae, "vae", folder_of(tmp_path / "in", [(40, 40)]), tmp_path / "cache", TARGETS)
+        cache_latents(
+            vae, "vae", folder_of(tmp_path / "in", [(40, 40)]), tmp_path / "cache", TARGETS
+        )
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -376,8 +513,8 @@ def counting(text: TextEncoder) -> list[str]:
 
 @pytest.mark.parametrize("make", [tiny_text, sdxl_in_miniature])
 def test_cache_text(tmp_path, make):
-    """What is read is what the encoder says of each caption with its own picture's sizes; each caption is encoded once,
-    "" with them, and again only for another encoder.
+    """What is read is what the encoder says of each caption with its own picture's sizes; each
+    caption is encoded once, "" with them, and again only for another encoder.
     """
     text, captions = make(), ["a cat", "a dog", "a cat"]
     seen = counting(text)
@@ -413,7 +550,9 @@ def cache(tmp_path_factory) -> list[Example]:
         mean = torch.full((4, *shape), float(i))
         file = folder / f"{hashlib.sha256(str(i).encode()).hexdigest()}.safetensors"
         write_tensors(file, {"mean": mean, "std": torch.full_like(mean, 0.25)}, {})
-        examples.append(Example(file, f"picture {i}", [i, 0, 0, 0, 8 * shape[0], 8 * shape[1]], shape))
+        examples.append(
+            Example(file, f"picture {i}", [i, 0, 0, 0, 8 * shape[0], 8 * shape[1]], shape)
+        )
     return examples
 
 
@@ -438,8 +577,9 @@ def test_batches_are_of_one_bucket_and_belong_together(cache):
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 30])
 def test_each_epoch_is_a_permutation_of_each_bucket(cache, batch):
-    """A bucket's examples in the order drawn: its first m are all its m, the next m too, in another order; after the
-    batches that begin in the first n epochs each bucket has shown n of its epochs, and less than a batch more.
+    """A bucket's examples in the order drawn: its first m are all its m, the next m too, in another
+    order; after the batches that begin in the first n epochs each bucket has shown n of its epochs,
+    and less than a batch more.
     """
     shapes = [x.shape for x in cache]
     sizes = Counter(shapes)
@@ -453,34 +593,44 @@ def test_each_epoch_is_a_permutation_of_each_bucket(cache, batch):
     for shape, m in sizes.items():
         assert epochs * m <= len(drawn[shape]) < epochs * m + batch
         parts = [tuple(drawn[shape][i * m : (i + 1) * m]) for i in range(epochs)]
-        assert all(sorted(part) == [i for i, s in enumerate(shapes) if s == shape] for part in parts)
+        assert all(
+            sorted(part) == [i for i, s in enumerate(shapes) if s == shape] for part in parts
+        )
         assert m == 1 or len(set(parts)) == epochs
 
 
 def test_buckets_take_turns_at_random(cache):
-    """Not one bucket after the other: in an epoch of single pictures the order of buckets is mixed, and another one in
-    the next epoch and with another seed.
+    """Not one bucket after the other: in an epoch of single pictures the order of buckets is mixed,
+    and another one in the next epoch and with another seed.
     """
     shapes = [x.shape for x in cache]
-    turns = [[shapes[index[0]] for index, _, _ in islice(batch_order(shapes, 1, seed, 0), 46)] for seed in (0, 1)]
+    turns = [
+        [shapes[index[0]] for index, _, _ in islice(batch_order(shapes, 1, seed, 0), 46)]
+        for seed in (0, 1)
+    ]
     assert len({tuple(x) for t in turns for x in (t[:23], t[23:])}) == 4
     assert sum(a != b for a, b in zip(turns[0], turns[0][1:])) > 12
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 30])
 def test_start_is_skipping(cache, batch):
-    """start = n gives what is left after n batches, wherever an epoch or a bucket stands; another seed gives others."""
+    """start = n gives what is left after n batches, wherever an epoch or a bucket stands; another
+    seed gives others.
+    """
     whole = list(islice(batches(cache, batch, 4), 30))
     for n in range(0, 28, 1 if batch == 4 else 9):
-        assert all(same(a, b) for a, b in zip(islice(batches(cache, batch, 4, start=n), 2), whole[n:]))
+        assert all(
+            same(a, b) for a, b in zip(islice(batches(cache, batch, 4, start=n), 2), whole[n:])
+        )
     assert not any(same(a, b) for a, b in zip(whole, islice(batches(cache, batch, 5), 30)))
     assert not any(same(a, b) for a, b in zip(whole, whole[1:]))
 
 
 @pytest.mark.parametrize("batch, world", [(1, 4), (2, 2), (3, 3)])
 def test_ranks_share_the_batch_of_one(cache, batch, world):
-    """The ranks' rows, one after the other, are the batch of one process, noise and dropped captions too; after it the
-    generators agree, so what is drawn next for the whole batch is the same on all.
+    """The ranks' rows, one after the other, are the batch of one process, noise and dropped
+    captions too; after it the generators agree, so what is drawn next for the whole batch is the
+    same on all.
     """
     one = batches(cache, batch * world, 7, start=3, drop=0.3)
     ranks = [batches(cache, batch, 7, 3, rank, world, 0.3) for rank in range(world)]
@@ -493,16 +643,20 @@ def test_ranks_share_the_batch_of_one(cache, batch, world):
 
 
 def test_latents_are_drawn_afresh(cache):
-    """z0 = mean + std noise: a picture's latent is another one each epoch, with the cache's mean and std in the long
-    run, and no two rows of a batch share their noise.
+    """z0 = mean + std noise: a picture's latent is another one each epoch, with the cache's mean
+    and std in the long run, and no two rows of a batch share their noise.
     """
-    noise = torch.cat([z0 - ids[:, :1, None, None] for z0, _, ids, _ in islice(batches(cache[:1], 8, 0), 200)])
+    noise = torch.cat(
+        [z0 - ids[:, :1, None, None] for z0, _, ids, _ in islice(batches(cache[:1], 8, 0), 200)]
+    )
     assert len(torch.unique(noise[:, 0, 0, 0])) == 1600
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.25) < 0.005
 
 
 def test_captions_are_dropped_as_often_as_asked(cache):
-    """drop = 0.25: a quarter of the captions is empty; by default none; what else is drawn does not change."""
+    """drop = 0.25: a quarter of the captions is empty; by default none; what else is drawn does not
+    change.
+    """
     some, none = (list(islice(batches(cache, 8, 0, drop=drop), 200)) for drop in (0.25, 0.0))
     said = [text for _, captions, _, _ in some for text in captions]
     assert abs(said.count("") / len(said) - 0.25) < 0.03
@@ -514,7 +668,9 @@ def test_captions_are_dropped_as_often_as_asked(cache):
 
 
 def test_in_background_gives_the_same_items_and_errors():
-    """All items in their order and then the end; an error comes where the item that it prevents was asked for."""
+    """All items in their order and then the end; an error comes where the item that it prevents was
+    asked for.
+    """
     assert list(in_background(iter(range(20)))) == list(range(20))
 
     def broken():

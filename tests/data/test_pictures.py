@@ -1,4 +1,6 @@
-"""Pixels to pictures: rounding, the recipe inside the PNG, contact sheets, and reading a picture to start from."""
+"""Pixels to pictures: rounding, the recipe inside the PNG, contact sheets, and reading a picture to
+start from.
+"""
 
 import numpy as np
 import pytest
@@ -9,29 +11,41 @@ from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
 
 
 def test_to_images_rounds_to_the_nearest_level():
-    """Level = round(127.5 (x + 1)), clamped to 0..255: every one of the 256 levels comes back from its own value, and
-    from 0.49 of a level above or below it.
+    """Level = round(127.5 (x + 1)), clamped to 0..255: every one of the 256 levels comes back from
+    its own value, and from 0.49 of a level above or below it.
     """
     levels = torch.arange(256.0)
     for shift in (-0.49, 0.0, 0.49):
         pixels = ((levels + shift) / 127.5 - 1).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
         image = to_images(pixels)[0]
-        assert image.mode == "RGB" and np.array_equal(np.array(image)[..., 0].flatten(), np.arange(256))
+        assert image.mode == "RGB" and np.array_equal(
+            np.array(image)[..., 0].flatten(), np.arange(256)
+        )
 
 
 def test_to_images_keeps_order_and_clamps():
-    """One image a row of the batch, channels as R, G, B, values outside [-1, 1] at the ends; half precision too."""
-    pixels = torch.tensor([[5.0, -1.0, -5.0], [-1.0, 1.0, 0.0]])[:, :, None, None].expand(2, 3, 4, 6)
+    """One image a row of the batch, channels as R, G, B, values outside [-1, 1] at the ends; half
+    precision too.
+    """
+    pixels = torch.tensor([[5.0, -1.0, -5.0], [-1.0, 1.0, 0.0]])[:, :, None, None].expand(
+        2, 3, 4, 6
+    )
     for dtype in (torch.float32, torch.bfloat16):
         images = to_images(pixels.to(dtype))
         assert [i.size for i in images] == [(6, 4)] * 2
-        assert images[0].getpixel((0, 0)) == (255, 0, 0) and images[1].getpixel((5, 3)) == (0, 255, 128)
+        assert images[0].getpixel((0, 0)) == (255, 0, 0) and images[1].getpixel((5, 3)) == (
+            0,
+            255,
+            128,
+        )
 
 
-@pytest.mark.parametrize("prompt", ["a slice of pizza", 'say "cheese", 100 %', "日本の寿司 🍣, café"])
+@pytest.mark.parametrize(
+    "prompt", ["a slice of pizza", 'say "cheese", 100 %', "日本の寿司 🍣, café"]
+)
 def test_png_has_the_recipe_inside(tmp_path, prompt):
-    """The text chunk `parameters` comes back whole, its first line the prompt, also beyond Latin-1; the picture is
-    lossless.
+    """The text chunk `parameters` comes back whole, its first line the prompt, also beyond Latin-1;
+    the picture is lossless.
     """
     pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     image = to_images(pixels)[0]
@@ -56,9 +70,13 @@ def test_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "x.png").text["parameters"] == "old"
 
 
-@pytest.mark.parametrize("count, columns, grid", [(1, 1, (1, 1)), (5, 3, (3, 2)), (6, 3, (3, 2)), (4, 6, (6, 1))])
+@pytest.mark.parametrize(
+    "count, columns, grid", [(1, 1, (1, 1)), (5, 3, (3, 2)), (6, 3, (3, 2)), (4, 6, (6, 1))]
+)
 def test_contact_sheet_size_and_places(count, columns, grid):
-    """`columns` cells a row, as many rows as needed; cell i holds image i unchanged, 8 pixels between cells."""
+    """`columns` cells a row, as many rows as needed; cell i holds image i unchanged, 8 pixels
+    between cells.
+    """
     images = [Image.new("RGB", (128, 64), (10 * i, 0, 200)) for i in range(count)]
     sheet = contact_sheet(images, ["label"] * count, columns)
     tall = 13 + 6
@@ -69,12 +87,15 @@ def test_contact_sheet_size_and_places(count, columns, grid):
 
 
 def test_contact_sheet_labels():
-    """A label is drawn below its image; a long one is wrapped, so that it makes the sheet taller, not its cell wider;
-    empty labels, line breaks and letters beyond Latin-1 are drawn without an error.
+    """A label is drawn below its image; a long one is wrapped, so that it makes the sheet taller,
+    not its cell wider; empty labels, line breaks and letters beyond Latin-1 are drawn without an
+    error.
     """
     image = Image.new("RGB", (128, 128), "white")
     short, long = (contact_sheet([image], [label], 1) for label in ("cat", "cat " * 40))
-    assert np.array(short)[132:].min() < 128 and np.array(contact_sheet([image], [""], 1)).min() == 255
+    assert (
+        np.array(short)[132:].min() < 128 and np.array(contact_sheet([image], [""], 1)).min() == 255
+    )
     assert long.width == short.width and long.height > short.height + 50
     contact_sheet([image] * 3, ["", "a\nb", "寿司 🍣 é"], 2)
 
@@ -91,8 +112,9 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (16, 48)])
 @pytest.mark.parametrize("source", [(64, 64), (200, 100), (37, 91)])
 def test_read_image_scales_and_crops_the_centre(tmp_path, size, source):
-    """(1, 3, H, W) in [-1, 1]; the picture covers the frame with its proportions, and what is too much is cut off
-    equally on both sides: the centre stays the centre, and the side that fits is whole.
+    """(1, 3, H, W) in [-1, 1]; the picture covers the frame with its proportions, and what is too
+    much is cut off equally on both sides: the centre stays the centre, and the side that fits is
+    whole.
     """
     gradient(*source).save(tmp_path / "x.png")
     x = read_image(tmp_path / "x.png", size)

@@ -1,4 +1,6 @@
-"""Tar shards as a stream: each sample once an epoch whoever reads, a resumed stream goes on, damage is named."""
+"""Tar shards as a stream: each sample once an epoch whoever reads, a resumed stream goes on, damage
+is named.
+"""
 
 import gzip
 import json
@@ -33,7 +35,9 @@ def write_shards(folder, shards: int = 5, samples: int = 7) -> list:
                 if i % 2
                 else {"json": json.dumps({"caption": f"number {i}"}).encode()}
             )
-            files |= {f"set/{i:05}.png": picture(i)} | {f"set/{i:05}.{k}": v for k, v in caption.items()}
+            files |= {f"set/{i:05}.png": picture(i)} | {
+                f"set/{i:05}.{k}": v for k, v in caption.items()
+            }
         paths.append(write_tar(folder / f"{s}.tar", files))
     return paths
 
@@ -43,25 +47,45 @@ def numbers(samples) -> list[int]:
     out = []
     for x in samples:
         i = round((x.pixels.mean().item() + 1) * 127.5)
-        assert x.caption == f"number {i}" and x.size_ids.tolist()[:2] == [8, 8 + i % 3] and x.pixels.shape == (3, 8, 8)
+        assert (
+            x.caption == f"number {i}"
+            and x.size_ids.tolist()[:2] == [8, 8 + i % 3]
+            and x.pixels.shape == (3, 8, 8)
+        )
         out.append(i)
     return out
 
 
 @pytest.mark.parametrize("buffer", [0, 4, 1000])
 def test_an_epoch_is_a_permutation(tmp_path, buffer):
-    """Each of 35 samples once an epoch, in another order each epoch and with each seed, the same one with the same."""
+    """Each of 35 samples once an epoch, in another order each epoch and with each seed, the same
+    one with the same.
+    """
     shards = write_shards(tmp_path)
-    drawn = [numbers(islice(stream(shards, TARGETS, seed=s, buffer=buffer), 105)) for s in (0, 0, 1)]
+    drawn = [
+        numbers(islice(stream(shards, TARGETS, seed=s, buffer=buffer), 105)) for s in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     epochs = [tuple(drawn[0][i : i + 35]) for i in (0, 35, 70)]
     assert all(sorted(epoch) == list(range(35)) for epoch in epochs) and len(set(epochs)) == 3
 
 
 def test_captions_of_all_kinds(tmp_path, capsys):
-    """.txt, .json with caption or text, and .txt before .json; names up to the first dot; strays ignored."""
-    files = {"a.jpg": picture(0), "a.txt": b"one\n two", "b.json": b'{"text": "b"}', "b.png": picture(1)}
-    files |= {"x/c.txt": b"c", "x/c.PNG": picture(2), "x/c.json": b'{"caption": "no"}', "x/c.seg.png": b"?"}
+    """.txt, .json with caption or text, and .txt before .json; names up to the first dot; strays
+    ignored.
+    """
+    files = {
+        "a.jpg": picture(0),
+        "a.txt": b"one\n two",
+        "b.json": b'{"text": "b"}',
+        "b.png": picture(1),
+    }
+    files |= {
+        "x/c.txt": b"c",
+        "x/c.PNG": picture(2),
+        "x/c.json": b'{"caption": "no"}',
+        "x/c.seg.png": b"?",
+    }
     shard = write_tar(tmp_path / "a.tar", files)
     assert sorted(x.caption for x in islice(stream([shard], TARGETS), 3)) == ["b", "c", "one two"]
     assert not capsys.readouterr().out
@@ -81,7 +105,9 @@ def test_two_ranks_with_two_workers_see_each_sample_once(tmp_path):
 
 
 class Means(torch.nn.Module):
-    """In place of a VAE: the latent of a picture is its mean colour, four times, with a std of 1 / 8."""
+    """In place of a VAE: the latent of a picture is its mean colour, four times, with a std of 1 /
+    8.
+    """
 
     def __init__(self):
         super().__init__()
@@ -93,8 +119,9 @@ class Means(torch.nn.Module):
 
 
 def test_batches_of_ranks_and_workers(tmp_path):
-    """Two ranks with two reading processes each: each sample once in the epoch that all share, the workers in turns;
-    a run goes on from any step with the positions of then, noise and all; the ranks draw one batch of noise together.
+    """Two ranks with two reading processes each: each sample once in the epoch that all share, the
+    workers in turns; a run goes on from any step with the positions of then, noise and all; the
+    ranks draw one batch of noise together.
     """
     shards, seen, noise = write_shards(tmp_path, 4, 6), [], []
     for rank in range(2):
@@ -109,13 +136,22 @@ def test_batches_of_ranks_and_workers(tmp_path):
         for worker in range(2):
             alone = list(islice(stream(shards, [(8, 8)], rank, 2, worker, 2, seed=5), 9))
             assert [c for batch in got[worker::2] for c in batch[1]] == [x.caption for x in alone]
-        means = torch.stack([x.pixels.mean() for x in islice(stream(shards, [(8, 8)], rank, 2, 0, 2, seed=5), 3)])
+        means = torch.stack(
+            [x.pixels.mean() for x in islice(stream(shards, [(8, 8)], rank, 2, 0, 2, seed=5), 3)]
+        )
         noise.append((z0 - means[:, None, None, None]) * 8)
         seen += [c for batch in got[:4] for c in batch[1]]
         for start in (1, 2, 5):
             again = take(6 - start, start, list(got[start - 1][4]))
-            for (z0, captions, size_ids, generator, at), (z, c, ids, g, now) in zip(got[start:], again, strict=True):
-                assert captions == c and torch.equal(z0, z) and torch.equal(size_ids, ids) and at == now
+            for (z0, captions, size_ids, generator, at), (z, c, ids, g, now) in zip(
+                got[start:], again, strict=True
+            ):
+                assert (
+                    captions == c
+                    and torch.equal(z0, z)
+                    and torch.equal(size_ids, ids)
+                    and at == now
+                )
                 assert torch.equal(generator.get_state(), g.get_state())
     assert Counter(seen) == Counter(f"number {i}" for i in range(24))
     assert noise[0].std() > 0.5 and not torch.allclose(noise[0], noise[1])
@@ -123,19 +159,37 @@ def test_batches_of_ranks_and_workers(tmp_path):
 
 @pytest.mark.parametrize("buffer", [0, 4, 1000])
 def test_skip_is_the_position(tmp_path, buffer, monkeypatch):
-    """Going on after any sample gives the samples that came after it, cuts and all, also epochs later; what is skipped
-    is not decoded, and whole epochs of it are not even read.
+    """Going on after any sample gives the samples that came after it, cuts and all, also epochs
+    later; what is skipped is not decoded, and whole epochs of it are not even read.
     """
     shards = write_shards(tmp_path, 2, 5)
     whole = list(islice(stream(shards, TARGETS, seed=1, buffer=buffer), 60))
     assert [x.position for x in whole] == list(range(1, 61))
     for n in (1, 4, 9, 10, 11, 25, 50):
-        for a, b in zip(islice(stream(shards, TARGETS, seed=1, skip=n, buffer=buffer), 10), whole[n:]):
-            assert torch.equal(a.pixels, b.pixels) and a[1] == b[1] and torch.equal(a[2], b[2]) and a[3] == b[3]
-    decoded, read, decode, members = [], [], minilcm.data.shards.open_picture, minilcm.data.shards.members
-    monkeypatch.setattr(minilcm.data.shards, "open_picture", lambda data: decoded.append(1) or decode(data))
-    monkeypatch.setattr(minilcm.data.shards, "members", lambda shard: read.append(1) or members(shard))
-    assert next(stream(shards, TARGETS, seed=1, skip=1_000_003, buffer=buffer)).position == 1_000_004
+        for a, b in zip(
+            islice(stream(shards, TARGETS, seed=1, skip=n, buffer=buffer), 10), whole[n:]
+        ):
+            assert (
+                torch.equal(a.pixels, b.pixels)
+                and a[1] == b[1]
+                and torch.equal(a[2], b[2])
+                and a[3] == b[3]
+            )
+    decoded, read, decode, members = (
+        [],
+        [],
+        minilcm.data.shards.open_picture,
+        minilcm.data.shards.members,
+    )
+    monkeypatch.setattr(
+        minilcm.data.shards, "open_picture", lambda data: decoded.append(1) or decode(data)
+    )
+    monkeypatch.setattr(
+        minilcm.data.shards, "members", lambda shard: read.append(1) or members(shard)
+    )
+    assert (
+        next(stream(shards, TARGETS, seed=1, skip=1_000_003, buffer=buffer)).position == 1_000_004
+    )
     assert len(decoded) == 1 and len(read) <= 4
 
 
@@ -148,12 +202,31 @@ def test_shuffle_buffer():
 
 
 def test_damaged_samples_are_named_and_skipped(tmp_path, capsys):
-    """No caption, no picture, broken JSON, JSON without a caption, a caption not in UTF-8, a broken picture: one line
-    each with shard and name; the good one comes, and a resumed stream finds its place all the same.
+    """No caption, no picture, broken JSON, JSON without a caption, a caption not in UTF-8, a broken
+    picture: one line each with shard and name; the good one comes, and a resumed stream finds its
+    place all the same.
     """
-    files = {"0.png": picture(0), "1.txt": b"x", "2.png": picture(2), "2.json": b"{", "3.png": picture(3)}
-    files |= {"3.json": b'{"label": "x"}', "4.png": picture(4), "4.txt": b"\xff", "5.png": b"no", "5.txt": b"x"}
-    files |= {"6.png": picture(6), "6.txt": b"number 6", "7.png": picture(7), "7.json": b"[]", "8.png": picture(8)}
+    files = {
+        "0.png": picture(0),
+        "1.txt": b"x",
+        "2.png": picture(2),
+        "2.json": b"{",
+        "3.png": picture(3),
+    }
+    files |= {
+        "3.json": b'{"label": "x"}',
+        "4.png": picture(4),
+        "4.txt": b"\xff",
+        "5.png": b"no",
+        "5.txt": b"x",
+    }
+    files |= {
+        "6.png": picture(6),
+        "6.txt": b"number 6",
+        "7.png": picture(7),
+        "7.json": b"[]",
+        "8.png": picture(8),
+    }
     files |= {"8.json": b'{"caption": 8}'}
     shard = write_tar(tmp_path / "bad.tar", files)
     samples = list(islice(stream([shard], TARGETS), 3))
@@ -166,7 +239,9 @@ def test_damaged_samples_are_named_and_skipped(tmp_path, capsys):
     assert again.position == samples[2].position
 
 
-@pytest.mark.parametrize("kind", ["cut in data", "cut in header", "garbage", "empty", "header overwritten", "gzip"])
+@pytest.mark.parametrize(
+    "kind", ["cut in data", "cut in header", "garbage", "empty", "header overwritten", "gzip"]
+)
 def test_damaged_shards_are_named_and_skipped(tmp_path, capsys, kind):
     """The samples before the damage and those of other shards come; one line names the shard."""
     good, bad = write_shards(tmp_path, 2, 4)
@@ -184,12 +259,14 @@ def test_damaged_shards_are_named_and_skipped(tmp_path, capsys, kind):
     got = numbers(islice(stream([good, bad], TARGETS, buffer=0), 20))
     assert sorted(got[:whole]) == list(range(whole))
     lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith(f"{bad}: damaged, the rest is skipped (") for line in lines)
+    assert lines and all(
+        line.startswith(f"{bad}: damaged, the rest is skipped (") for line in lines
+    )
 
 
 def test_errors(tmp_path):
-    """A missing shard, fewer shards than readers, and nothing good in any: one line; the last one ends the stream
-    instead of reading for ever.
+    """A missing shard, fewer shards than readers, and nothing good in any: one line; the last one
+    ends the stream instead of reading for ever.
     """
     shards = write_shards(tmp_path, 2, 2)
     nothing = write_tar(tmp_path / "nothing.tar", {"1.png": b"no", "1.txt": b"x"})

@@ -1,5 +1,5 @@
-"""Model files: round trip, official prefixes, strict loading with one line that names file and keys; and the state of a
-run.
+"""Model files: round trip, official prefixes, strict loading with one line that names file and
+keys; and the state of a run.
 """
 
 import dataclasses
@@ -17,13 +17,24 @@ from torch import nn
 
 from minilcm.files import safetensors_file as safefile
 from minilcm.files.checkpoint import load_model, save_model
-from minilcm.files.identify import from_json, identify, sd15_config, sdxl_config, ssd1b_config, to_json
+from minilcm.files.identify import (
+    from_json,
+    identify,
+    sd15_config,
+    sdxl_config,
+    ssd1b_config,
+    to_json,
+)
 from minilcm.files.lora_file import write_tau
 from minilcm.files.safetensors_file import read_tensors
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 from minilcm.run.state import load_state, save_state, state_tensors
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+UNET, VAE, TEXT = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.text_model.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +87,21 @@ def single_file(official_keys, family: str) -> dict[str, list[int]]:
     shapes |= {VAE + k: s for k, s in official_keys["vae"].items()}
     clip_l = "conditioner.embedders.0.transformer.text_model." if xl else TEXT
     shapes |= {clip_l + k: s for k, s in official_keys["clip_l"].items()}
-    shapes |= {"conditioner.embedders.1.model." + k: s for k, s in official_keys["big_g"].items()} if xl else {}
+    shapes |= (
+        {"conditioner.embedders.1.model." + k: s for k, s in official_keys["big_g"].items()}
+        if xl
+        else {}
+    )
     return shapes
 
 
-@pytest.mark.parametrize("family, config", [("sd15", sd15_config), ("sdxl", sdxl_config), ("ssd1b", ssd1b_config)])
+@pytest.mark.parametrize(
+    "family, config", [("sd15", sd15_config), ("sdxl", sdxl_config), ("ssd1b", ssd1b_config)]
+)
 def test_families_are_identified_by_their_header(tmp_path, official_keys, family, config):
-    """The official key lists, in a file of their full size that holds no data; the UNet alone, under three prefixes."""
+    """The official key lists, in a file of their full size that holds no data; the UNet alone,
+    under three prefixes.
+    """
     shapes = single_file(official_keys, family)
     assert identify(header_file(tmp_path / "whole.safetensors", shapes)) == config()
     for prefix in (UNET, "diffusion_model.", ""):
@@ -94,24 +113,34 @@ def test_full_lcm_is_identified(tmp_path):
     """A UNet with cond_proj takes w: w_dim 256, under either name."""
     for name in ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"):
         keys = unet_keys(sd15()) | {UNET + name: [320, 256]}
-        assert identify(header_file(tmp_path / "lcm.safetensors", keys)).unet == dataclasses.replace(sd15(), w_dim=256)
+        assert identify(
+            header_file(tmp_path / "lcm.safetensors", keys)
+        ).unet == dataclasses.replace(sd15(), w_dim=256)
 
 
 def with_shape(shapes: dict, key: str, axis: int, size: int) -> dict:
     """The same keys with one axis changed wherever a key ends in `key`."""
-    return {k: [*s[:axis], size, *s[axis + 1 :]] if k.endswith(key) else s for k, s in shapes.items()}
+    return {
+        k: [*s[:axis], size, *s[axis + 1 :]] if k.endswith(key) else s for k, s in shapes.items()
+    }
 
 
 def vega() -> UNetConfig:
-    return dataclasses.replace(ssd1b(), down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0)))
+    return dataclasses.replace(
+        ssd1b(), down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0))
+    )
 
 
 def koala() -> UNetConfig:
-    return dataclasses.replace(sdxl(), down=((0,), (2,), (6,)), middle=6, up=((6, 6), (2, 2), (0, 0)))
+    return dataclasses.replace(
+        sdxl(), down=((0,), (2,), (6,)), middle=6, up=((6, 6), (2, 2), (0, 0))
+    )
 
 
 def tiny_sd() -> UNetConfig:
-    return dataclasses.replace(sd15(), channels=(320, 640, 1280), down=((1,), (1,), (1,)), up=((1, 1),) * 3)
+    return dataclasses.replace(
+        sd15(), channels=(320, 640, 1280), down=((1,), (1,), (1,)), up=((1, 1),) * 3
+    )
 
 
 FOREIGN = [
@@ -143,7 +172,9 @@ FOREIGN = [
 
 @pytest.mark.parametrize("keys, message", FOREIGN, ids=[message for _, message in FOREIGN])
 def test_other_files_are_named(tmp_path, keys, message):
-    """What it is instead, in one line, from the header; nothing is guessed from a key that a family happens to lack."""
+    """What it is instead, in one line, from the header; nothing is guessed from a key that a family
+    happens to lack.
+    """
     path = header_file(tmp_path / "x.safetensors", keys())
     with pytest.raises(ValueError) as caught:
         identify(path)
@@ -155,7 +186,9 @@ def test_other_files_are_named(tmp_path, keys, message):
 
 
 def test_wild_spellings_load(tmp_path, contents, model):
-    """Other prefixes, CLIP-L without text_model., VAE attention as matrices under diffusers' names: the same model."""
+    """Other prefixes, CLIP-L without text_model., VAE attention as matrices under diffusers' names:
+    the same model.
+    """
     tensors, metadata = contents
     wild = {}
     for key, value in tensors.items():
@@ -168,9 +201,14 @@ def test_wild_spellings_load(tmp_path, contents, model):
             ("attn_1.proj_out.", "to_out.0."),
         ):
             if ours in key:
-                key, value = key.replace(ours, "attn_1." + theirs), value[:, :, 0, 0] if value.ndim == 4 else value
+                key, value = (
+                    key.replace(ours, "attn_1." + theirs),
+                    value[:, :, 0, 0] if value.ndim == 4 else value,
+                )
         wild[key] = (
-            value[:, :, 0, 0] if key.endswith(("proj_in.weight", "proj_out.weight")) and value.ndim == 4 else value
+            value[:, :, 0, 0]
+            if key.endswith(("proj_in.weight", "proj_out.weight")) and value.ndim == 4
+            else value
         )
     save_file({k: v.contiguous() for k, v in wild.items()}, tmp_path / "wild.safetensors", metadata)
     for ours, theirs in zip(load_model(model), load_model(tmp_path / "wild.safetensors")):
@@ -182,12 +220,18 @@ def test_wild_spellings_load(tmp_path, contents, model):
 def test_a_vae_of_its_own(tmp_path, contents):
     """Without a VAE the line names --vae; with one, bare or prefixed, that one is taken."""
     tensors, metadata = contents
-    save_file({k: v for k, v in tensors.items() if not k.startswith(VAE)}, tmp_path / "no.safetensors", metadata)
+    save_file(
+        {k: v for k, v in tensors.items() if not k.startswith(VAE)},
+        tmp_path / "no.safetensors",
+        metadata,
+    )
     with pytest.raises(ValueError, match="no VAE in the file; give one with --vae FILE"):
         load_model(tmp_path / "no.safetensors")
     other = tiny_vae(seed=5).state_dict()
     for prefix in ("", "vae.", VAE):
-        save_file({prefix + k: v.contiguous() for k, v in other.items()}, tmp_path / "vae.safetensors")
+        save_file(
+            {prefix + k: v.contiguous() for k, v in other.items()}, tmp_path / "vae.safetensors"
+        )
         vae = load_model(tmp_path / "no.safetensors", vae_path=tmp_path / "vae.safetensors")[1]
         assert all(torch.equal(value, other[key]) for key, value in vae.state_dict().items())
 
@@ -195,7 +239,11 @@ def test_a_vae_of_its_own(tmp_path, contents):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("out.2.weight", torch.full((4, 32, 3, 3), torch.nan), "out.2.weight has values that are not finite"),
+        (
+            "out.2.weight",
+            torch.full((4, 32, 3, 3), torch.nan),
+            "out.2.weight has values that are not finite",
+        ),
         (
             "out.2.weight",
             torch.zeros(4, 32, 3, 3, dtype=torch.int8),
@@ -214,24 +262,30 @@ def test_values_that_cannot_be_used(tmp_path, contents, key, value, message):
 
 
 def test_round_trip_rounds_to_float16_and_nothing_else(model):
-    """Every tensor of UNet, VAE and text tower comes back as its float16 rounding, frozen, in float32, under the same
-    key.
+    """Every tensor of UNet, VAE and text tower comes back as its float16 rounding, frozen, in
+    float32, under the same key.
     """
     loaded = load_model(model)
     for module, original in zip(loaded, (tiny_unet(), tiny_vae(), tiny_text())):
         state, expected = module.state_dict(), original.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key].half().float()) for key in expected)
-        assert not any(p.requires_grad or p.is_meta for p in module.parameters()) and not module.training
+        assert (
+            not any(p.requires_grad or p.is_meta for p in module.parameters())
+            and not module.training
+        )
         assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_loaded_model_computes_what_the_saved_one_does(model):
-    """Text, UNet and VAE of the file give the outputs of the modules that were saved, up to float16 rounding of
-    weights.
+    """Text, UNet and VAE of the file give the outputs of the modules that were saved, up to float16
+    rounding of weights.
     """
     unet, vae, text, _ = load_model(model)
-    cond, z_t = text.encode(["cat face"]), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond, z_t = (
+        text.encode(["cat face"]),
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
         pairs = [
             (cond.context, tiny_text().encode(["cat face"]).context),
@@ -243,16 +297,23 @@ def test_loaded_model_computes_what_the_saved_one_does(model):
 
 
 def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
-    """float16 values pass through float32 unchanged, so load and save is the identity on tensors and config."""
+    """float16 values pass through float32 unchanged, so load and save is the identity on tensors
+    and config.
+    """
     unet, vae, text, config = load_model(model)
     save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
-    (tensors, metadata), (again, metadata_again) = read_tensors(model), read_tensors(tmp_path / "again.safetensors")
+    (tensors, metadata), (again, metadata_again) = (
+        read_tensors(model),
+        read_tensors(tmp_path / "again.safetensors"),
+    )
     assert tensors.keys() == again.keys() and metadata == metadata_again
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
 
 
 def test_two_text_towers_round_trip(tmp_path):
-    """SDXL's layout: both towers come back, under its official prefixes; saved again the file is the same."""
+    """SDXL's layout: both towers come back, under its official prefixes; saved again the file is
+    the same.
+    """
     path = write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
     unet, vae, text, config = load_model(path)
     assert config == TWO_TOWERS
@@ -274,7 +335,9 @@ def test_two_text_towers_round_trip(tmp_path):
 
 
 def test_dtype_of_the_weights(model):
-    """`dtype` is that of every weight of UNet and text tower; the VAE stays float32, as SDXL's must."""
+    """`dtype` is that of every weight of UNet and text tower; the VAE stays float32, as SDXL's
+    must.
+    """
     unet, vae, text, _ = load_model(model, torch.bfloat16)
     assert {p.dtype for module in (unet, text) for p in module.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
@@ -308,7 +371,9 @@ def test_keys_have_the_official_prefixes(contents):
 
 @pytest.mark.parametrize("prefix, what", [(UNET, "UNet"), (VAE, "VAE")])
 def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
-    """Each problem is counted and its first keys are named, all in one line; nothing is loaded leniently."""
+    """Each problem is counted and its first keys are named, all in one line; nothing is loaded
+    leniently.
+    """
     tensors, metadata = dict(contents[0]), contents[1]
     keys = sorted(key for key in tensors if key.startswith(prefix))
     first, second, third = (key.removeprefix(prefix) for key in keys[:3])
@@ -326,7 +391,9 @@ def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
 @pytest.mark.parametrize("proj", ["q", "k", "v"])
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_text_tower_without_one_of_q_k_v(tmp_path, contents, proj, part):
-    """q, k and v are fused on load; a file without one of them, or with one of another width, gives one line too."""
+    """q, k and v are fused on load; a file without one of them, or with one of another width, gives
+    one line too.
+    """
     tensors, metadata = dict(contents[0]), contents[1]
     key = f"{TEXT}encoder.layers.0.self_attn.{proj}_proj.{part}"
     value = tensors.pop(key)
@@ -336,9 +403,18 @@ def test_text_tower_without_one_of_q_k_v(tmp_path, contents, proj, part):
 
 
 def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
-    """What belongs to no part is named, not dropped in silence; buffers and leftovers of training need no line."""
-    tensors = contents[0] | {"model_diffusion.out.2.weight": torch.zeros(1), UNET + "odd.weight": torch.zeros(1)}
-    tensors |= {"alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000)}
+    """What belongs to no part is named, not dropped in silence; buffers and leftovers of training
+    need no line.
+    """
+    tensors = contents[0] | {
+        "model_diffusion.out.2.weight": torch.zeros(1),
+        UNET + "odd.weight": torch.zeros(1),
+    }
+    tensors |= {
+        "alphas_cumprod": torch.zeros(1000),
+        "model_ema.decay": torch.tensor(0.9),
+        "betas": torch.zeros(1000),
+    }
     tensors |= {TEXT + "embeddings.position_ids": torch.zeros(1, 77)}
     save_file(tensors, tmp_path / "more.safetensors", contents[1])
     load_model(tmp_path / "more.safetensors")
@@ -349,10 +425,13 @@ def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
 
 
 def test_no_config_and_a_config_of_another_version(tmp_path, contents):
-    """A checkpoint by someone else has no minilcm.config; a damaged or newer one is refused in one line as well."""
+    """A checkpoint by someone else has no minilcm.config; a damaged or newer one is refused in one
+    line as well.
+    """
     tensors, path = contents[0], tmp_path / "bad.safetensors"
-    assert "detected an unknown UNet (width 32, in 4, context 32, adm None, depths (0, 0, 1)" in error_of(
-        path, tensors, {"format": "pt"}
+    assert (
+        "detected an unknown UNet (width 32, in 4, context 32, adm None, depths (0, 0, 1)"
+        in error_of(path, tensors, {"format": "pt"})
     )
     config = json.loads(contents[1]["minilcm.config"])
     newer = config | {"unet": config["unet"] | {"flash": True}}
@@ -414,17 +493,22 @@ def train_step(net, optimizer, i: int) -> None:
 
 
 def test_state_round_trip_is_bitwise(tmp_path):
-    """Weights, both Adam moments, its step count and the run's JSON come back bit for bit; the next step is the same
-    too.
+    """Weights, both Adam moments, its step count and the run's JSON come back bit for bit; the next
+    step is the same too.
     """
     net, optimizer = small_run(3)
     run = {"step": 3, "flags": {"lr": "0.01"}}
-    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), run)
+    save_state(
+        tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), run
+    )
     with safe_open(tmp_path / "state.safetensors", "pt") as f:
         assert {f"optimizer.0.{key}" for key in ("step", "exp_avg", "exp_avg_sq")} <= set(f.keys())
 
     other, other_optimizer = small_run(0, seed=1)
-    assert load_state(tmp_path / "state.safetensors", dict(other.named_parameters()), other_optimizer) == run
+    assert (
+        load_state(tmp_path / "state.safetensors", dict(other.named_parameters()), other_optimizer)
+        == run
+    )
     for i in range(2):
         for a, b in zip(net.parameters(), other.parameters()):
             assert torch.equal(a, b)
@@ -433,34 +517,48 @@ def test_state_round_trip_is_bitwise(tmp_path):
         for moments, other_moments in zip(state.values(), other_state.values()):
             assert moments.keys() == other_moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert all(
-                torch.equal(moments[key], other_moments[key]) and moments[key].dtype == torch.float32 for key in moments
+                torch.equal(moments[key], other_moments[key])
+                and moments[key].dtype == torch.float32
+                for key in moments
             )
         assert state[0]["step"] == 3 + i
         train_step(net, optimizer, 3), train_step(other, other_optimizer, 3)
 
 
 def test_state_is_loaded_into_the_parameters_that_the_optimizer_holds(tmp_path):
-    """load_state fills tensors in place: optimizer, average and a compiled network go on holding the right ones."""
+    """load_state fills tensors in place: optimizer, average and a compiled network go on holding
+    the right ones.
+    """
     net, optimizer = small_run(2)
-    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {})
+    save_state(
+        tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {}
+    )
     other, other_optimizer = small_run(0, seed=1)
     pointers = [p.data_ptr() for p in other.parameters()]
     load_state(tmp_path / "state.safetensors", dict(other.named_parameters()), other_optimizer)
     assert [p.data_ptr() for p in other.parameters()] == pointers
-    assert all(a is b for a, b in zip(other.parameters(), other_optimizer.param_groups[0]["params"]))
+    assert all(
+        a is b for a, b in zip(other.parameters(), other_optimizer.param_groups[0]["params"])
+    )
 
 
 def test_state_of_another_run_is_refused(tmp_path):
     """Other keys or shapes: ValueError with the file, and no tensor has changed."""
     net, optimizer = small_run(2)
-    save_state(tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {})
+    save_state(
+        tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {}
+    )
     wider = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     deeper = nn.Sequential(*net, nn.Linear(2, 2))
     for other in (wider, deeper):
         before = [p.detach().clone() for p in other.parameters()]
-        with pytest.raises(ValueError, match="state.safetensors: state of another model or objective"):
+        with pytest.raises(
+            ValueError, match="state.safetensors: state of another model or objective"
+        ):
             load_state(
-                tmp_path / "state.safetensors", dict(other.named_parameters()), torch.optim.AdamW(other.parameters())
+                tmp_path / "state.safetensors",
+                dict(other.named_parameters()),
+                torch.optim.AdamW(other.parameters()),
             )
         assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before))
     with pytest.raises(ValueError, match="none.safetensors: no such file"):

@@ -1,5 +1,5 @@
-"""LoRA files: bitwise round trips with lora_alpha != rank, names that come back, and one line for each kind of wrong
-file.
+"""LoRA files: bitwise round trips with lora_alpha != rank, names that come back, and one line for
+each kind of wrong file.
 """
 
 import json
@@ -35,7 +35,8 @@ def mixed_tau() -> Tau:
 
 def same(a: Tau, b: Tau) -> bool:
     return a.keys() == b.keys() and all(
-        torch.equal(a[p][0], b[p][0]) and torch.equal(a[p][1], b[p][1]) and a[p][2] == b[p][2] for p in a
+        torch.equal(a[p][0], b[p][0]) and torch.equal(a[p][1], b[p][1]) and a[p][2] == b[p][2]
+        for p in a
     )
 
 
@@ -58,46 +59,68 @@ def spoil(path, change) -> None:
 
 
 def test_float32_round_trip_is_bitwise(tmp_path):
-    """write_tau in float32, read_tau: same paths, same bits, and lora_alpha as float32 holds it, for several ranks."""
-    tau = {path: (up, down, float(torch.tensor(lora_alpha))) for path, (up, down, lora_alpha) in mixed_tau().items()}
+    """write_tau in float32, read_tau: same paths, same bits, and lora_alpha as float32 holds it,
+    for several ranks.
+    """
+    tau = {
+        path: (up, down, float(torch.tensor(lora_alpha)))
+        for path, (up, down, lora_alpha) in mixed_tau().items()
+    }
     write_tau(tmp_path / "lora.safetensors", tau, {}, torch.float32)
     assert same(read_tau(tmp_path / "lora.safetensors"), tau)
 
 
 def test_live_parameters_can_be_written(tmp_path):
     """`get_tau` gives parameters that require grad; the file holds their values."""
-    tau = {p: (nn.Parameter(up), nn.Parameter(down), 8.0) for p, (up, down, _) in mixed_tau().items()}
+    tau = {
+        p: (nn.Parameter(up), nn.Parameter(down), 8.0) for p, (up, down, _) in mixed_tau().items()
+    }
     write_tau(tmp_path / "lora.safetensors", tau, {}, torch.float32)
     assert same(read_tau(tmp_path / "lora.safetensors"), tau)
 
 
 def test_float16_is_the_default_and_rounds_once(tmp_path):
-    """The file's tensors are float16, read back as float32 of exactly that rounding; a second round trip changes
-    nothing.
+    """The file's tensors are float16, read back as float32 of exactly that rounding; a second round
+    trip changes nothing.
     """
     tau = mixed_tau()
     write_tau(tmp_path / "a.safetensors", tau, {})
-    assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
+    assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {
+        torch.float16
+    }
     read = read_tau(tmp_path / "a.safetensors")
-    assert all(torch.equal(read[p][0], tau[p][0].half().float()) and read[p][1].dtype == torch.float32 for p in tau)
+    assert all(
+        torch.equal(read[p][0], tau[p][0].half().float()) and read[p][1].dtype == torch.float32
+        for p in tau
+    )
     write_tau(tmp_path / "b.safetensors", read, {})
     assert same(read_tau(tmp_path / "b.safetensors"), read)
 
 
 def test_a_missing_alpha_means_rank(lora):
-    """Files without `.alpha` have strength 1, so lora_alpha = rank, module by module (kohya's rule)."""
-    spoil(lora, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(".alpha")])
-    assert sorted((down.shape[0], lora_alpha) for _, down, lora_alpha in read_tau(lora).values()) == [
+    """Files without `.alpha` have strength 1, so lora_alpha = rank, module by module (kohya's
+    rule).
+    """
+    spoil(
+        lora, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(".alpha")]
+    )
+    assert sorted(
+        (down.shape[0], lora_alpha) for _, down, lora_alpha in read_tau(lora).values()
+    ) == [
         (1, 1.0),
         (3, 3.0),
     ]
 
 
 def test_keys_are_kohyas(lora):
-    """`lora_unet_` + path with underscores, three tensors a module; the header has kohya's rank and alpha."""
+    """`lora_unet_` + path with underscores, three tensors a module; the header has kohya's rank and
+    alpha.
+    """
     tensors = load_file(lora)
     assert len(tensors) == 6 and tensors[f"{FLAT}.alpha"].ndim == 0
-    assert tensors[f"{FLAT}.lora_down.weight"].shape == (1, 32, 3, 3) and tensors[f"{FLAT}.lora_up.weight"].shape == (
+    assert tensors[f"{FLAT}.lora_down.weight"].shape == (1, 32, 3, 3) and tensors[
+        f"{FLAT}.lora_up.weight"
+    ].shape == (
         32,
         1,
         1,
@@ -108,7 +131,9 @@ def test_keys_are_kohyas(lora):
 
 
 def test_recipe_is_in_the_header(tmp_path):
-    """What training recorded comes back by read_recipe, and lies under `minilcm.*`; ranks and alphas are listed."""
+    """What training recorded comes back by read_recipe, and lies under `minilcm.*`; ranks and
+    alphas are listed.
+    """
     recipe = {"objective": "lcm", "w": "7.5", "K": "50", "timestep_scaling": "10"}
     write_tau(tmp_path / "lora.safetensors", mixed_tau(), recipe)
     assert read_recipe(tmp_path / "lora.safetensors") == recipe
@@ -122,7 +147,9 @@ def test_recipe_is_in_the_header(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_a_bijection(family):
-    """Each adaptable module has one flattened name in LDM and one in diffusers spelling, and both come back to it."""
+    """Each adaptable module has one flattened name in LDM and one in diffusers spelling, and both
+    come back to it.
+    """
     with torch.device("meta"):
         unet = UNet(family())
     paths = [path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -134,16 +161,21 @@ def test_names_are_a_bijection(family):
 
 @pytest.mark.parametrize("family", [sd15, ssd1b, sdxl])
 def test_diffusers_names_are_the_official_ones(official_lora_keys, family):
-    """The map equals the one tracked tensor by tensor through diffusers' own converter, norms and embeddings too."""
+    """The map equals the one tracked tensor by tensor through diffusers' own converter, norms and
+    embeddings too.
+    """
     official = official_lora_keys[family.__name__]
     assert {path: to_diffusers_path(path, family()) for path in official} == official
 
 
 @pytest.mark.parametrize(
-    "family, modules, parameters", [(sd15, 278, 67_252_224), (ssd1b, 423, 104_902_656), (sdxl, 788, 196_751_360)]
+    "family, modules, parameters",
+    [(sd15, 278, 67_252_224), (ssd1b, 423, 104_902_656), (sdxl, 788, 196_751_360)],
 )
 def test_official_lcm_lora_keys(official_lora_keys, family, modules, parameters):
-    """Every key of the official file names a module that the LCM-LoRA's targets name, with the shapes of rank 64."""
+    """Every key of the official file names a module that the LCM-LoRA's targets name, with the
+    shapes of rank 64.
+    """
     keys = official_lora_keys[f"lcm_{family.__name__}"]
     with torch.device("meta"):
         unet = UNet(family())
@@ -200,7 +232,9 @@ SPELLINGS = [  # each of public files, by grammar; and what it names
 
 @pytest.mark.parametrize("key, prefix, path, part", SPELLINGS)
 def test_spellings(key, prefix, path, part):
-    """Five grammars, UNet and text encoders: the module of SD1.5 (or its tower) and the part that the key names."""
+    """Five grammars, UNet and text encoders: the module of SD1.5 (or its tower) and the part that
+    the key names.
+    """
     got_prefix, module, got_part = split_key(key)
     flat = module.replace(".", "_")
     got = text_table().get(flat) if got_prefix else to_ldm_path(flat, sd15)
@@ -208,7 +242,9 @@ def test_spellings(key, prefix, path, part):
 
 
 def test_the_upsampler_of_the_lowest_level(tmp_path):
-    """`up_blocks_0_upsamplers_0_conv` is output_blocks.2.1 in SD1.5 but .2.2 in SDXL, where A1111 loses it."""
+    """`up_blocks_0_upsamplers_0_conv` is output_blocks.2.1 in SD1.5 but .2.2 in SDXL, where A1111
+    loses it.
+    """
     flat = "lora_unet_up_blocks_0_upsamplers_0_conv"
     for other, path in (
         ("down_blocks_0_attentions_0_proj_in", "output_blocks.2.1.conv"),
@@ -228,8 +264,13 @@ def test_the_upsampler_of_the_lowest_level(tmp_path):
 
 @pytest.mark.parametrize("style", ["diffusers", "ldm", "peft"])
 def test_styles_come_back(tmp_path, style):
-    """Each style written in float32, text encoder included, ranks and lora_alphas all different: the same tau read."""
-    tau = {path: (up, down, float(torch.tensor(lora_alpha))) for path, (up, down, lora_alpha) in mixed_tau().items()}
+    """Each style written in float32, text encoder included, ranks and lora_alphas all different:
+    the same tau read.
+    """
+    tau = {
+        path: (up, down, float(torch.tensor(lora_alpha)))
+        for path, (up, down, lora_alpha) in mixed_tau().items()
+    }
     tau["te1.encoder.layers.0.self_attn.q_proj"] = torch.ones(32, 2), torch.ones(2, 32), 7.0
     tau["te1.encoder.layers.1.mlp.fc1"] = torch.ones(64, 5), torch.ones(5, 32), 1.5
     write_tau(tmp_path / "lora.safetensors", tau, {}, torch.float32, style)
@@ -237,15 +278,31 @@ def test_styles_come_back(tmp_path, style):
 
 
 def test_sdxl_is_written_in_ldm_names_and_says_so(tmp_path):
-    """Default names are G1 for SD1.x, G2 for SDXL; `ss_base_model_version` is what A1111 lists a LoRA by."""
+    """Default names are G1 for SD1.x, G2 for SDXL; `ss_base_model_version` is what A1111 lists a
+    LoRA by.
+    """
     for path, width, key, base in (
-        ("input_blocks.7.1.proj_in", (1280, 1280, 1, 1), "lora_unet_down_blocks_2_attentions_0_proj_in", "sd_v1"),
-        ("input_blocks.7.1.proj_in", (1280, 1280), "lora_unet_input_blocks_7_1_proj_in", "sdxl_base_v1-0"),
+        (
+            "input_blocks.7.1.proj_in",
+            (1280, 1280, 1, 1),
+            "lora_unet_down_blocks_2_attentions_0_proj_in",
+            "sd_v1",
+        ),
+        (
+            "input_blocks.7.1.proj_in",
+            (1280, 1280),
+            "lora_unet_input_blocks_7_1_proj_in",
+            "sdxl_base_v1-0",
+        ),
     ):
         up, down = torch.ones(width[0], 2, *width[2:]), torch.ones(2, *width[1:])
         tau = {path: (up, down, 1.0)}
         if base != "sd_v1":  # a module that only SDXL has
-            tau["input_blocks.7.1.transformer_blocks.9.attn1.to_q"] = (torch.ones(1280, 2), torch.ones(2, 1280), 1.0)
+            tau["input_blocks.7.1.transformer_blocks.9.attn1.to_q"] = (
+                torch.ones(1280, 2),
+                torch.ones(2, 1280),
+                1.0,
+            )
         write_tau(tmp_path / "lora.safetensors", tau, {})
         tensors, metadata = safefile.read_tensors(tmp_path / "lora.safetensors")
         assert f"{key}.lora_up.weight" in tensors and metadata["ss_base_model_version"] == base
@@ -255,38 +312,64 @@ def test_sdxl_is_written_in_ldm_names_and_says_so(tmp_path):
 def test_a_tucker_core_is_multiplied_out(tmp_path):
     """LoCon with lora_mid: delta[o, i, h, w] = alpha/r sum_pq up[o, p] mid[p, q, h, w] down[q, i]."""
     g = torch.Generator().manual_seed(0)
-    up, mid, down = (torch.randn(s, generator=g) for s in ((32, 3, 1, 1), (3, 3, 3, 3), (3, 32, 1, 1)))
-    parts = {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down, "alpha": torch.tensor(1.5)}
+    up, mid, down = (
+        torch.randn(s, generator=g) for s in ((32, 3, 1, 1), (3, 3, 3, 3), (3, 32, 1, 1))
+    )
+    parts = {
+        "lora_up.weight": up,
+        "lora_mid.weight": mid,
+        "lora_down.weight": down,
+        "alpha": torch.tensor(1.5),
+    }
     save_file({f"{FLAT}.{k}": v for k, v in parts.items()}, tmp_path / "lora.safetensors")
     ((path, tau),) = read_tau(tmp_path / "lora.safetensors").items()
-    expected = 0.5 * torch.einsum("op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double())
+    expected = 0.5 * torch.einsum(
+        "op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double()
+    )
     torch.testing.assert_close(delta(*tau).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_peft_alpha_is_read(tmp_path):
-    """The header's lora_adapter_metadata, or adapter_config.json beside the file, tells lora_alpha; rsLoRA's too."""
+    """The header's lora_adapter_metadata, or adapter_config.json beside the file, tells lora_alpha;
+    rsLoRA's too.
+    """
     key = "mid_block.resnets.0.conv1"
-    tensors = {f"{key}.lora_A.weight": torch.ones(4, 32, 3, 3), f"{key}.lora_B.weight": torch.ones(32, 4, 1, 1)}
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(4, 32, 3, 3),
+        f"{key}.lora_B.weight": torch.ones(32, 4, 1, 1),
+    }
     path = tmp_path / "adapter_model.safetensors"
     config = {"unet.r": 4, "unet.lora_alpha": 8}
-    save_file({f"unet.{k}": v for k, v in tensors.items()}, path, {"lora_adapter_metadata": json.dumps(config)})
+    save_file(
+        {f"unet.{k}": v for k, v in tensors.items()},
+        path,
+        {"lora_adapter_metadata": json.dumps(config)},
+    )
     assert [x[2] for x in read_tau(path).values()] == [8.0]
     config["unet.alpha_pattern"] = {key: 2}
-    save_file({f"unet.{k}": v for k, v in tensors.items()}, path, {"lora_adapter_metadata": json.dumps(config)})
+    save_file(
+        {f"unet.{k}": v for k, v in tensors.items()},
+        path,
+        {"lora_adapter_metadata": json.dumps(config)},
+    )
     assert [x[2] for x in read_tau(path).values()] == [2.0]
     save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, path)
     assert [x[2] for x in read_tau(path).values()] == [4.0]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     assert [x[2] for x in read_tau(path).values()] == [8.0]
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True})
+    )
     assert [x[2] for x in read_tau(path).values()] == [16.0]
 
 
 def test_peft_patterns(tmp_path):
-    """alpha_pattern holds ends of names, at a dot, or regular expressions; the first that fits counts. PEFT's rules.
+    """alpha_pattern holds ends of names, at a dot, or regular expressions; the first that fits
+    counts. PEFT's rules.
 
-    attn1.to_k: "to_k"; attn2.to_k: the first, though "to_k" fits too; conv1: "[02]" fits 0 and not 1; to_q: none, and
-    "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of alpha sqrt(r). Text encoders have their own.
+    attn1.to_k: "to_k"; attn2.to_k: the first, though "to_k" fits too; conv1: "[02]" fits 0 and not
+    1; to_q: none, and "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of alpha
+    sqrt(r). Text encoders have their own.
     """
     attn = "unet.mid_block.attentions.0.transformer_blocks.0"
     expected = {f"{attn}.attn1.to_k": 2.0, f"{attn}.attn2.to_k": 3.0, f"{attn}.attn1.to_q": 8.0}
@@ -302,10 +385,18 @@ def test_peft_patterns(tmp_path):
         tensors[f"{name}.lora_A.weight"] = torch.ones(4, 32, *kernel)
         tensors[f"{name}.lora_B.weight"] = torch.ones(32, 4, *[1 for _ in kernel])
     for factor, more in ((1, {}), (2, {"unet.use_rslora": True, "text_encoder.use_rslora": True})):
-        save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config | more)})
-        got = sorted(lora_alpha for _, _, lora_alpha in read_tau(tmp_path / "lora.safetensors").values())
+        save_file(
+            tensors,
+            tmp_path / "lora.safetensors",
+            {"lora_adapter_metadata": json.dumps(config | more)},
+        )
+        got = sorted(
+            lora_alpha for _, _, lora_alpha in read_tau(tmp_path / "lora.safetensors").values()
+        )
         assert got == sorted(factor * x for x in expected.values())
-        first = read_tau(tmp_path / "lora.safetensors")["middle_block.1.transformer_blocks.0.attn2.to_k"]
+        first = read_tau(tmp_path / "lora.safetensors")[
+            "middle_block.1.transformer_blocks.0.attn2.to_k"
+        ]
         assert first[2] == 3.0 * factor
 
 
@@ -319,9 +410,14 @@ def test_a_pattern_that_could_take_years_is_refused(tmp_path):
 
 
 def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path, capsys):
-    """PEFT's default alpha is 8, so rank 64 read as alpha 64 would be 8 times too strong: one printed line."""
+    """PEFT's default alpha is 8, so rank 64 read as alpha 64 would be 8 times too strong: one
+    printed line.
+    """
     name = "base_model.model.mid_block.resnets.0.conv1"
-    tensors = {f"{name}.lora_A.weight": torch.ones(4, 32, 3, 3), f"{name}.lora_B.weight": torch.ones(32, 4, 1, 1)}
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(4, 32, 3, 3),
+        f"{name}.lora_B.weight": torch.ones(32, 4, 1, 1),
+    }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     read_tau(tmp_path / "adapter_model.safetensors")
     assert "no adapter_config.json: lora_alpha is taken as the rank" in capsys.readouterr().out
@@ -331,15 +427,22 @@ def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path,
     "unet.x.lora_magnitude_vector", "lora_unet_x.diff", "lora_unet_x.diff_b", "lora_unet_x.w_norm",
     "lora_unet_x.on_input", "lora_unet_x.a1.weight", "lora_unet_x.oft_blocks"])  # fmt: skip
 def test_other_adapters_are_refused_by_name(lora, key):
-    """LyCORIS' and PEFT's other kinds: one line with the kind and the key, though the rest of the file is LoRA."""
+    """LyCORIS' and PEFT's other kinds: one line with the kind and the key, though the rest of the
+    file is LoRA.
+    """
     spoil(lora, lambda tensors: tensors.update({key: torch.zeros(2)}))
-    assert re.search(rf"(LoHa|LoKr|DoRA|difference|IA3|GLoRA|OFT) is not LoRA.*{re.escape(key)}", one_line(lora))
+    assert re.search(
+        rf"(LoHa|LoKr|DoRA|difference|IA3|GLoRA|OFT) is not LoRA.*{re.escape(key)}", one_line(lora)
+    )
 
 
 def test_one_module_in_both_spellings_is_refused(lora):
     """diffusers drops one of the two without a word."""
     twin = "lora_unet_input_blocks_1_0_in_layers_2"
-    spoil(lora, lambda t: t.update({k.replace(FLAT, twin): v.clone() for k, v in t.items() if FLAT in k}))
+    spoil(
+        lora,
+        lambda t: t.update({k.replace(FLAT, twin): v.clone() for k, v in t.items() if FLAT in k}),
+    )
     assert "input_blocks.1.0.in_layers.2 is in the file twice" in one_line(lora)
 
 
@@ -362,8 +465,12 @@ def test_missing_file(tmp_path):
 
 
 def test_not_a_lora(tmp_path):
-    """A checkpoint is told where it belongs; any other safetensors file is named by its first key; an empty one too."""
-    assert "this is a checkpoint; pass it with --model" in one_line(write_model(tmp_path / "model.safetensors"))
+    """A checkpoint is told where it belongs; any other safetensors file is named by its first key;
+    an empty one too.
+    """
+    assert "this is a checkpoint; pass it with --model" in one_line(
+        write_model(tmp_path / "model.safetensors")
+    )
     save_file({"b": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert "not a LoRA file (first key: a)" in one_line(tmp_path / "x.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
@@ -404,7 +511,10 @@ def test_truncated_file(tmp_path, fraction):
             {f"lora_unet_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")},
             "1 of 3 modules are in no.*: x",
         ),
-        ({f"lora_te_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")}, "1 of 3 modules are in no"),
+        (
+            {f"lora_te_x.{x}.weight": torch.ones(2, 2) for x in ("lora_up", "lora_down")},
+            "1 of 3 modules are in no",
+        ),
         (
             {f"{FLAT}.lora_up.weight": torch.zeros(32, 1, 1, 1, dtype=torch.int8)},
             "is int8, quantised; dequantise it first",
@@ -412,9 +522,15 @@ def test_truncated_file(tmp_path, fraction):
         ({f"{FLAT}.dora_scale": torch.zeros(2)}, r"DoRA is not LoRA.*conv1.dora_scale"),
         ({f"{FLAT}.lora_down.weight": None}, "has only one of lora_down and lora_up"),
         ({f"{FLAT}.lora_up.weight": None}, "has only one of lora_down and lora_up"),
-        ({f"{FLAT}.lora_up.weight": torch.zeros(32, 3, 1, 1)}, r"up \(32, 3, 1, 1\) does not fit down \(1, 32, 3, 3\)"),
+        (
+            {f"{FLAT}.lora_up.weight": torch.zeros(32, 3, 1, 1)},
+            r"up \(32, 3, 1, 1\) does not fit down \(1, 32, 3, 3\)",
+        ),
         ({f"{FLAT}.lora_up.weight": torch.zeros(32, 1)}, r"up \(32, 1\) does not fit down"),
-        ({f"{FLAT}.lora_up.weight": torch.zeros(32, 1, 3, 3)}, r"up \(32, 1, 3, 3\) does not fit down"),
+        (
+            {f"{FLAT}.lora_up.weight": torch.zeros(32, 1, 3, 3)},
+            r"up \(32, 1, 3, 3\) does not fit down",
+        ),
         ({f"{FLAT}.lora_up.weight": torch.zeros(32)}, r"up \(32,\) does not fit down"),
         (
             {f"{FLAT}.lora_up.weight": torch.full((32, 1, 1, 1), float("nan"))},
@@ -425,7 +541,9 @@ def test_truncated_file(tmp_path, fraction):
     ],
 )
 def test_wrong_contents(lora, change, message):
-    """Modules unknown or half there, ranks that do not fit, values not finite: one line naming key or path."""
+    """Modules unknown or half there, ranks that do not fit, values not finite: one line naming key
+    or path.
+    """
 
     def apply(tensors):
         for key, value in change.items():
@@ -448,7 +566,9 @@ def test_interrupted_write_leaves_the_old_file(lora, monkeypatch, where):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((safefile, "save_file") if where == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(
+        *((safefile, "save_file") if where == "save_file" else (os, "replace")), fail
+    )
     with pytest.raises(KeyboardInterrupt):
         write_tau(lora, mixed_tau(), {})
     assert lora.read_bytes() == old

@@ -7,13 +7,15 @@ from minilcm.files.safetensors_file import atomic, read_tensors, write_tensors
 
 
 def test_atomic_replaces_only_on_success(tmp_path):
-    """The target changes when the block ends, not before; an exception keeps the old file and removes the temporary
-    one.
+    """The target changes when the block ends, not before; an exception keeps the old file and
+    removes the temporary one.
     """
     path = tmp_path / "file.txt"
     with atomic(path) as part:
         part.write_text("one")
-        assert not path.exists() and part.parent == tmp_path  # the same folder, so that renaming is atomic
+        assert (
+            not path.exists() and part.parent == tmp_path
+        )  # the same folder, so that renaming is atomic
     assert path.read_text() == "one"
     with pytest.raises(KeyError), atomic(path) as part:
         part.write_text("half of tw")
@@ -25,13 +27,18 @@ def test_atomic_replaces_only_on_success(tmp_path):
 
 
 def test_tensors_round_trip(tmp_path):
-    """Values, dtypes and metadata come back; a view that is not contiguous is written as what it shows."""
+    """Values, dtypes and metadata come back; a view that is not contiguous is written as what it
+    shows.
+    """
     square = torch.arange(9.0).reshape(3, 3)
     tensors = {"b": square.T, "a": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
     write_tensors(tmp_path / "x.safetensors", tensors, {"who": "me"})
     read, metadata = read_tensors(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys() and metadata == {"format": "pt", "who": "me"}
-    assert all(torch.equal(read[key], tensors[key]) and read[key].dtype == tensors[key].dtype for key in tensors)
+    assert all(
+        torch.equal(read[key], tensors[key]) and read[key].dtype == tensors[key].dtype
+        for key in tensors
+    )
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
@@ -42,10 +49,19 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"12345678", b"\x08" + bytes(7) + b"{", b"\xff" * 7 + b"\x7f{", b"PK\x03\x04" + b"x" * 99]
+    "content",
+    [
+        b"",
+        b"12345678",
+        b"\x08" + bytes(7) + b"{",
+        b"\xff" * 7 + b"\x7f{",
+        b"PK\x03\x04" + b"x" * 99,
+    ],
 )
 def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
-    """Empty, too short, a header without end, an absurd header length, a zip: ValueError, one line, with the path."""
+    """Empty, too short, a header without end, an absurd header length, a zip: ValueError, one line,
+    with the path.
+    """
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:

@@ -17,11 +17,17 @@ UNET = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A checkpoint and two LoRAs for it, a and b, of several ranks, lora_alpha != rank; b on attention only."""
+    """A checkpoint and two LoRAs for it, a and b, of several ranks, lora_alpha != rank; b on
+    attention only.
+    """
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model.safetensors")
-    write_tau(folder / "a.safetensors", random_tau(tiny_unet(), 1, 4, 3.0), {"w": "3"}, torch.float32)
-    write_tau(folder / "b.safetensors", random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION), {}, torch.float32)
+    write_tau(
+        folder / "a.safetensors", random_tau(tiny_unet(), 1, 4, 3.0), {"w": "3"}, torch.float32
+    )
+    write_tau(
+        folder / "b.safetensors", random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION), {}, torch.float32
+    )
     return folder
 
 
@@ -36,9 +42,19 @@ def far(a, b) -> float:
 
 
 def test_combine_is_the_sum_of_deltas(files, tmp_path):
-    """combine a:0.8 b:-0.5 in float32 is 0.8 dW_a - 0.5 dW_b, module by module; averaging up and down is not."""
+    """combine a:0.8 b:-0.5 in float32 is 0.8 dW_a - 0.5 dW_b, module by module; averaging up and
+    down is not.
+    """
     out = tmp_path / "mix.safetensors"
-    run("combine", f"{files}/a.safetensors:0.8", f"{files}/b.safetensors:-0.5", "-o", out, "--dtype", "float32")
+    run(
+        "combine",
+        f"{files}/a.safetensors:0.8",
+        f"{files}/b.safetensors:-0.5",
+        "-o",
+        out,
+        "--dtype",
+        "float32",
+    )
     a, b, mix = (read_tau(p) for p in (files / "a.safetensors", files / "b.safetensors", out))
     for path, parts in mix.items():
         expected = 0.8 * delta(*a[path]) - (0.5 * delta(*b[path]) if path in b else 0)
@@ -49,8 +65,14 @@ def test_combine_is_the_sum_of_deltas(files, tmp_path):
 
 
 def test_merge_then_unmerge(files, tmp_path):
-    """merge changes the LoRA's weights as merge_into does and nothing else; unmerge restores to float16 rounding."""
-    model, merged, back = files / "model.safetensors", tmp_path / "m.safetensors", tmp_path / "u.safetensors"
+    """merge changes the LoRA's weights as merge_into does and nothing else; unmerge restores to
+    float16 rounding.
+    """
+    model, merged, back = (
+        files / "model.safetensors",
+        tmp_path / "m.safetensors",
+        tmp_path / "u.safetensors",
+    )
     run("merge", model, f"{files}/a.safetensors:0.7", files / "b.safetensors", "-o", merged)
     before, after, tau_a, tau_b = (
         load_file(model),
@@ -59,10 +81,14 @@ def test_merge_then_unmerge(files, tmp_path):
         read_tau(files / "b.safetensors"),
     )
     keys = {f"{UNET}{path}.weight" for path in tau_a}
-    assert {k for k in before if not torch.equal(before[k], after[k])} == keys and before.keys() == after.keys()
+    assert {
+        k for k in before if not torch.equal(before[k], after[k])
+    } == keys and before.keys() == after.keys()
     unet = load_model(model)[0]
     merge_into(unet, combine([tau_a, tau_b], [0.7, 1.0]))
-    assert all(torch.equal(after[f"{UNET}{p}.weight"], unet.get_submodule(p).weight.half()) for p in tau_a)
+    assert all(
+        torch.equal(after[f"{UNET}{p}.weight"], unet.get_submodule(p).weight.half()) for p in tau_a
+    )
     assert read_header(merged)[1]["minilcm.merged"] == "a.safetensors:0.7 b.safetensors:1"
     run("unmerge", merged, f"{files}/a.safetensors:0.7", files / "b.safetensors", "-o", back)
     restored = load_file(back)
@@ -73,33 +99,65 @@ def test_merge_then_unmerge(files, tmp_path):
 def test_blocks_of_rows_change_nothing(files, tmp_path, monkeypatch):
     """A weight merged in many blocks of rows is what merge_into makes of it whole."""
     monkeypatch.setattr("minilcm.files.tools.BLOCK", 700)
-    run("merge", files / "model.safetensors", f"{files}/a.safetensors:0.7", "-o", tmp_path / "m.safetensors")
+    run(
+        "merge",
+        files / "model.safetensors",
+        f"{files}/a.safetensors:0.7",
+        "-o",
+        tmp_path / "m.safetensors",
+    )
     after, unet = load_file(tmp_path / "m.safetensors"), load_model(files / "model.safetensors")[0]
     tau = read_tau(files / "a.safetensors")
     assert max(unet.get_submodule(path).weight.numel() for path in tau) > 10 * 700
     merge_into(unet, tau, 0.7)
     for path in tau:
-        torch.testing.assert_close(after[f"{UNET}{path}.weight"], unet.get_submodule(path).weight.half())
+        torch.testing.assert_close(
+            after[f"{UNET}{path}.weight"], unet.get_submodule(path).weight.half()
+        )
 
 
 def test_untouched_bytes(files, tmp_path):
-    """A merged file keeps every other tensor's bytes, its dtypes, shapes and order; odd dtypes pass through."""
-    tensors = load_file(files / "model.safetensors") | {"model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+    """A merged file keeps every other tensor's bytes, its dtypes, shapes and order; odd dtypes pass
+    through.
+    """
+    tensors = load_file(files / "model.safetensors") | {
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)
+    }
     save_file(tensors, tmp_path / "odd.safetensors", read_header(files / "model.safetensors")[1])
-    run("merge", tmp_path / "odd.safetensors", files / "b.safetensors", "-o", tmp_path / "out.safetensors")
-    (a, _), (b, _) = read_header(tmp_path / "odd.safetensors"), read_header(tmp_path / "out.safetensors")
+    run(
+        "merge",
+        tmp_path / "odd.safetensors",
+        files / "b.safetensors",
+        "-o",
+        tmp_path / "out.safetensors",
+    )
+    (a, _), (b, _) = (
+        read_header(tmp_path / "odd.safetensors"),
+        read_header(tmp_path / "out.safetensors"),
+    )
     assert a == b
     one, two = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("odd", "out"))
     for key, entry in a.items():
-        x, y = (data[len(data) - max(e.end for e in a.values()) :][entry.begin : entry.end] for data in (one, two))
-        assert (x == y) == (key.removeprefix(UNET).removesuffix(".weight") not in read_tau(files / "b.safetensors"))
+        x, y = (
+            data[len(data) - max(e.end for e in a.values()) :][entry.begin : entry.end]
+            for data in (one, two)
+        )
+        assert (x == y) == (
+            key.removeprefix(UNET).removesuffix(".weight") not in read_tau(files / "b.safetensors")
+        )
 
 
 def test_text_encoder_weights_are_merged_too(files, tmp_path):
     """te1. modules land on CLIP-L's own keys in the file."""
     tau = {"te1.encoder.layers.0.self_attn.v_proj": (torch.ones(32, 1), torch.ones(1, 32), 0.5)}
     write_tau(tmp_path / "te.safetensors", tau, {})
-    run("merge", files / "model.safetensors", tmp_path / "te.safetensors", "-o", tmp_path / "m.safetensors")
+    run(
+        "merge",
+        files / "model.safetensors",
+        tmp_path / "te.safetensors",
+        "-o",
+        tmp_path / "m.safetensors",
+    )
     before, after = load_file(files / "model.safetensors"), load_file(tmp_path / "m.safetensors")
     (key,) = (k for k in before if not torch.equal(before[k], after[k]))
     assert key == "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.v_proj.weight"
@@ -107,18 +165,36 @@ def test_text_encoder_weights_are_merged_too(files, tmp_path):
 
 
 def test_extract_recovers_the_delta(files, tmp_path):
-    """extract(base, merge(base, a)) at a's rank is a's delta, in float32 files, in the same modules."""
-    model, merged, out = files / "model.safetensors", tmp_path / "m.safetensors", tmp_path / "e.safetensors"
+    """extract(base, merge(base, a)) at a's rank is a's delta, in float32 files, in the same
+    modules.
+    """
+    model, merged, out = (
+        files / "model.safetensors",
+        tmp_path / "m.safetensors",
+        tmp_path / "e.safetensors",
+    )
     tensors, metadata = load_file(model), read_header(model)[1]
     save_file({k: v.float() for k, v in tensors.items()}, tmp_path / "base.safetensors", metadata)
     run("merge", tmp_path / "base.safetensors", files / "a.safetensors", "-o", merged)
-    run("extract", tmp_path / "base.safetensors", merged, "--rank", "4", "-o", out, "--dtype", "float32")
+    run(
+        "extract",
+        tmp_path / "base.safetensors",
+        merged,
+        "--rank",
+        "4",
+        "-o",
+        out,
+        "--dtype",
+        "float32",
+    )
     assert far(read_tau(out), read_tau(files / "a.safetensors")) < 1e-4
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_reduce_rank_is_the_best(files, rank):
-    """The residual is that of Eckart-Young, sqrt(sum_{i>r} s_i^2), and equals the distance measured directly."""
+    """The residual is that of Eckart-Young, sqrt(sum_{i>r} s_i^2), and equals the distance measured
+    directly.
+    """
     tau = read_tau(files / "a.safetensors")
     small, residual = reduce_rank(tau, rank)
     for path, parts in tau.items():
@@ -126,7 +202,9 @@ def test_reduce_rank_is_the_best(files, rank):
         s = torch.linalg.svdvals(whole)
         expected = (s[rank:].square().sum() / s.square().sum()).sqrt().item()
         direct = ((delta(*small[path]).flatten(1).double() - whole).norm() / whole.norm()).item()
-        assert residual[path] == pytest.approx(expected, abs=1e-5) and direct == pytest.approx(expected, abs=1e-5)
+        assert residual[path] == pytest.approx(expected, abs=1e-5) and direct == pytest.approx(
+            expected, abs=1e-5
+        )
         assert small[path][1].shape[0] == rank and small[path][0].shape[1] == rank
 
 
@@ -143,7 +221,9 @@ def test_energy_keeps_just_enough(files):
 
 
 def test_resize_file(files, tmp_path, capsys):
-    """The printed residual of the whole is the distance of the written file; --against measures another LoRA."""
+    """The printed residual of the whole is the distance of the written file; --against measures
+    another LoRA.
+    """
     out = tmp_path / "small.safetensors"
     run(
         "resize",
@@ -160,7 +240,10 @@ def test_resize_file(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     direct = distance(read_tau(out), read_tau(files / "a.safetensors"))
     assert f"total ||dW - dW'|| / ||dW|| = {direct:.4f}" in printed and "rank 4 -> 2" in printed
-    assert f"{distance(read_tau(files / 'b.safetensors'), read_tau(files / 'a.safetensors')):.4f}" in printed
+    assert (
+        f"{distance(read_tau(files / 'b.safetensors'), read_tau(files / 'a.safetensors')):.4f}"
+        in printed
+    )
 
 
 def test_info_and_diff(files, capsys):
@@ -168,7 +251,10 @@ def test_info_and_diff(files, capsys):
     run("info", files / "a.safetensors", files / "model.safetensors")
     out = capsys.readouterr().out
     assert "rank       4 (" in out and "lora_alpha 3 (" in out and "w: 3" in out and "||dW||" in out
-    assert "LoRA for the emoji model: UNet" in out and "checkpoint: a model by minilcm, native 32x32" in out
+    assert (
+        "LoRA for the emoji model: UNet" in out
+        and "checkpoint: a model by minilcm, native 32x32" in out
+    )
     assert "VAE " in out and "CLIP-L " in out and "bigG" not in out
     run("diff", files / "a.safetensors", files / "b.safetensors")
     out = capsys.readouterr().out
@@ -176,8 +262,14 @@ def test_info_and_diff(files, capsys):
 
 
 def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
-    """B and A in another basis, by SVD, add the same to the weights; a LoRA and twice it differ by half."""
-    a, same, twice = files / "a.safetensors", files / "same.safetensors", files / "twice.safetensors"
+    """B and A in another basis, by SVD, add the same to the weights; a LoRA and twice it differ by
+    half.
+    """
+    a, same, twice = (
+        files / "a.safetensors",
+        files / "same.safetensors",
+        files / "twice.safetensors",
+    )
     rank = max(down.shape[0] for _, down, _ in read_tau(a).values())
     run("resize", a, "--rank", rank, "-o", same, "--dtype", "float32")
     run("combine", f"{a}:2", "-o", twice, "--dtype", "float32")
@@ -197,7 +289,14 @@ def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
             "is one of the inputs",
         ),
         (
-            ["merge", "{f}/model.safetensors", "{f}/a.safetensors", "-o", "{f}/a.safetensors", "--force"],
+            [
+                "merge",
+                "{f}/model.safetensors",
+                "{f}/a.safetensors",
+                "-o",
+                "{f}/a.safetensors",
+                "--force",
+            ],
             "is one of the inputs",
         ),
         (
@@ -206,12 +305,35 @@ def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
         ),
         (["combine", "{f}/a.safetensors:x", "-o", "{t}/o"], "'x' is not a number"),
         (["merge", "{f}/a.safetensors", "{f}/a.safetensors", "-o", "{t}/o"], "this is a LoRA file"),
-        (["merge", "{f}/model.safetensors", "{f}/model.safetensors", "-o", "{t}/o"], "this is a checkpoint"),
-        (["merge", "{f}/no.safetensors", "{f}/a.safetensors", "-o", "{t}/o"], "no.safetensors: no such file"),
-        (["resize", "{f}/a.safetensors", "--rank", "0", "-o", "{t}/o"], "--rank is 0; give 1 or more"),
+        (
+            ["merge", "{f}/model.safetensors", "{f}/model.safetensors", "-o", "{t}/o"],
+            "this is a checkpoint",
+        ),
+        (
+            ["merge", "{f}/no.safetensors", "{f}/a.safetensors", "-o", "{t}/o"],
+            "no.safetensors: no such file",
+        ),
+        (
+            ["resize", "{f}/a.safetensors", "--rank", "0", "-o", "{t}/o"],
+            "--rank is 0; give 1 or more",
+        ),
         (["resize", "{f}/a.safetensors", "--energy", "1.5", "-o", "{t}/o"], "--energy is 1.5"),
-        (["resize", "{f}/a.safetensors", "-o", "{t}/o"], "one of the arguments --rank --energy is required"),
-        (["extract", "{f}/model.safetensors", "{f}/model.safetensors", "--rank", "2", "-o", "{t}/o"], "do not differ"),
+        (
+            ["resize", "{f}/a.safetensors", "-o", "{t}/o"],
+            "one of the arguments --rank --energy is required",
+        ),
+        (
+            [
+                "extract",
+                "{f}/model.safetensors",
+                "{f}/model.safetensors",
+                "--rank",
+                "2",
+                "-o",
+                "{t}/o",
+            ],
+            "do not differ",
+        ),
         (["unknown"], "invalid choice: 'unknown'"),
     ],
 )

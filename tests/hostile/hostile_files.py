@@ -1,9 +1,10 @@
 """The hostile set: files that are damaged, foreign or malicious, and the line that each must get.
 
-A case is (reader, content, line). `reader` says who is to refuse the file: test_hostile.READERS. `content` is bytes, or
-a function that gives them, or gives {key: shape} for a file of its full size whose data is a hole that takes no room on
-disk. `line` is a regular expression for the message. A name begins with the number of the refusal.
-`python tests/test_hostile.py list FOLDER` writes all files and prints the lines.
+A case is (reader, content, line). `reader` says who is to refuse the file: test_hostile.READERS.
+`content` is bytes, or a function that gives them, or gives {key: shape} for a file of its full size
+whose data is a hole that takes no room on disk. `line` is a regular expression for the message. A
+name begins with the number of the refusal. `python tests/test_hostile.py list FOLDER` writes all
+files and prints the lines.
 """
 
 import dataclasses
@@ -86,7 +87,10 @@ def no_safetensors() -> dict[str, Case]:
         "GGUF of 123 tensors": (b"GGUF\x03\0\0\0{" + bytes(100), gguf),
         "ONNX": (b"\x08\x07\x12\x07pytorch" + bytes(100), "not a safetensors file"),
         "HTML": (b"<!DOCTYPE html><html>404</html>", "not a safetensors file"),
-        "git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a safetensors file"),
+        "git LFS pointer": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "not a safetensors file",
+        ),
     }
     files |= {f"pickle of protocol {i}": (pickle.dumps(Evil(), i), pickled) for i in range(6)}
     return {f"R1 {name}": Case("any", *file) for name, file in files.items()}
@@ -97,10 +101,18 @@ def cuts() -> dict[str, Case]:
     whole = save(good_lora(), {"format": "pt"})
     n = struct.unpack("<Q", whole[:8])[0]
     entries = [9 + i for i, byte in enumerate(whole[8 : 8 + n]) if byte in b"{},"]
-    tensors = [8 + n + x["data_offsets"][1] for x in json.loads(whole[8 : 8 + n]).values() if "data_offsets" in x]
-    cut = {0, 1, 7, 8, *entries, 8 + n - 1, 8 + n, 8 + n + 1, *tensors, len(whole) - 1} - {len(whole)}
+    tensors = [
+        8 + n + x["data_offsets"][1]
+        for x in json.loads(whole[8 : 8 + n]).values()
+        if "data_offsets" in x
+    ]
+    cut = {0, 1, 7, 8, *entries, 8 + n - 1, 8 + n, 8 + n + 1, *tensors, len(whole) - 1} - {
+        len(whole)
+    }
     line = r"file is damaged or incomplete \(.+\); download it again"
-    return {f"R2 cut at byte {i} of {len(whole)}": Case("any", whole[:i], line) for i in sorted(cut)}
+    return {
+        f"R2 cut at byte {i} of {len(whole)}": Case("any", whole[:i], line) for i in sorted(cut)
+    }
 
 
 def raw_file(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -119,11 +131,20 @@ def malformed() -> dict[str, Case]:
         return of(**{name: entry()})
 
     twice = json.dumps({"a": entry()})[:-1] + ", " + json.dumps({"a": entry()})[1:]
-    size, in_bytes = r"expected [\d,]+ bytes, found [\d,]+", r"header: a is F32 \[.*\] in -?\d+ bytes"
-    no_number, gap = "header: a has a shape or offset that is not a number", "the tensors overlap or leave a gap"
+    size, in_bytes = (
+        r"expected [\d,]+ bytes, found [\d,]+",
+        r"header: a is F32 \[.*\] in -?\d+ bytes",
+    )
+    no_number, gap = (
+        "header: a has a shape or offset that is not a number",
+        "the tensors overlap or leave a gap",
+    )
     files = {
         "too long": (of(a=entry()) + b"\0", size),
-        "huge header": (raw_file(b"{}", length=1 << 62), "expected a header of 4,611,686,018,427,387,904 bytes, found"),
+        "huge header": (
+            raw_file(b"{}", length=1 << 62),
+            "expected a header of 4,611,686,018,427,387,904 bytes, found",
+        ),
         "header past the end": (raw_file(b"{}", length=3), "expected a header of 3 bytes, found 2"),
         "header of 0 bytes": (raw_file(b"{", length=0), "header: JSONDecodeError"),
         "no JSON": (raw_file(b"{nonsense}"), "header: JSONDecodeError"),
@@ -133,7 +154,10 @@ def malformed() -> dict[str, Case]:
         "deep": (raw_file(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "header: RecursionError"),
         "NaN": (raw_file(b'{"a": NaN}'), "header: TypeError"),
         "key twice": (raw_file(twice.encode(), bytes(4)), "header: a key is there twice"),
-        "metadata twice": (raw_file(b'{"__metadata__": {}, "__metadata__": {}}'), "header: a key is there twice"),
+        "metadata twice": (
+            raw_file(b'{"__metadata__": {}, "__metadata__": {}}'),
+            "header: a key is there twice",
+        ),
         "metadata not text": (of(a=entry(), __metadata__={"a": 1}), "header: metadata is not text"),
         "metadata a list": (of(a=entry(), __metadata__=["a"]), "header: AttributeError"),
         "no dtype": (of(a={"shape": [1], "data_offsets": [0, 4]}), "header: KeyError 'dtype'"),
@@ -166,13 +190,18 @@ def malformed() -> dict[str, Case]:
         "key of 10,000 letters": (key("a" * 10_000), "header: "),
     }
     start, end = r"file is damaged or incomplete \(", r".*\); download it again"
-    return {f"R2 {name}": case("any", content, start, why, end) for name, (content, why) in files.items()}
+    return {
+        f"R2 {name}": case("any", content, start, why, end)
+        for name, (content, why) in files.items()
+    }
 
 
 # ---- whole as files, wrong as LoRA
 
 FLAT, UNFLAT = "lora_unet_down_blocks_0_resnets_0_conv1", "unet.down_blocks.0.resnets.0.conv1"
-UP, DOWN, MID, ALPHA = (f"{FLAT}.{x}" for x in ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"))
+UP, DOWN, MID, ALPHA = (
+    f"{FLAT}.{x}" for x in ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha")
+)
 PLACE = UNET + "input_blocks.1.0.in_layers.2.weight"  # of the same module, in a checkpoint
 
 
@@ -186,18 +215,29 @@ def peft_lora() -> dict[str, Tensor]:
 
 def spoilt(good: dict[str, Tensor], change: dict[str, Tensor | None], **metadata: str) -> bytes:
     """The file with some of its tensors changed or, where None, left out."""
-    return save({k: v.clone().contiguous() for k, v in (good | change).items() if v is not None}, metadata)
+    return save(
+        {k: v.clone().contiguous() for k, v in (good | change).items() if v is not None}, metadata
+    )
 
 
 def module(flat: str) -> dict[str, Tensor]:
-    return {f"{flat}.lora_up.weight": torch.ones(2, 2), f"{flat}.lora_down.weight": torch.ones(2, 2)}
+    return {
+        f"{flat}.lora_up.weight": torch.ones(2, 2),
+        f"{flat}.lora_down.weight": torch.ones(2, 2),
+    }
 
 
 def bad_loras() -> dict[str, Case]:
     x, up, down, one = torch.ones(2, 2), *good_lora().values(), torch.tensor(1.0)
     te, flat = "lora_te_text_model_encoder_layers_0_mlp_fc1", FLAT.removeprefix("lora_unet_")
-    in_ldm = {k.replace(FLAT, "lora_unet_input_blocks_1_0_in_layers_2"): v for k, v in good_lora().items()}
-    adapters = {k.replace(".weight", f".{x}.weight"): v for k, v in peft_lora().items() for x in ("default", "second")}
+    in_ldm = {
+        k.replace(FLAT, "lora_unet_input_blocks_1_0_in_layers_2"): v for k, v in good_lora().items()
+    }
+    adapters = {
+        k.replace(".weight", f".{x}.weight"): v
+        for k, v in peft_lora().items()
+        for x in ("default", "second")
+    }
     half, fit, twice = (
         f"{flat} has only one of lora_down and lora_up",
         f"{flat} up {{}} does not fit down {{}}",
@@ -205,52 +245,114 @@ def bad_loras() -> dict[str, Case]:
     )
     small, fits, finite = torch.ones(2, 32, 1, 1), "does not fit", "has values that are not finite"
     changes = {
-        "R13 LoHa": ({"lora_unet_x.hada_w1_a": x}, r"LoHa is not LoRA .*\(first key: lora_unet_x\.hada_w1_a\)"),
+        "R13 LoHa": (
+            {"lora_unet_x.hada_w1_a": x},
+            r"LoHa is not LoRA .*\(first key: lora_unet_x\.hada_w1_a\)",
+        ),
         "R13 LoKr": ({"lora_unet_x.lokr_w1": x}, r"LoKr is not LoRA .*\.lokr_w1\)"),
         "R13 DoRA": ({f"{FLAT}.dora_scale": x}, r"DoRA is not LoRA .*conv1\.dora_scale\)"),
-        "R13 DoRA of PEFT": ({"unet.x.lora_magnitude_vector": x}, r"DoRA is not LoRA .*\.lora_magnitude_vector\)"),
-        "R13 difference": ({f"{FLAT}.diff": x}, r"a full weight difference is not LoRA .*conv1\.diff\)"),
-        "R13 difference of biases": ({f"{FLAT}.diff_b": x}, r"a full weight difference is not LoRA .*\.diff_b\)"),
+        "R13 DoRA of PEFT": (
+            {"unet.x.lora_magnitude_vector": x},
+            r"DoRA is not LoRA .*\.lora_magnitude_vector\)",
+        ),
+        "R13 difference": (
+            {f"{FLAT}.diff": x},
+            r"a full weight difference is not LoRA .*conv1\.diff\)",
+        ),
+        "R13 difference of biases": (
+            {f"{FLAT}.diff_b": x},
+            r"a full weight difference is not LoRA .*\.diff_b\)",
+        ),
         "R13 norms": ({"lora_unet_x.w_norm": x}, r"a norm difference is not LoRA .*\.w_norm\)"),
-        "R13 biases of norms": ({"lora_unet_x.b_norm": x}, r"a norm difference is not LoRA .*\.b_norm\)"),
-        "R13 IA3": ({"lora_unet_x.weight": x, "lora_unet_x.on_input": x}, r"IA3 is not LoRA .*\.on_input\)"),
+        "R13 biases of norms": (
+            {"lora_unet_x.b_norm": x},
+            r"a norm difference is not LoRA .*\.b_norm\)",
+        ),
+        "R13 IA3": (
+            {"lora_unet_x.weight": x, "lora_unet_x.on_input": x},
+            r"IA3 is not LoRA .*\.on_input\)",
+        ),
         "R13 GLoRA": ({"lora_unet_x.a1.weight": x}, r"GLoRA is not LoRA .*\.a1\.weight\)"),
         "R13 OFT": ({"lora_unet_x.oft_blocks": x}, r"OFT is not LoRA .*\.oft_blocks\)"),
         "R14 up alone": ({DOWN: None}, half),
         "R14 down alone": ({UP: None}, half),
-        "R14 alpha alone": ({f"{te}.alpha": one}, "te1.encoder_layers_0_mlp_fc1 has only one of lora_down and lora_up"),
-        "R14 rank 0": ({UP: up[:, :0], DOWN: down[:0]}, fit.format(r"\(32, 0, 1, 1\)", r"\(0, 32, 3, 3\)")),
-        "R14 ranks 3 and 2": ({UP: torch.ones(32, 3, 1, 1)}, fit.format(r"\(32, 3, 1, 1\)", r"\(2, 32, 3, 3\)")),
+        "R14 alpha alone": (
+            {f"{te}.alpha": one},
+            "te1.encoder_layers_0_mlp_fc1 has only one of lora_down and lora_up",
+        ),
+        "R14 rank 0": (
+            {UP: up[:, :0], DOWN: down[:0]},
+            fit.format(r"\(32, 0, 1, 1\)", r"\(0, 32, 3, 3\)"),
+        ),
+        "R14 ranks 3 and 2": (
+            {UP: torch.ones(32, 3, 1, 1)},
+            fit.format(r"\(32, 3, 1, 1\)", r"\(2, 32, 3, 3\)"),
+        ),
         "R14 up of one axis": ({UP: torch.ones(64)}, fit.format(r"\(64,\)", r"\(2, 32, 3, 3\)")),
         "R14 up of 3x3": ({UP: torch.ones(32, 2, 3, 3)}, fit.format(r"\(32, 2, 3, 3\)", "")),
         "R14 down a scalar": ({DOWN: one}, fit.format(".*", r"\(\)")),
         "R14 down of five axes": ({DOWN: down[..., None]}, fit.format(".*", r"\(2, 32, 3, 3, 1\)")),
         "R14 up of no rows": ({UP: up[:0]}, fit.format(r"\(0, 2, 1, 1\)", "")),
-        "R14 mid of another rank": ({DOWN: small, MID: torch.ones(3, 3, 3, 3)}, rf"{flat} mid \(3, 3, 3, 3\) {fits}"),
+        "R14 mid of another rank": (
+            {DOWN: small, MID: torch.ones(3, 3, 3, 3)},
+            rf"{flat} mid \(3, 3, 3, 3\) {fits}",
+        ),
         "R14 mid beside 3x3": ({MID: torch.ones(2, 2, 3, 3)}, rf"{flat} mid \(2, 2, 3, 3\) {fits}"),
-        "R14 mid of 99x99": ({DOWN: small, MID: torch.ones(2, 2, 99, 99)}, rf"{flat} mid \(2, 2, 99, 99\) {fits}"),
+        "R14 mid of 99x99": (
+            {DOWN: small, MID: torch.ones(2, 2, 99, 99)},
+            rf"{flat} mid \(2, 2, 99, 99\) {fits}",
+        ),
         "R14 two alphas": ({ALPHA: torch.ones(2)}, f"{flat} alpha has 2 values, not one"),
-        "R14 in LDM and diffusers names": (in_ldm, r"input_blocks\.1\.0\.in_layers\.2 is in the file twice"),
+        "R14 in LDM and diffusers names": (
+            in_ldm,
+            r"input_blocks\.1\.0\.in_layers\.2 is in the file twice",
+        ),
         "R14 in kohya's and PEFT's names": (peft_lora(), rf"{flat} .*{twice}"),
         "R14 two adapters": (adapters, rf"{flat} .*{twice}"),
         "R14 te and te1": (
             module(te) | module(te.replace("te", "te1", 1)),
             rf"te1\.encoder_layers_0_mlp_fc1 .*{twice}",
         ),
-        "R15 unknown module": (module("lora_unet_x"), "1 of 2 modules are in no known UNet, first: x$"),
-        "R15 unknown module of text": (module("lora_te_x"), "1 of 2 modules are in no known .*, first: te1.x$"),
+        "R15 unknown module": (
+            module("lora_unet_x"),
+            "1 of 2 modules are in no known UNet, first: x$",
+        ),
+        "R15 unknown module of text": (
+            module("lora_te_x"),
+            "1 of 2 modules are in no known .*, first: te1.x$",
+        ),
         "R15 another key": ({"hello": x}, "key hello does not belong to a LoRA"),
         "R16 NaN": ({UP: up * torch.nan}, rf"conv1\.lora_up\.weight {finite}"),
         "R16 infinity": ({DOWN: down / 0}, rf"conv1\.lora_down\.weight {finite}"),
-        "R16 NaN in float8": ({UP: (up * torch.nan).to(torch.float8_e4m3fn)}, rf"conv1\.lora_up\.weight {finite}"),
+        "R16 NaN in float8": (
+            {UP: (up * torch.nan).to(torch.float8_e4m3fn)},
+            rf"conv1\.lora_up\.weight {finite}",
+        ),
         "R16 1e300 in float64": ({UP: up.double() * 1e300}, rf"conv1\.lora_up\.weight {finite}"),
         "R16 alpha NaN": ({ALPHA: one * torch.nan}, rf"conv1\.alpha {finite}"),
         "R16 alpha 1e300": ({ALPHA: one.double() * 1e300}, rf"conv1\.alpha {finite}"),
-        "R17 int8": ({UP: up.to(torch.int8)}, r"conv1\.lora_up\.weight is int8, quantised; dequantise it first"),
-        "R17 bool": ({UP: up.bool()}, r"conv1\.lora_up\.weight is bool, quantised; dequantise it first"),
+        "R17 int8": (
+            {UP: up.to(torch.int8)},
+            r"conv1\.lora_up\.weight is int8, quantised; dequantise it first",
+        ),
+        "R17 bool": (
+            {UP: up.bool()},
+            r"conv1\.lora_up\.weight is bool, quantised; dequantise it first",
+        ),
     }
-    out = {name: Case("lora", spoilt(good_lora(), change), line) for name, (change, line) in changes.items()}
-    texts = "{", "[]", "null", '{"unet.lora_alpha": null}', '{"unet.alpha_pattern": [1]}', "[" * 50_000, "9" * 5000
+    out = {
+        name: Case("lora", spoilt(good_lora(), change), line)
+        for name, (change, line) in changes.items()
+    }
+    texts = (
+        "{",
+        "[]",
+        "null",
+        '{"unet.lora_alpha": null}',
+        '{"unet.alpha_pattern": [1]}',
+        "[" * 50_000,
+        "9" * 5000,
+    )
     for text in texts:
         content = spoilt(peft_lora(), {}, lora_adapter_metadata=text)
         out[f"R2 PEFT metadata {text[:30]}"] = Case("lora", content, "lora_adapter_metadata")
@@ -287,7 +389,9 @@ def family_lora(family: str) -> bytes:
     for path in target_paths(meta_unet(family)):
         out, *fan_in = meta_unet(family).get_submodule(path).weight.shape
         flat = f"lora_unet_{path.replace('.', '_')}"
-        tensors[f"{flat}.lora_up.weight"] = torch.zeros(out, 1, *[1] * (len(fan_in) - 1), dtype=torch.half)
+        tensors[f"{flat}.lora_up.weight"] = torch.zeros(
+            out, 1, *[1] * (len(fan_in) - 1), dtype=torch.half
+        )
         tensors[f"{flat}.lora_down.weight"] = torch.zeros(1, *fan_in, dtype=torch.half)
     return save(tensors)
 
@@ -311,9 +415,14 @@ def other_families() -> dict[str, Case]:
     out = {}
     for (lora, unet), count in ABSENT.items():
         line = rf"made for another model: {count} modules are not here, first: \w+_blocks?\."
-        out[f"R12 LoRA of {lora} into {unet}"] = Case(f"merge into {unet}", partial(family_lora, lora), line)
+        out[f"R12 LoRA of {lora} into {unet}"] = Case(
+            f"merge into {unet}", partial(family_lora, lora), line
+        )
     flat, fc1 = "lora_unet_middle_block_1_proj_in", "text_model_encoder_layers_0_mlp_fc1"
-    wide = {f"{flat}.lora_up.weight": torch.ones(1280, 1), f"{flat}.lora_down.weight": torch.ones(1, 640)}
+    wide = {
+        f"{flat}.lora_up.weight": torch.ones(1280, 1),
+        f"{flat}.lora_down.weight": torch.ones(1, 640),
+    }
     line = r"made for another model: middle_block\.1\.proj_in is \(1280, 1280\) here, \(1280, 640\) in the LoRA"
     out["R12 width of another model"] = Case("merge into sdxl", save(wide), line)
     for te, prefix in (("lora_te_", "te1"), ("lora_te1_", "te1"), ("lora_te2_", "te2")):
@@ -331,7 +440,9 @@ def sd2() -> UNetConfig:
 
 def refiner() -> UNetConfig:
     down, up = ((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0))
-    return UNetConfig((384, 768, 1536, 1536), down, 4, up, context_dim=1280, head_dim=64, linear=True, adm=2560)
+    return UNetConfig(
+        (384, 768, 1536, 1536), down, 4, up, context_dim=1280, head_dim=64, linear=True, adm=2560
+    )
 
 
 def upscaler() -> UNetConfig:
@@ -340,7 +451,9 @@ def upscaler() -> UNetConfig:
 
 
 def koala_700m() -> Shapes:
-    config = dataclasses.replace(koala(), down=((0,), (2,), (5,)), middle=None, up=((5, 5), (2, 2), (0, 0)))
+    config = dataclasses.replace(
+        koala(), down=((0,), (2,), (5,)), middle=None, up=((5, 5), (2, 2), (0, 0))
+    )
     return {k: shape for k, shape in unet_keys(config).items() if "middle_block" not in k}
 
 
@@ -349,7 +462,10 @@ def channels(config: UNetConfig, n: int) -> Shapes:
 
 
 def foreign_checkpoints() -> dict[str, Case]:
-    ours, theirs = "; supported: SD1.x, SDXL base, SSD-1B", "; supported are SD1.x, SDXL base and SSD-1B single files"
+    ours, theirs = (
+        "; supported: SD1.x, SDXL base, SSD-1B",
+        "; supported are SD1.x, SDXL base and SSD-1B single files",
+    )
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
     facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
@@ -373,7 +489,10 @@ def foreign_checkpoints() -> dict[str, Case]:
         ),
         "R6 cond_proj of one axis": (lambda: unet_keys(sd15()) | {cond_proj: [320]}, r"an unknown UNet \(.*\)"),
     }  # fmt: skip
-    out = {name: case("model", content, "detected ", what, ours) for name, (content, what) in unets.items()}
+    out = {
+        name: case("model", content, "detected ", what, ours)
+        for name, (content, what) in unets.items()
+    }
     others = {
         "R4 SD3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         "R4 Flux": ("double_blocks.0.img_attn.qkv.weight", "Flux"),
@@ -387,12 +506,18 @@ def foreign_checkpoints() -> dict[str, Case]:
         ),
     }  # fmt: skip
     for name, (key, what) in others.items():
-        out[name] = case("model", partial(dict, {key: [1]}), f"this is {what} ", rf"\(key {key}\)", theirs)
+        out[name] = case(
+            "model", partial(dict, {key: [1]}), f"this is {what} ", rf"\(key {key}\)", theirs
+        )
     for name, key in (("a GAN", "model.0.weight"), ("ControlNet", "control_model.out.0.weight")):
         line = rf"not an LDM checkpoint \(first key: {key}\)"
         out[f"R6 {name}"] = case("model", partial(dict, {key: [1]}), line, theirs)
     out["R6 empty"] = case("model", save({}), r"not an LDM checkpoint \(first key: none\)", theirs)
-    for name, key in (("v-prediction", "v_pred"), ("zero terminal SNR", "ztsnr"), ("Playground v2.5", "edm_mean")):
+    for name, key in (
+        ("v-prediction", "v_pred"),
+        ("zero terminal SNR", "ztsnr"),
+        ("Playground v2.5", "edm_mean"),
+    ):
         line = rf"a v-prediction or EDM checkpoint \(key {key}\); LCM-LoRA expects epsilon"
         out[f"R8 {name}"] = Case("model", lambda key=key: unet_keys(sdxl()) | {key: [1]}, line)
     return out
@@ -418,7 +543,10 @@ def faulty(change: Callable[[dict[str, Tensor]], dict]) -> bytes:
 
 
 def faulty_checkpoints() -> dict[str, Case]:
-    query, token = TEXT + "encoder.layers.0.self_attn.q_proj.weight", TEXT + "embeddings.token_embedding.weight"
+    query, token = (
+        TEXT + "encoder.layers.0.self_attn.q_proj.weight",
+        TEXT + "embeddings.token_embedding.weight",
+    )
     quant, fp8, nan = VAE + "quant_conv.weight", torch.float8_e4m3fn, torch.nan
     ours, norm, one = "input_blocks.1.0.in_layers.2.weight", BIG_G + "ln_final.bias", torch.ones(1)
     scale = PLACE.replace("weight", "{}")
@@ -454,7 +582,9 @@ def faulty_checkpoints() -> dict[str, Case]:
         key = UNET + name if name == "scaled_fp8" else scale.format(name)
         change = lambda x, key=key: {PLACE: x[PLACE].to(fp8), key: one}  # noqa: E731
         files[f"R17 float8 with {name}"] = (change, f"{key} is F32, quantised; dequantise it first")
-    out = {name: Case("model", partial(faulty, change), line) for name, (change, line) in files.items()}
+    out = {
+        name: Case("model", partial(faulty, change), line) for name, (change, line) in files.items()
+    }
     for name in ("R16 NaN in the UNet", "R17 int8", "R17 nf4", "R17 float8 with scale_weight"):
         out[f"{name}, merged"] = out[name]._replace(reader="merge a LoRA into")
     out["R19 out is the checkpoint"] = Case(
@@ -462,11 +592,17 @@ def faulty_checkpoints() -> dict[str, Case]:
     )
     nf4 = {UNET + "input_blocks.0.0.weight": torch.ones(320, 4, 3, 3), UNET + "input_blocks.1.1.transformer_blocks.0."
            "attn2.to_k.weight": torch.ones(122880, 1).byte()}  # fmt: skip
-    return out | {"R17 nf4 of SD1": Case("model", save(nf4), "to_k.weight is U8, quantised; dequantise it first")}
+    return out | {
+        "R17 nf4 of SD1": Case(
+            "model", save(nf4), "to_k.weight is U8, quantised; dequantise it first"
+        )
+    }
 
 
 def hostile_settings() -> dict[str, Case]:
-    """minilcm.config is JSON by whoever wrote the file: of another form or type, or of a network without end."""
+    """minilcm.config is JSON by whoever wrote the file: of another form or type, or of a network
+    without end.
+    """
     good = json.loads(to_json(CONFIG))
 
     def changed(part: str, **fields) -> str:

@@ -1,7 +1,9 @@
-"""Damaged, foreign and malicious files: each ends in its one line, nothing is executed, and memory stays small.
+"""Damaged, foreign and malicious files: each ends in its one line, nothing is executed, and memory
+stays small.
 
-With PYTHONPATH=.:tests:tests/files, `python tests/hostile/test_hostile.py list FOLDER` writes the files and prints
-each file's line; `fuzz N` mutates N headers and LoRA dictionaries; 20,000 take some minutes.
+With PYTHONPATH=.:tests:tests/files, `python tests/hostile/test_hostile.py list FOLDER` writes the
+files and prints each file's line; `fuzz N` mutates N headers and LoRA dictionaries; 20,000 take
+some minutes.
 """
 
 import ctypes
@@ -57,8 +59,9 @@ HEADER = 10_000_000  # bytes of the longest header that is parsed
 
 
 def allowed(path: Path) -> int:
-    """How far reading may raise the resident set: twice the file; its own pages, for it is mapped; the header as Python
-    objects, at most 30 times its JSON; and 16 MB, which are the modules of a network and noise.
+    """How far reading may raise the resident set: twice the file; its own pages, for it is mapped;
+    the header as Python objects, at most 30 times its JSON; and 16 MB, which are the modules of a
+    network and noise.
     """
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -73,7 +76,9 @@ def status(key: str) -> int:
 
 @contextmanager
 def fence(room: int):
-    """In the block the process gets at most `room` bytes more; what asks for more fails, and no machine goes down."""
+    """In the block the process gets at most `room` bytes more; what asks for more fails, and no
+    machine goes down.
+    """
     old = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + room, old[1]))
     try:
@@ -83,7 +88,9 @@ def fence(room: int):
 
 
 def refusal(reader, path: Path) -> str | None:
-    """The one line of a ValueError, or None if the file was read. Any other exception is a bug and passes through."""
+    """The one line of a ValueError, or None if the file was read. Any other exception is a bug and
+    passes through.
+    """
     try:
         with fence(4 * path.stat().st_size + (1 << 30)):
             reader(path)
@@ -98,9 +105,13 @@ def measured(reader, path: Path) -> tuple[str | None, float]:
     """(refusal, the highest rise of the resident set while reading, as a share of `allowed`)."""
     gc.collect(0)
     gc.disable()  # what an earlier test left must not be freed meanwhile: it would hide as much,
-    ctypes.CDLL(None).malloc_trim(0)  # and so would what was freed but is still resident: malloc gives it out again
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # and so would what was freed but is still resident: malloc gives it out again
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the high-water mark starts at what is resident now
         before = status("VmRSS")
         line = refusal(reader, path)
         return line, (status("VmHWM") - before) / allowed(path)
@@ -132,14 +143,20 @@ READERS = {
     "lora": (read_tau,),
     "model": (load_model,),
     "vae": (lambda path: load_model(beside(path, "model"), vae_path=path),),
-    "merge a LoRA into": (lambda path: run("merge", path, beside(path, "lora"), "-o", path.with_name("out")),),
-    "onto the model": (lambda path: run("merge", path, beside(path, "lora"), "-o", path, "--force"),),
+    "merge a LoRA into": (
+        lambda path: run("merge", path, beside(path, "lora"), "-o", path.with_name("out")),
+    ),
+    "onto the model": (
+        lambda path: run("merge", path, beside(path, "lora"), "-o", path, "--force"),
+    ),
     "onto itself": (lambda path: run("combine", path, "-o", path, "--force"),),
     "onto another": (lambda path: run("combine", path, "-o", beside(path, "lora")),),
 }
 for family in FAMILIES:
     READERS[f"merge into {family}"] = (
-        lambda path, family=family: run("merge", beside(path, family), path, "-o", path.with_name("out")),
+        lambda path, family=family: run(
+            "merge", beside(path, family), path, "-o", path.with_name("out")
+        ),
     )
 
 
@@ -158,9 +175,13 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", hostile_set())
 def test_hostile_set(folder, name):
-    """Each reader refuses the file with its one line, writes nothing, and opens no pickle under any suffix."""
+    """Each reader refuses the file with its one line, writes nothing, and opens no pickle under any
+    suffix.
+    """
     case = hostile_set()[name]
-    for suffix in (".safetensors", ".ckpt", ".pt", ".bin") if case.reader == "any" else (".safetensors",):
+    for suffix in (
+        (".safetensors", ".ckpt", ".pt", ".bin") if case.reader == "any" else (".safetensors",)
+    ):
         path = folder / f"x{suffix}"
         write(path, case)
         before = path.stat().st_mtime_ns
@@ -175,16 +196,22 @@ def test_every_refusal_has_its_files():
     """R1 to R19 of the table, all pairs of families, and more than 60 files."""
     numbers = Counter(name.split()[0] for name in hostile_set())
     assert set(numbers) == set(REFUSALS) and numbers.total() > 200
-    assert set(ABSENT) | {("ssd1b", "sdxl")} == {(a, b) for a in FAMILIES for b in FAMILIES if a != b}
+    assert set(ABSENT) | {("ssd1b", "sdxl")} == {
+        (a, b) for a in FAMILIES for b in FAMILIES if a != b
+    }
 
 
 def test_ssd1b_lora_fits_sdxl(tmp_path):
-    """The one pair that is accepted: by names and shapes nothing tells it from an SDXL LoRA with fewer modules."""
+    """The one pair that is accepted: by names and shapes nothing tells it from an SDXL LoRA with
+    fewer modules.
+    """
     (tmp_path / "lora.safetensors").write_bytes(family_lora("ssd1b"))
     check_fit(meta_unet("sdxl"), read_tau(tmp_path / "lora.safetensors"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"lora_alpha": null}', '{"lora_alpha": NaN}', "[" * 50_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"lora_alpha": null}', '{"lora_alpha": NaN}', "[" * 50_000]
+)
 def test_hostile_adapter_config(tmp_path, text):
     """PEFT's settings beside a LoRA are as little to be trusted as the file."""
     save_file(peft_lora(), tmp_path / "adapter_model.safetensors")
@@ -223,7 +250,12 @@ def bytes_alone(n: int) -> bytes:
 def tucker(size: int) -> bytes:
     """A LoRA whose core makes a kernel of size x size for each of 100,000 channels."""
     return spoilt(
-        {}, {UP: torch.ones(1, 1, 1, 1), DOWN: torch.ones(1, 100_000, 1, 1), MID: torch.ones(1, 1, size, size)}
+        {},
+        {
+            UP: torch.ones(1, 1, 1, 1),
+            DOWN: torch.ones(1, 100_000, 1, 1),
+            MID: torch.ones(1, 1, size, size),
+        },
     )
 
 
@@ -243,7 +275,9 @@ BIG = {
 
 @pytest.mark.parametrize("name", BIG)
 def test_memory_of_big_claims(tmp_path, name):
-    """What a file claims is not allocated, and JSON does not swell beyond bounds; nor does time, see pytest's limit."""
+    """What a file claims is not allocated, and JSON does not swell beyond bounds; nor does time,
+    see pytest's limit.
+    """
     path = tmp_path / "x.safetensors"
     path.write_bytes(BIG[name]())
     for reader in (read_tau, load_model):
@@ -261,7 +295,9 @@ def test_memory_of_whole_files(tmp_path):
 
 
 def test_the_bound_catches_a_reader_that_trusts_the_header(tmp_path):
-    """Mutation: to allocate the shape that the header claims is seen, and at 4 TB stopped by the fence."""
+    """Mutation: to allocate the shape that the header claims is seen, and at 4 TB stopped by the
+    fence.
+    """
     path = tmp_path / "x.safetensors"
 
     def trusting(path: Path) -> None:
@@ -271,8 +307,9 @@ def test_the_bound_catches_a_reader_that_trusts_the_header(tmp_path):
     path.write_bytes(axes(1, 1 << 24))  # 64 MB
     assert measured(trusting, path)[1] > 3
 
-    # The same after 180 MB were freed below memory in use: each block is smaller than malloc's threshold for a mapping
-    # of its own (32 MB, once one of that size was freed), so they are one resident hole that would hold the 64 MB.
+    # The same after 180 MB were freed below memory in use: each block is smaller than malloc's
+    # threshold for a mapping of its own (32 MB, once one of that size was freed), so they are one
+    # resident hole that would hold the 64 MB.
     torch.ones(31 << 18)
     hole = [torch.ones(30 << 18) for _ in range(6)]
     above = [torch.ones(1 << 18) for _ in range(40)]
@@ -290,7 +327,11 @@ def test_the_bound_catches_a_reader_that_trusts_the_header(tmp_path):
 TOKENS = rb'0 -1 1e999 null true " { [ } ] , 99999999999999999999 NaN 1e3 \n \ud800'.split()
 PARTS = ("", ".", "_", "lora_mid", "alpha", "te2", "\u00e9", "lora_A", "\n")
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 1 << 65) | st.floats() | st.from_regex(r"[^{]{0,5}", fullmatch=True),
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 1 << 65)
+    | st.floats()
+    | st.from_regex(r"[^{]{0,5}", fullmatch=True),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
     max_leaves=4,
 )
@@ -332,14 +373,18 @@ def spoilt_bytes(draw, whole: bytes) -> Mutant:
 
 
 def other_json(draw, value):
-    """The value with some part of it, at any depth and also in JSON within text, replaced by any JSON."""
+    """The value with some part of it, at any depth and also in JSON within text, replaced by any
+    JSON.
+    """
     if isinstance(value, str) and value[:2] == '{"':  # JSON of ours
         return json.dumps(other_json(draw, json.loads(value)))
     if not isinstance(value, dict | list) or not value or not draw(st.integers(0, 7)):
         return draw(JSON)
     value = value.copy()
     some = "__metadata__" if "__metadata__" in value and draw(st.booleans()) else None
-    key = some or draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    key = some or draw(
+        st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value)))
+    )
     value[key] = other_json(draw, value[key])
     return value
 
@@ -350,7 +395,9 @@ def field(entry, name: str):
 
 @st.composite
 def spoilt_json(draw, whole: bytes) -> Mutant:
-    """Entries renamed or dropped, their axes shuffled, their dtype another of that width, or any part any JSON."""
+    """Entries renamed or dropped, their axes shuffled, their dtype another of that width, or any
+    part any JSON.
+    """
     header, data = split(whole)
     header = json.loads(header)
     for _ in range(draw(st.integers(1, 3))):
@@ -359,11 +406,15 @@ def spoilt_json(draw, whole: bytes) -> Mutant:
         key = draw(st.sampled_from(sorted(header)))
         kind = draw(st.sampled_from(("name", "drop", "shape", "dtype", "any", "any", "any")))
         if kind == "name":
-            header[key[: draw(st.integers(0, len(key)))] + draw(st.sampled_from(PARTS))] = header.pop(key)
+            header[key[: draw(st.integers(0, len(key)))] + draw(st.sampled_from(PARTS))] = (
+                header.pop(key)
+            )
         elif kind == "drop" and len(header) > 1:
             del header[key]
         elif kind == "shape" and isinstance(shape := field(header[key], "shape"), list):
-            header[key]["shape"] = draw(st.permutations(shape)) + draw(st.sampled_from(([], [1], [1, 1])))
+            header[key]["shape"] = draw(st.permutations(shape)) + draw(
+                st.sampled_from(([], [1], [1, 1]))
+            )
         elif kind == "dtype" and isinstance(dtype := field(header[key], "dtype"), str):
             header[key]["dtype"] = draw(st.sampled_from("IU")) + dtype.lstrip("BFIU")
         elif isinstance(header[key], dict):
@@ -373,11 +424,16 @@ def spoilt_json(draw, whole: bytes) -> Mutant:
 
 @st.composite
 def spoilt_tensors(draw, whole: bytes) -> Mutant:
-    """The dictionary with keys renamed, dropped or doubled, and values of other shapes, dtypes and contents."""
+    """The dictionary with keys renamed, dropped or doubled, and values of other shapes, dtypes and
+    contents.
+    """
     tensors = load(whole)
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(sorted(tensors)))
-        value, kind = tensors[key], draw(st.sampled_from(("name", "drop", "shape", "dtype", "value", "mid")))
+        value, kind = (
+            tensors[key],
+            draw(st.sampled_from(("name", "drop", "shape", "dtype", "value", "mid"))),
+        )
         if kind == "name":
             i = draw(st.integers(0, len(key)))
             name = key[:i] + draw(st.sampled_from(PARTS)) + key[i + draw(st.integers(0, 2)) :]
@@ -387,32 +443,53 @@ def spoilt_tensors(draw, whole: bytes) -> Mutant:
         elif kind == "shape":
             tensors[key] = torch.zeros(draw(st.lists(st.integers(0, 3), max_size=5)))
         elif kind == "dtype":
-            dtypes = torch.int8, torch.bool, torch.float64, torch.bfloat16, torch.int64, torch.float8_e4m3fn
+            dtypes = (
+                torch.int8,
+                torch.bool,
+                torch.float64,
+                torch.bfloat16,
+                torch.int64,
+                torch.float8_e4m3fn,
+            )
             tensors[key] = value.to(draw(st.sampled_from(dtypes)))
         elif kind == "value":
-            tensors[key] = torch.full(value.shape, draw(st.sampled_from((torch.nan, torch.inf, 0.0, 1e30))))
+            tensors[key] = torch.full(
+                value.shape, draw(st.sampled_from((torch.nan, torch.inf, 0.0, 1e30)))
+            )
         else:
             tensors[key.replace("lora_up", "lora_mid")] = value.clone()
     return Mutant(*split(save(tensors)))
 
 
 def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
-    """({reader, refused or read: how many}, the largest share of the memory allowed) of `count` mutants.
+    """({reader, refused or read: how many}, the largest share of the memory allowed) of `count`
+    mutants.
 
-    The same mutants each time; any exception but the promised one passes through, shrunk to a small example.
+    The same mutants each time; any exception but the promised one passes through, shrunk to a small
+    example.
     """
     tau = random_tau(tiny_unet(), 0, 2, 1.0, ATTENTION)
     write_tau(folder / "kohya.safetensors", tau, {"w": "3"}, torch.float32)
     write_tau(folder / "peft.safetensors", tau, {}, style="peft")
-    kohya, peft, model = ((beside(folder / "x", name)).read_bytes() for name in ("kohya", "peft", "model"))
+    kohya, peft, model = (
+        (beside(folder / "x", name)).read_bytes() for name in ("kohya", "peft", "model")
+    )
     for name, reader in (("kohya", read_tau), ("peft", read_tau), ("model", load_model)):
         reader(beside(folder / "x", name))  # fills the tables of names
-    loras = [spoilt_tensors(kohya)] + [spoil(file) for file in (kohya, peft) for spoil in (spoilt_bytes, spoilt_json)]
+    loras = [spoilt_tensors(kohya)] + [
+        spoil(file) for file in (kohya, peft) for spoil in (spoilt_bytes, spoilt_json)
+    ]
     mutants = [st.tuples(st.just("lora"), st.one_of(loras))] * 2
     mutants += [st.tuples(st.just("model"), spoilt_bytes(model) | spoilt_json(model))]
     path, tally, shares = folder / "mutant.safetensors", Counter(), [0.0]
 
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=HealthCheck,
+    )
     @given(st.one_of(mutants))
     def check(mutant):
         reader, file = mutant
@@ -429,7 +506,9 @@ def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
 def test_fuzz(tmp_path):
     """400 mutants: never a traceback; most are refused, and some harmless ones are read."""
     tally, _ = fuzz(tmp_path, 400)
-    assert tally.total() >= 400 and all(tally[x, "refused"] > 50 and tally[x, "read"] > 2 for x in ("lora", "model"))
+    assert tally.total() >= 400 and all(
+        tally[x, "refused"] > 50 and tally[x, "read"] > 2 for x in ("lora", "model")
+    )
 
 
 # ---- by command
@@ -455,6 +534,8 @@ if __name__ == "__main__":
             tally, share = fuzz(Path(scratch), int(argument))
             for (reader, how), count in sorted(tally.items()):
                 print(f"{reader}: {count} {how}")
-            print(f"{tally.total()} in {time.time() - start:.0f} s, at most {share:.2f} of the memory allowed")
+            print(
+                f"{tally.total()} in {time.time() - start:.0f} s, at most {share:.2f} of the memory allowed"
+            )
         else:
             sys.exit("test_hostile.py: give list FOLDER, or fuzz N")

@@ -45,7 +45,9 @@ def text(keys):
 
 
 def test_context_equals_transformers(text, reference):
-    """last_hidden_state (after the final norm) of transformers 5.24.0's CLIPTextModel, same weights, to 1e-5."""
+    """last_hidden_state (after the final norm) of transformers 5.24.0's CLIPTextModel, same
+    weights, to 1e-5.
+    """
     context = text(reference["tokens"])
     torch.testing.assert_close(context, reference["last_hidden_state"], rtol=1e-5, atol=1e-5)
 
@@ -84,18 +86,24 @@ def both(keys):
 
 
 def test_sdxl_equals_transformers(both, reference):
-    """Penultimate states of both towers side by side, and bigG's projected pooled state; pads EOS and 0; to 1e-5."""
+    """Penultimate states of both towers side by side, and bigG's projected pooled state; pads EOS
+    and 0; to 1e-5.
+    """
     prompts = about(REFERENCE / "text.safetensors")["prompts"]
     assert torch.equal(both.tokenize(prompts, pad=0), reference["tokens_big"])
     context, vector = both.encode(prompts)
     assert context.shape == (3, 77, 80) and vector.shape == (3, 48 + 6 * 256)
     torch.testing.assert_close(context[..., :32], reference["penultimate"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(context[..., 32:], reference["penultimate_big"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        context[..., 32:], reference["penultimate_big"], rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(vector[:, :48], reference["pooled"], rtol=1e-5, atol=1e-5)
 
 
 def test_size_ids(both):
-    """After the pooled text: (h, w), crop (0, 0), (h, w), each as 128 cosines then 128 sines of x 10000^(-i/128)."""
+    """After the pooled text: (h, w), crop (0, 0), (h, w), each as 128 cosines then 128 sines of x
+    10000^(-i/128).
+    """
     _, vector = both.encode([""], size=(832, 1216))
     ids = torch.tensor([1216.0, 832.0, 0.0, 0.0, 1216.0, 832.0], dtype=torch.float64)
     args = ids[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
@@ -104,17 +112,27 @@ def test_size_ids(both):
 
 
 def test_sdxl_null_is_zeros_of_the_same_size(both):
-    """Context and pooled text are zero, the size ids are those of the prompt (force_zeros_for_empty_prompt)."""
+    """Context and pooled text are zero, the size ids are those of the prompt
+    (force_zeros_for_empty_prompt).
+    """
     null_cond, cond = both.null_cond(2, (832, 1216)), both.encode(["a cat"], (832, 1216))
     assert null_cond.context.shape == (2, 77, 80) and not null_cond.context.any()
-    assert not null_cond.vector[:, :48].any() and torch.equal(null_cond.vector[1, 48:], cond.vector[0, 48:])
+    assert not null_cond.vector[:, :48].any() and torch.equal(
+        null_cond.vector[1, 48:], cond.vector[0, 48:]
+    )
 
 
 def test_lora_lands_on_the_rows_it_names(both):
-    """A delta on v_proj of bigG changes rows 2/3 to 3/3 of in_proj, on text_projection the transposed matrix."""
+    """A delta on v_proj of bigG changes rows 2/3 to 3/3 of in_proj, on text_projection the
+    transposed matrix.
+    """
     text = copy.deepcopy(both)
     up, down = torch.randn(48, 2), torch.randn(2, 48)
-    paths = ("te2.encoder.layers.1.self_attn.v_proj", "te2.text_projection", "te2.encoder.layers.2.self_attn.q_proj")
+    paths = (
+        "te2.encoder.layers.1.self_attn.v_proj",
+        "te2.text_projection",
+        "te2.encoder.layers.2.self_attn.q_proj",
+    )
     merge_into(lora_weights(text), {path: (up, down, 2.0) for path in paths})
     before, after = both.big.state_dict(), text.big.state_dict()
     changed = {k: after[k] - before[k] for k in after if not torch.equal(after[k], before[k])}
@@ -126,11 +144,15 @@ def test_lora_lands_on_the_rows_it_names(both):
 
 
 def test_big_g_fits_the_tower(official_keys):
-    """Official keys and shapes of embedder 1, 694,659,841 parameters with logit_scale, are the tower's."""
+    """Official keys and shapes of embedder 1, 694,659,841 parameters with logit_scale, are the
+    tower's.
+    """
     with torch.device("meta"):
         text = TextEncoder(sdxl_text())
     official = official_keys["big_g"]
-    assert {k: list(x.shape) for k, x in text.big.state_dict().items()} | {"logit_scale": []} == official
+    assert {k: list(x.shape) for k, x in text.big.state_dict().items()} | {
+        "logit_scale": []
+    } == official
     assert sum(x.numel() for x in text.big.parameters()) + 1 == 694_659_841
 
 
@@ -138,7 +160,9 @@ def test_big_g_fits_the_tower(official_keys):
 
 
 def test_maps_are_inverse_over_clip_l(official_keys):
-    """All 196 weights of CLIP-L (position_ids is none): there and back is the identity, key by key, row by row."""
+    """All 196 weights of CLIP-L (position_ids is none): there and back is the identity, key by key,
+    row by row.
+    """
     shapes = official_keys["clip_l"]
     state = {}
     for i, (key, shape) in enumerate(shapes.items()):
@@ -146,20 +170,28 @@ def test_maps_are_inverse_over_clip_l(official_keys):
     there = clip_l_to_open_clip(state)
     weights = {key: x for key, x in state.items() if key != "embeddings.position_ids"}
     back = open_clip_to_clip_l(there)
-    assert len(shapes) == 197 and len(there) == 196 - 2 * 2 * 12  # q, k, v become one, weight and bias, 12 layers
+    assert (
+        len(shapes) == 197 and len(there) == 196 - 2 * 2 * 12
+    )  # q, k, v become one, weight and bias, 12 layers
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], x) for key, x in weights.items())
     again = clip_l_to_open_clip(back)
-    assert again.keys() == there.keys() and all(torch.equal(again[key], x) for key, x in there.items())
+    assert again.keys() == there.keys() and all(
+        torch.equal(again[key], x) for key, x in there.items()
+    )
 
 
 def test_clip_l_fits_the_tower(official_keys):
     """Mapped key names and shapes of CLIP-L are those of the default tower, 123,060,480 parameters."""
     with torch.device("meta"):
         tower = TextEncoder().tower
-    state = {key: torch.empty(shape, device="meta") for key, shape in official_keys["clip_l"].items()}
+    state = {
+        key: torch.empty(shape, device="meta") for key, shape in official_keys["clip_l"].items()
+    }
     mapped = clip_l_to_open_clip(state)
-    assert {k: x.shape for k, x in mapped.items()} == {k: x.shape for k, x in tower.state_dict().items()}
+    assert {k: x.shape for k, x in mapped.items()} == {
+        k: x.shape for k, x in tower.state_dict().items()
+    }
     assert sum(x.numel() for x in tower.parameters()) == 123_060_480
 
 
@@ -183,7 +215,9 @@ def test_missing_projection_is_an_error(keys):
 
 
 def test_padding(text):
-    """49406, the prompt, 49407, and 49407 up to 77, as SD1.x pads (open_clip's own tokenizer would pad with 0)."""
+    """49406, the prompt, 49407, and 49407 up to 77, as SD1.x pads (open_clip's own tokenizer would
+    pad with 0).
+    """
     ids = text.tokenize(["", "a cat"])
     assert ids.shape == (2, 77) and ids.dtype == torch.int64
     assert ids[0].tolist() == [49406] + [49407] * 76
@@ -223,17 +257,23 @@ def test_text_on_cuda_in_float16(fake_cuda):
 
 
 def test_with_sizes_replaces_the_size_ids(both, text):
-    """Row i of the vector is that of its own picture: as `encode` says for that size; SD1.x has nothing to replace."""
+    """Row i of the vector is that of its own picture: as `encode` says for that size; SD1.x has
+    nothing to replace.
+    """
     sizes, prompts = [(832, 1216), (640, 512)], ["a cat", "a dog"]
     cond = with_sizes(both.encode(prompts), torch.tensor([[h, w, 0, 0, h, w] for w, h in sizes]))
     for i, size in enumerate(sizes):
-        torch.testing.assert_close(cond.vector[i], both.encode(prompts, size).vector[i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            cond.vector[i], both.encode(prompts, size).vector[i], rtol=0, atol=1e-6
+        )
     cond = text.encode(prompts)
     assert with_sizes(cond, torch.zeros(2, 6)) is cond
 
 
 def test_an_empty_caption_is_the_null_condition():
-    """As training drops captions: "" is what sampling has as null, zeros for two towers; the rest is `encode`'s."""
+    """As training drops captions: "" is what sampling has as null, zeros for two towers; the rest
+    is `encode`'s.
+    """
     one, two = tiny_text(), tiny_text(0, TWO_TOWERS.text)
     for text in (one, two):
         cond, cats = text.encode_captions(["cat", "", "a cat"]), text.encode(["cat", "a cat"])

@@ -14,10 +14,17 @@ from minilcm.model.unet import Cond, UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b}
 
-# The four small UNets of make_reference.py: what diffusers says by block types and layer counts, in our words
+# The four small UNets of make_reference.py: what diffusers says by block types and layer counts, in
+# our words
 COMMON = dict(channels=(32, 64, 64), context_dim=48, groups=8)
 KINDS = {
-    "sd": UNetConfig(**COMMON, down=((1, 1), (1, 1), (0, 0)), middle=1, up=((0, 0, 0), (1, 1, 1), (1, 1, 1)), heads=8),
+    "sd": UNetConfig(
+        **COMMON,
+        down=((1, 1), (1, 1), (0, 0)),
+        middle=1,
+        up=((0, 0, 0), (1, 1, 1), (1, 1, 1)),
+        heads=8,
+    ),
     "sdxl": UNetConfig(
         **COMMON,
         down=((0, 0), (2, 2), (3, 3)),
@@ -36,7 +43,9 @@ KINDS = {
         linear=True,
         adm=72,
     ),
-    "emoji": UNetConfig(**COMMON, down=((0,), (1,), (1,)), middle=1, up=((1, 1), (1, 1), (0, 0)), heads=4),
+    "emoji": UNetConfig(
+        **COMMON, down=((0,), (1,), (1,)), middle=1, up=((1, 1), (1, 1), (0, 0)), heads=4
+    ),
 }
 
 
@@ -46,7 +55,9 @@ def reference():
 
 
 def unet_of(kind):
-    """The reference's UNet: its weights are drawn from its key names, so this also compares the key sets, strictly."""
+    """The reference's UNet: its weights are drawn from its key names, so this also compares the key
+    sets, strictly.
+    """
     unet = UNet(KINDS[kind]).requires_grad_(False)
     unet.load_state_dict(filled(about(REFERENCE / "unet.safetensors")["keys"][kind]))
     return unet
@@ -61,19 +72,25 @@ def cond_of(kind, reference):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eps_hat_equals_diffusers(reference, kind):
-    """eps_hat of diffusers 0.42.1's UNet2DConditionModel with the same weights, at t = 37 and 801; to 1e-5."""
+    """eps_hat of diffusers 0.42.1's UNet2DConditionModel with the same weights, at t = 37 and 801;
+    to 1e-5.
+    """
     eps_hat = unet_of(kind)(reference["z_t"], reference["t"], cond_of(kind, reference))
     torch.testing.assert_close(eps_hat, reference[f"{kind}/eps_hat"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_batch_and_t(reference, kind):
-    """An image alone is the image in its batch, and t may be an int. (To 1e-5 in the reference's values of order 1.)"""
+    """An image alone is the image in its batch, and t may be an int. (To 1e-5 in the reference's
+    values of order 1.)
+    """
     unet, cond = unet_of(kind), cond_of(kind, reference)
     for i, t in enumerate((37, 801)):
         row = Cond(*(None if x is None else x[i : i + 1] for x in cond))
         alone = unet(reference["z_t"][i : i + 1], t, row)
-        torch.testing.assert_close(alone, reference[f"{kind}/eps_hat"][i : i + 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            alone, reference[f"{kind}/eps_hat"][i : i + 1], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_other_sizes(reference):
@@ -90,7 +107,9 @@ def test_other_sizes(reference):
     [("sd15", 859_520_964, 686), ("sdxl", 2_567_463_684, 1680), ("ssd1b", 1_331_334_404, 944)],
 )
 def test_official_keys(official_keys, family, parameters, tensors):
-    """Keys, shapes, parameter counts of v1-5-pruned-emaonly, sd_xl_base_1.0 and SSD-1B-A1111, on the meta device."""
+    """Keys, shapes, parameter counts of v1-5-pruned-emaonly, sd_xl_base_1.0 and SSD-1B-A1111, on
+    the meta device.
+    """
     with torch.device("meta"):
         unet = UNet(FAMILIES[family]())
     assert {key: list(x.shape) for key, x in unet.state_dict().items()} == official_keys[family]
@@ -103,7 +122,9 @@ def test_official_keys(official_keys, family, parameters, tensors):
     [("sd15", 278, 67_252_224), ("sdxl", 788, 196_751_360), ("ssd1b", 423, 104_902_656)],
 )
 def test_lora_counts(family, modules, trainable):
-    """Modules and rank-64 parameters of the released LCM-LoRAs (2311.05556 table 1: 67.5M, 197M, 105M)."""
+    """Modules and rank-64 parameters of the released LCM-LoRAs (2311.05556 table 1: 67.5M, 197M,
+    105M).
+    """
     with torch.device("meta"):
         unet = UNet(FAMILIES[family]())
     assert len(target_paths(unet)) == modules
@@ -122,7 +143,9 @@ def test_emoji_size():
 
 @pytest.mark.parametrize("make", [sd15, sdxl, ssd1b, emoji])
 def test_norm_eps(make):
-    """GroupNorm eps is 1e-6 in front of a transformer and 1e-5 elsewhere, LayerNorm 1e-5, as in CompVis' code."""
+    """GroupNorm eps is 1e-6 in front of a transformer and 1e-5 elsewhere, LayerNorm 1e-5, as in
+    CompVis' code.
+    """
     with torch.device("meta"):
         unet = UNet(make())
     before_transformer = {m.norm for m in unet.modules() if isinstance(m, SpatialTransformer)}
@@ -134,7 +157,9 @@ def test_norm_eps(make):
 
 
 def test_heads():
-    """SD1.5 has 8 heads everywhere, so of width 40, 80, 160; SDXL has heads of width 64 everywhere, so 10 and 20."""
+    """SD1.5 has 8 heads everywhere, so of width 40, 80, 160; SDXL has heads of width 64 everywhere,
+    so 10 and 20.
+    """
     for make, expected in (
         (sd15, {320: 8, 640: 8, 1280: 8}),
         (sdxl, {640: 10, 1280: 20}),
@@ -160,10 +185,19 @@ def test_timestep_embedding():
 
 
 def test_guidance_embedding_enters_before_the_time_mlp():
-    """A full LCM adds cond_proj(w_emb), no bias, to the sinusoids of t (diffusers' name and place); 0 is no change."""
+    """A full LCM adds cond_proj(w_emb), no bias, to the sinusoids of t (diffusers' name and place);
+    0 is no change.
+    """
     torch.manual_seed(0)
     unet = UNet(
-        UNetConfig(**COMMON, down=((0,), (1,), (1,)), middle=1, up=((1, 1), (1, 1), (0, 0)), heads=4, w_dim=256)
+        UNetConfig(
+            **COMMON,
+            down=((0,), (1,), (1,)),
+            middle=1,
+            up=((1, 1), (1, 1), (0, 0)),
+            heads=4,
+            w_dim=256,
+        )
     )
     proj = unet.state_dict()["time_embedding.cond_proj.weight"]
     assert proj.shape == (32, 256) and "time_embedding.cond_proj.bias" not in unet.state_dict()
@@ -180,7 +214,10 @@ def test_guidance_embedding_enters_before_the_time_mlp():
 
 def test_cond():
     """cat stacks rows of both parts, to converts both; a missing vector stays missing."""
-    a, b = Cond(torch.zeros(1, 7, 48), torch.zeros(1, 72)), Cond(torch.ones(2, 7, 48), torch.ones(2, 72))
+    a, b = (
+        Cond(torch.zeros(1, 7, 48), torch.zeros(1, 72)),
+        Cond(torch.ones(2, 7, 48), torch.ones(2, 72)),
+    )
     both = a.cat(b)
     assert both.context.shape == (3, 7, 48) and both.vector[:, 0].tolist() == [0, 1, 1]
     assert Cond(a.context).cat(Cond(b.context)).vector is None
@@ -193,18 +230,29 @@ def test_cond():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unet_on_cuda_in_float16(fake_cuda, kind):
-    """Dry run, float16 weights and float32 inputs on cuda: eps_hat is float16 there; t an int, or on either device."""
+    """Dry run, float16 weights and float32 inputs on cuda: eps_hat is float16 there; t an int, or
+    on either device.
+    """
     unet = fake_cuda(lambda: UNet(KINDS[kind]), torch.float16)
-    cond = Cond(torch.randn(2, 7, 48, device="cuda"), torch.randn(2, 72, device="cuda") if KINDS[kind].adm else None)
+    cond = Cond(
+        torch.randn(2, 7, 48, device="cuda"),
+        torch.randn(2, 72, device="cuda") if KINDS[kind].adm else None,
+    )
     z_t, t = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([37, 801])
     for when in (37, t, t.to("cuda")):
         eps_hat = unet(z_t, when, cond)
-        assert (eps_hat.device.type, eps_hat.dtype, eps_hat.shape) == ("cuda", torch.float16, (2, 4, 8, 8))
+        assert (eps_hat.device.type, eps_hat.dtype, eps_hat.shape) == (
+            "cuda",
+            torch.float16,
+            (2, 4, 8, 8),
+        )
 
 
 def test_unet_in_bfloat16(reference):
     """Weights in bfloat16 give a bfloat16 eps_hat near the float32 one, from float32 inputs."""
-    eps_hat = unet_of("sdxl").bfloat16()(reference["z_t"], reference["t"], cond_of("sdxl", reference))
+    eps_hat = unet_of("sdxl").bfloat16()(
+        reference["z_t"], reference["t"], cond_of("sdxl", reference)
+    )
     expected = reference["sdxl/eps_hat"]
     assert eps_hat.dtype == torch.bfloat16
     assert (eps_hat - expected).norm() < 0.05 * expected.norm()

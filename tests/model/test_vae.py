@@ -21,7 +21,9 @@ def reference():
 
 
 def vae_of(kind, **changes):
-    """The reference's VAE: its weights are drawn from its key names, so this also compares the key sets, strictly."""
+    """The reference's VAE: its weights are drawn from its key names, so this also compares the key
+    sets, strictly.
+    """
     vae = VAE(VAEConfig(**vars(KINDS[kind]) | changes)).requires_grad_(False)
     vae.load_state_dict(filled(about(REFERENCE / "vae.safetensors")["keys"][kind]))
     return vae
@@ -29,17 +31,23 @@ def vae_of(kind, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_diffusers(reference, kind):
-    """Mean and std of q(z|x), and pixels of a latent, as diffusers 0.42.1's AutoencoderKL has them; to 1e-5."""
+    """Mean and std of q(z|x), and pixels of a latent, as diffusers 0.42.1's AutoencoderKL has them;
+    to 1e-5.
+    """
     vae = vae_of(kind)
     mean, std = vae.moments(reference["pixels"])
     torch.testing.assert_close(mean, reference[f"{kind}/mean"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(std, reference[f"{kind}/std"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(vae.decode(reference[f"{kind}/z"]), reference[f"{kind}/decoded"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vae.decode(reference[f"{kind}/z"]), reference[f"{kind}/decoded"], rtol=1e-5, atol=1e-5
+    )
     assert vae.factor == int(kind[1])
 
 
 def test_official_keys(official_keys):
-    """Keys, shapes and 83,653,863 parameters of SD1.5's first_stage_model on the meta device; f8, scale 0.18215."""
+    """Keys, shapes and 83,653,863 parameters of SD1.5's first_stage_model on the meta device; f8,
+    scale 0.18215.
+    """
     with torch.device("meta"):
         vae = VAE()
     assert {key: list(x.shape) for key, x in vae.state_dict().items()} == official_keys["vae"]
@@ -50,47 +58,71 @@ def test_official_keys(official_keys):
 
 
 def test_scale_is_applied_inside(reference):
-    """z = scale * q(z|x) on the way in and z / scale on the way out (0.18215 in the config of SD1.5)."""
+    """z = scale * q(z|x) on the way in and z / scale on the way out (0.18215 in the config of
+    SD1.5).
+    """
     plain, scaled = vae_of("f4"), vae_of("f4", scale=0.18215)
     for a, b in zip(plain.moments(reference["pixels"]), scaled.moments(reference["pixels"])):
         torch.testing.assert_close(b, 0.18215 * a)
     z = reference["f4/z"]
-    torch.testing.assert_close(scaled.decode(0.18215 * z), reference["f4/decoded"], rtol=1e-5, atol=1e-4)
-    assert torch.equal(scaled.encode_mean(reference["pixels"]), scaled.moments(reference["pixels"])[0])
+    torch.testing.assert_close(
+        scaled.decode(0.18215 * z), reference["f4/decoded"], rtol=1e-5, atol=1e-4
+    )
+    assert torch.equal(
+        scaled.encode_mean(reference["pixels"]), scaled.moments(reference["pixels"])[0]
+    )
 
 
 def test_encode_draws_from_its_generator(reference):
-    """encode is mean + std * n with n the generator's next normal numbers: reproducible, and new at the next call."""
+    """encode is mean + std * n with n the generator's next normal numbers: reproducible, and new at
+    the next call.
+    """
     vae, g = vae_of("f4", scale=0.5), torch.Generator().manual_seed(7)
     first, second = vae.encode(reference["pixels"], g), vae.encode(reference["pixels"], g)
     mean, std = 0.5 * reference["f4/mean"], 0.5 * reference["f4/std"]
     g = torch.Generator().manual_seed(7)
     for z in (first, second):
-        torch.testing.assert_close(z, mean + std * torch.randn(mean.shape, generator=g), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            z, mean + std * torch.randn(mean.shape, generator=g), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_log_variance_is_clamped(reference):
-    """log variance is held to [-30, 20], as LDM's DiagonalGaussianDistribution does, so that std cannot overflow."""
+    """log variance is held to [-30, 20], as LDM's DiagonalGaussianDistribution does, so that std
+    cannot overflow.
+    """
     vae = vae_of("f4")
     vae.quant_conv.weight.zero_()
-    vae.quant_conv.bias[:4], vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = 0.25, 1000.0, -1000.0
+    vae.quant_conv.bias[:4], vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = (
+        0.25,
+        1000.0,
+        -1000.0,
+    )
     mean, std = vae.moments(reference["pixels"])
     assert (mean == 0.25).all()
     assert std[0, :, 0, 0].tolist() == pytest.approx([math.exp(10)] * 2 + [math.exp(-15)] * 2)
 
 
 def test_vae_on_cuda_in_float16(fake_cuda):
-    """A dry run with float16 weights on cuda and a CPU generator: latents and pixels come back float32 on cuda."""
+    """A dry run with float16 weights on cuda and a CPU generator: latents and pixels come back
+    float32 on cuda.
+    """
     vae = fake_cuda(lambda: VAE(KINDS["f8"]), torch.float16)
     z0 = vae.encode(torch.randn(2, 3, 32, 48, device="cuda"), torch.Generator())
     assert (z0.device.type, z0.dtype, z0.shape) == ("cuda", torch.float32, (2, 4, 4, 6))
     pixels = vae.decode(z0)
-    assert (pixels.device.type, pixels.dtype, pixels.shape) == ("cuda", torch.float32, (2, 3, 32, 48))
+    assert (pixels.device.type, pixels.dtype, pixels.shape) == (
+        "cuda",
+        torch.float32,
+        (2, 3, 32, 48),
+    )
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (20, 8), (21, 33), (5, 40)])
 def test_tiles_are_a_partition_of_one(monkeypatch, h, w):
-    """With a decoder that looks at one latent only, tiles blended are the whole, at every pixel and any size."""
+    """With a decoder that looks at one latent only, tiles blended are the whole, at every pixel and
+    any size.
+    """
     vae = vae_of("f4")
     calls = []
 
@@ -100,7 +132,9 @@ def test_tiles_are_a_partition_of_one(monkeypatch, h, w):
 
     monkeypatch.setattr(vae, "decode", local)
     z0 = torch.randn(2, 4, h, w, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(vae.decode_tiled(z0, tile=8, overlap=2), local(z0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        vae.decode_tiled(z0, tile=8, overlap=2), local(z0), rtol=1e-5, atol=1e-5
+    )
     assert all(max(shape) <= 8 for shape in calls[:-1])
 
 

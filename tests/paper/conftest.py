@@ -1,4 +1,6 @@
-"""In the place of the shipped model, LCM-LoRA and judge: tiny ones, taught nothing, so that all runs in seconds."""
+"""In the place of the shipped model, LCM-LoRA and judge: tiny ones, taught nothing, so that all
+runs in seconds.
+"""
 
 import json
 from dataclasses import replace
@@ -14,7 +16,9 @@ from minilcm.metrics import Judge
 from paper import rank, setup
 from paper.styles import KINDS
 
-NAMES = (ROOT / "weights/emoji/names.txt").read_text().splitlines()[: setup.NAMES + 1]  # one more than the paper's
+NAMES = (
+    (ROOT / "weights/emoji/names.txt").read_text().splitlines()[: setup.NAMES + 1]
+)  # one more than the paper's
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +31,9 @@ def tiny_model(tmp_path_factory):
     torch.manual_seed(0)
     styles = [*STYLES, *KINDS]
     judge = Judge(NAMES, styles, 8, 16).state_dict()
-    write_tensors(folder / "judge.safetensors", judge, {"config": json.dumps([NAMES, styles, 8, 16])})
+    write_tensors(
+        folder / "judge.safetensors", judge, {"config": json.dumps([NAMES, styles, 8, 16])}
+    )
     with pytest.MonkeyPatch.context() as change:
         for constant, name in (("MODEL", "model"), ("LORA", "lcm_lora"), ("JUDGE", "judge")):
             change.setattr(setup, constant, folder / f"{name}.safetensors")

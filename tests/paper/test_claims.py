@@ -1,5 +1,5 @@
-"""The paper's questions: what each works out in closed form, its rule at the thresholds, and a report that misses
-nothing.
+"""The paper's questions: what each works out in closed form, its rule at the thresholds, and a
+report that misses nothing.
 """
 
 import json
@@ -11,11 +11,25 @@ import torch
 from minilcm.merge import delta
 from minilcm.metrics import wilson
 from paper import __main__ as command
-from paper import base, combination, fail, memory, rank, recipe, report, setup, solver, steps, training
+from paper import (
+    base,
+    combination,
+    fail,
+    memory,
+    rank,
+    recipe,
+    report,
+    setup,
+    solver,
+    steps,
+    training,
+)
 
 
 def test_overlap_of_column_spaces():
-    """1 for a delta that writes where the other does, 0 for one that does not, by energy between; then the norms."""
+    """1 for a delta that writes where the other does, 0 for one that does not, by energy between;
+    then the norms.
+    """
     up = torch.eye(6)[:, :2]  # writes to rows 0 and 1
     a = {"x": (up, torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), 2.0)}
     for rows, expected in (([0, 1], 1.0), ([4, 5], 0.0), ([0, 5], 9 / 25), ([1, 2], 16 / 25)):
@@ -30,12 +44,21 @@ def test_rank_correlation():
     assert combination.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert combination.rank_correlation([1, 2, 3], [5, 5, 5]) == 0
     # ranks 0 1 2 3 and 0.5 0.5 2 3: sum of products of deviations 4.5, of squares 5 and 4.5
-    assert combination.rank_correlation([1, 2, 3, 4], [7, 7, 8, 9]) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
+    assert combination.rank_correlation([1, 2, 3, 4], [7, 7, 8, 9]) == pytest.approx(
+        4.5 / (5 * 4.5) ** 0.5
+    )
 
 
-def a_style(alone=(0.9, 0.8), accuracy=(0.0, -0.1, 0.1), style=(0.0, -0.1, 0.1), equal=(0.0, 0.0)) -> dict:
+def a_style(
+    alone=(0.9, 0.8), accuracy=(0.0, -0.1, 0.1), style=(0.0, -0.1, 0.1), equal=(0.0, 0.0)
+) -> dict:
     right, kept = ({"alone": [x, x - 0.1, x + 0.1]} for x in alone)
-    row = {"right": right, "style": kept, "lost accuracy": list(accuracy), "lost style": list(style)}
+    row = {
+        "right": right,
+        "style": kept,
+        "lost accuracy": list(accuracy),
+        "lost style": list(style),
+    }
     row |= {"lost, equal": list(equal), "overlap": 0.3, "overlap by chance": 0.1, "norm": 1.0}
     return row | {"blocks": {"down": 0.2, "middle": 0.3, "up": 0.5}}
 
@@ -49,18 +72,34 @@ def a_style(alone=(0.9, 0.8), accuracy=(0.0, -0.1, 0.1), style=(0.0, -0.1, 0.1),
         (a_style(accuracy=(0.20, 0.11, 0.30)), "failed", True, False),
         (a_style(style=(0.20, 0.11, 0.30)), "failed", True, False),
         (a_style(equal=(0.05, 0.2)), "works", False, True),
-        (a_style(alone=(0.9, 0.4), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)), "not measurable", False, False),
-        (a_style(alone=(0.4, 0.9), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)), "not measurable", False, False),
+        (
+            a_style(alone=(0.9, 0.4), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)),
+            "not measurable",
+            False,
+            False,
+        ),
+        (
+            a_style(alone=(0.4, 0.9), style=(0.20, 0.15, 0.30), equal=(0.3, 0.3)),
+            "not measurable",
+            False,
+            False,
+        ),
     ],
 )
 def test_what_became_of_a_style(row, outcome, surely, equal):
-    assert combination.what_became(row) == {"outcome": outcome, "surely": surely, "failed, equal": equal}
+    assert combination.what_became(row) == {
+        "outcome": outcome,
+        "surely": surely,
+        "failed, equal": equal,
+    }
 
 
 def test_failures():
     """Styles with nothing to lose are in no count and no correlation."""
     losses = [(0.0, -0.1, 0.1), (0.05, 0.0, 0.1), (0.15, 0.05, 0.2), (0.3, 0.2, 0.4)]
-    rows = [a_style(accuracy=x) | {"norm": i, "overlap": 0.5 - 0.1 * i} for i, x in enumerate(losses)]
+    rows = [
+        a_style(accuracy=x) | {"norm": i, "overlap": 0.5 - 0.1 * i} for i, x in enumerate(losses)
+    ]
     rows += [a_style(alone=(0.4, 0.9), accuracy=(0.9, 0.8, 1.0)) | {"norm": -9}]
     found = combination.failures([row | combination.what_became(row) for row in rows])
     counts = {"failed": 2, "measurable": 4, "surely failed": 1, "failed, equal": 0}
@@ -71,12 +110,16 @@ def test_failures():
 
 
 def test_correlation_by_chance():
-    """For many pairs a normal of deviation 1 / sqrt(n - 1), whose size is above 2.576 of it once in a hundred."""
+    """For many pairs a normal of deviation 1 / sqrt(n - 1), whose size is above 2.576 of it once in
+    a hundred.
+    """
     assert combination.correlation_by_chance(200) == pytest.approx(2.576 / 199**0.5, rel=0.1)
 
 
 def test_the_gaussian_case():
-    """DDIM's error falls as 1 / n, DPM-Solver++ is nearer; LCM in skips of 20 is worth 50 steps of DDIM, of 100 ten."""
+    """DDIM's error falls as 1 / n, DPM-Solver++ is nearer; LCM in skips of 20 is worth 50 steps of
+    DDIM, of 100 ten.
+    """
     far = solver.gaussian()
     ddim, lcm_step = far["DDIM"], far["lcm, one step"]
     assert ddim["16"] / ddim["32"] == pytest.approx(2, rel=0.25)
@@ -88,27 +131,40 @@ def test_the_gaussian_case():
 def test_truncated():
     """Singular values 4 and 3 in one module, 12 in another: rank 1 loses the 3, of 13 in all."""
     eye = torch.eye(2)
-    tau = {"a": (eye, torch.diag(torch.tensor([4.0, 3.0])), 2.0), "b": (eye[:, :1], 12 * eye[:1], 1.0)}
+    tau = {
+        "a": (eye, torch.diag(torch.tensor([4.0, 3.0])), 2.0),
+        "b": (eye[:, :1], 12 * eye[:1], 1.0),
+    }
     small, residual = rank.truncated(tau, 1)
-    assert residual == pytest.approx(3 / 13) and delta(*small["a"]).diag().tolist() == pytest.approx([4, 0], abs=1e-5)
+    assert residual == pytest.approx(3 / 13) and delta(
+        *small["a"]
+    ).diag().tolist() == pytest.approx([4, 0], abs=1e-5)
     assert rank.truncated(tau, 2)[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_every_row_says_what_it_is():
-    """A guided step costs two evaluations; only solvers are rivals at equal evaluations, not the teacher."""
+    """A guided step costs two evaluations; only solvers are rivals at equal evaluations, not the
+    teacher.
+    """
     rows = {label: steps.about(label, draw) for label, (draw, _) in steps.samplers((1, 4)).items()}
     assert rows["LCM-LoRA 4"] == {"sampler": "LCM-LoRA", "solver": False, "evaluations": 4}
     assert rows["DDIM 4"] == {"sampler": "DDIM", "solver": True, "evaluations": 8}
     assert rows["DPM-Solver++, no guidance, 1"]["sampler"] == "DPM-Solver++, no guidance"
-    assert not rows["LCM sampler, no LoRA, 1"]["solver"] and not steps.about("DDIM 50", steps.TEACHER)["solver"]
+    assert (
+        not rows["LCM sampler, no LoRA, 1"]["solver"]
+        and not steps.about("DDIM 50", steps.TEACHER)["solver"]
+    )
 
 
 def test_a_choice_of_the_recipe_changes_one_thing():
-    """From the baseline, whose w is the shipped LCM-LoRA's; the full LCM changes all that makes it full."""
+    """From the baseline, whose w is the shipped LCM-LoRA's; the full LCM changes all that makes it
+    full.
+    """
     start = training.Recipe()
     rows = recipe.choices(start)
     changed = {
-        label: {k for k, x in made._asdict().items() if x != getattr(start, k)} for label, (made, _, _) in rows.items()
+        label: {k for k, x in made._asdict().items() if x != getattr(start, k)}
+        for label, (made, _, _) in rows.items()
     }
     full = changed.pop(recipe.FULL)
     assert full >= {"rank", "w", "lr"} and changed.pop("baseline") == set()
@@ -123,7 +179,9 @@ def test_every_name_has_a_content():
 
 
 def test_a_wrong_word_is_told_in_a_line():
-    with pytest.raises(SystemExit, match="^python -m paper: no section 'speed'; choose from memory, steps"):
+    with pytest.raises(
+        SystemExit, match="^python -m paper: no section 'speed'; choose from memory, steps"
+    ):
         command.main(["steps", "speed"])
 
 
@@ -134,8 +192,9 @@ SMALL = setup.Budget(True, (0,), 0, 8, 4, 2, 2, 16, 1, ("sepia",), (1.0,))
 
 
 def test_from_measurement_to_report(monkeypatch, capsys):
-    """Each claim measures, judges and draws itself; the report finds every number it wants. Memory takes its numbers
-    from train.py, in a process of its own, so here they are the committed ones; the second seed's are the first's.
+    """Each claim measures, judges and draws itself; the report finds every number it wants. Memory
+    takes its numbers from train.py, in a process of its own, so here they are the committed ones;
+    the second seed's are the first's.
     """
     committed = json.loads((setup.HERE / "results/memory.json").read_text())["numbers"]
     monkeypatch.setattr(memory, "measure", lambda budget: committed)
@@ -149,7 +208,9 @@ def test_from_measurement_to_report(monkeypatch, capsys):
     for name in command.CLAIMS:
         verdict = json.loads((out / f"{name}.json").read_text())["verdict"]
         assert f"{name}, seed 0: {verdict} (" in said and (out / f"{name}.png").exists()
-    assert {f"{name}-pictures.png" for name in ("steps", "combination", "fail")} <= {x.name for x in out.iterdir()}
+    assert {f"{name}-pictures.png" for name in ("steps", "combination", "fail")} <= {
+        x.name for x in out.iterdir()
+    }
     text = (out / "README.md").read_text()
     assert "{{" not in text and "figures/" not in text and "the verdict stands" in text
 
@@ -164,8 +225,19 @@ def test_verdict_steps():
             "evaluations": evaluations,
             "four against it": [0.2 if low > -0.5 else -0.2, low, 0.3],
         }
-        four = {"solver": False, "evaluations": 4, "share": [share, 0, 1], "four against it": [0, 0, 0]}
-        return {"rows": {"LCM-LoRA 4": four, "LCM-LoRA 2": four | {"share": [two, 0, 1]}, "DDIM 2": solver}}
+        four = {
+            "solver": False,
+            "evaluations": 4,
+            "share": [share, 0, 1],
+            "four against it": [0, 0, 0],
+        }
+        return {
+            "rows": {
+                "LCM-LoRA 4": four,
+                "LCM-LoRA 2": four | {"share": [two, 0, 1]},
+                "DDIM 2": solver,
+            }
+        }
 
     assert steps.verdict(numbers()) == "held"
     assert steps.verdict(numbers(share=0.949)) == steps.verdict(numbers(two=0.84)) == "held in part"
@@ -187,13 +259,22 @@ def test_verdict_base():
     assert base.verdict({"bases": {"1": good}}) == "held"
     worse = good | {"short against there": [-0.1, -0.2, -0.051]}
     assert base.verdict({"bases": {"1": good, "2": worse}}) == "held in part"
-    assert base.verdict({"bases": {"1": good | {"shipped against none": [0.2, -0.01, 0.3]}}}) == "did not hold"
+    assert (
+        base.verdict({"bases": {"1": good | {"shipped against none": [0.2, -0.01, 0.3]}}})
+        == "did not hold"
+    )
 
 
 def test_verdict_rank():
-    rows = {"16": {"against the highest": [-0.1, -0.2, -0.031]}, "32": {"against the highest": [0, 0, 0]}}
+    rows = {
+        "16": {"against the highest": [-0.1, -0.2, -0.031]},
+        "32": {"against the highest": [0, 0, 0]},
+    }
     assert rank.verdict({"trained": rows}) == "did not hold"
-    assert rank.verdict({"trained": rows | {"4": {"against the highest": [-0.1, -0.2, -0.029]}}}) == "held"
+    assert (
+        rank.verdict({"trained": rows | {"4": {"against the highest": [-0.1, -0.2, -0.029]}}})
+        == "held"
+    )
 
 
 def test_verdict_solver():
@@ -203,14 +284,22 @@ def test_verdict_solver():
         return {"error left": left, "distance": {"DDIM 1": near, "DDIM 4": costly}}
 
     assert solver.verdict(numbers(0.5, -0.01)) == "held"
-    assert solver.verdict(numbers(0.51, -0.01)) == solver.verdict(numbers(0.5, 0.01)) == "held in part"
+    assert (
+        solver.verdict(numbers(0.51, -0.01)) == solver.verdict(numbers(0.5, 0.01)) == "held in part"
+    )
     assert solver.verdict(numbers(0.51, 0.01)) == "did not hold"
 
 
 def test_verdict_recipe():
     back, other = {"takes back": True, "against baseline": [0, -0.1, 0.1]}, {"takes back": False}
-    assert recipe.verdict({"rows": {"a": back, "b": other | {"against baseline": [0.2, 0.1, 0.3]}}}) == "held"
-    assert recipe.verdict({"rows": {"a": back | {"against baseline": [0.2, 0.1, 0.3]}}}) == "did not hold"
+    assert (
+        recipe.verdict({"rows": {"a": back, "b": other | {"against baseline": [0.2, 0.1, 0.3]}}})
+        == "held"
+    )
+    assert (
+        recipe.verdict({"rows": {"a": back | {"against baseline": [0.2, 0.1, 0.3]}}})
+        == "did not hold"
+    )
 
 
 def test_verdict_fail():
@@ -239,11 +328,15 @@ def test_the_report_is_filled():
 
 
 def test_the_committed_report_is_that_of_the_committed_results():
-    text = report.fill((report.HERE / "report.md").read_text(), report.read_results(report.HERE / "results"))
+    text = report.fill(
+        (report.HERE / "report.md").read_text(), report.read_results(report.HERE / "results")
+    )
     assert "{{" not in text and text == (report.HERE / "README.md").read_text()
 
 
-@pytest.mark.parametrize("text", ["{{steps/absent}}", "{{absent/rows}}", "{{table steps/rows: key; absent|i}}"])
+@pytest.mark.parametrize(
+    "text", ["{{steps/absent}}", "{{absent/rows}}", "{{table steps/rows: key; absent|i}}"]
+)
 def test_a_missing_number_stops_the_report(text):
     with pytest.raises(ValueError, match="no 'absent' in the results"):
         report.fill(text, {"steps": {"rows": {"a": {"x": 1}}}})

@@ -1,4 +1,6 @@
-"""What the paper's questions share: prompts, pictures from fixed seeds, short training runs, and what is kept."""
+"""What the paper's questions share: prompts, pictures from fixed seeds, short training runs, and
+what is kept.
+"""
 
 import json
 
@@ -18,22 +20,29 @@ from minilcm.solver import sample_ddim
 from paper import __main__ as command
 from paper import pictures, setup, styles, training
 
-PROMPTS = [setup.Prompt("pizza", "pizza"), setup.Prompt("red apple, noto style", "red apple", "noto")]
+PROMPTS = [
+    setup.Prompt("pizza", "pizza"),
+    setup.Prompt("red apple, noto style", "red apple", "noto"),
+]
 
 
 # ---- set-up
 
 
 def test_w_is_the_shipped_models():
-    """The paper's w: what the shipped LCM-LoRA has distilled in, 1 less than the model's own guidance scale, and what
-    teacher and short recipes have; budgets do not change it.
+    """The paper's w: what the shipped LCM-LoRA has distilled in, 1 less than the model's own
+    guidance scale, and what teacher and short recipes have; budgets do not change it.
     """
     assert setup.W == float(read_recipe(setup.EMOJI / "lcm_lora.safetensors")["w"])
     assert setup.W == load_model(setup.EMOJI / "model.safetensors").config.guidance - 1
     assert pictures.TEACHER == ("ddim", 50, setup.W, None) and pictures.FOUR.w == 0
     for quick in (True, False):
         objective = training.objective_of(training.short(setup.budget_of(quick, 0)))
-        assert objective.kind == "lcm" and objective.w_range == (setup.W, setup.W) and objective.k == 100
+        assert (
+            objective.kind == "lcm"
+            and objective.w_range == (setup.W, setup.W)
+            and objective.k == 100
+        )
 
 
 @pytest.mark.parametrize("most", [6, 64, 100])
@@ -47,7 +56,9 @@ def test_some_prompts_are_spread_and_all_others(most):
 
 def test_prompts_of_one_pair_have_one_number():
     prompts = setup.prompts_of("all")
-    assert setup.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
+    assert (
+        setup.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
+    )
     assert setup.pairs([PROMPTS[0], PROMPTS[1], PROMPTS[0]]).tolist() == [0, 1, 0]
 
 
@@ -66,7 +77,9 @@ def test_a_part_is_made_once(tmp_path, monkeypatch):
 
 
 def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
-    """A part that was read from the cache counts with what it took when it was made; one made now counts once."""
+    """A part that was read from the cache counts with what it took when it was made; one made now
+    counts once.
+    """
 
     def measure(budget):
         setup.spent["kept from another day"] = 1000.0
@@ -86,7 +99,9 @@ def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch
 
 
 def test_changed_leaves_no_trace():
-    """Inside: other weights and sum_i lambda_i tau_i, as merge_into makes them. After it, or an error, all bits."""
+    """Inside: other weights and sum_i lambda_i tau_i, as merge_into makes them. After it, or an
+    error, all bits.
+    """
     unet, vector = setup.shipped().unet, setup.shipped_lora()
     before = {k: x.clone() for k, x in unet.state_dict().items()}
     base = pictures.Base("moved", {k: x + 1e-3 for k, x in before.items()})
@@ -111,7 +126,9 @@ def by_hand(w: float, steps: int, seed: int) -> torch.Tensor:
     model, z0 = setup.shipped(), []
     network = pictures.network_of(model.unet)
     for i, prompt in enumerate(PROMPTS):
-        z_T = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(100_003 * seed + i))
+        z_T = torch.randn(
+            1, *model.shape, generator=torch.Generator().manual_seed(100_003 * seed + i)
+        )
 
         def eps_fn(z_t, t, text=prompt.text):
             t = torch.tensor([t])
@@ -133,14 +150,18 @@ def test_pictures_are_drawn_from_their_own_seeds():
 
 def test_a_full_lcm_is_told_w():
     """One layer more than the base; drawn without guidance, and another picture for another w."""
-    made = training.train(training.Recipe(rank=None, w=(1.0, 6.0), lr=1e-2, steps=2, batch=2, looks=1)).end
-    z0 = [pictures.drawn(PROMPTS, (0,), pictures.Draw("lcm", 2, 0.0, w), [], made) for w in (1.0, 6.0)]
+    made = training.train(
+        training.Recipe(rank=None, w=(1.0, 6.0), lr=1e-2, steps=2, batch=2, looks=1)
+    ).end
+    z0 = [
+        pictures.drawn(PROMPTS, (0,), pictures.Draw("lcm", 2, 0.0, w), [], made) for w in (1.0, 6.0)
+    ]
     assert "time_embedding.cond_proj.weight" in made.weights and not torch.equal(*z0)
 
 
 def test_the_trajectory_is_the_guided_teachers():
-    """It ends where 50 guided steps of the base end, w = 3, and not near where unguided ones do; what is held against
-    it has the LoRA in it.
+    """It ends where 50 guided steps of the base end, w = 3, and not near where unguided ones do;
+    what is held against it has the LoRA in it.
     """
     one = PROMPTS[:1]
     path = pictures.teacher_path(one, seed=2)
@@ -149,12 +170,17 @@ def test_the_trajectory_is_the_guided_teachers():
     unguided = pictures.drawn(one, (2,), pictures.Draw("ddim", 10))[:, 0]
     torch.testing.assert_close(path[-1], end, rtol=0.05, atol=0.05)
     assert pictures.rms(path[-1], unguided).min() > 5 * pictures.rms(path[-1], end).max()
-    errors = [pictures.errors_along(path, one, vectors)[1] for vectors in ([], [(setup.shipped_lora(), 1.0)])]
+    errors = [
+        pictures.errors_along(path, one, vectors)[1]
+        for vectors in ([], [(setup.shipped_lora(), 1.0)])
+    ]
     assert errors[0].keys() == errors[1].keys() and errors[0] != errors[1]
 
 
 def test_what_is_measured_has_a_row_a_prompt_and_a_column_a_seed(monkeypatch):
-    """Each picture is held against the name of its own prompt, and its style against the base's four."""
+    """Each picture is held against the name of its own prompt, and its style against the base's
+    four.
+    """
     x = pictures.pictures(PROMPTS, (0, 2, 4), pictures.FOUR)
     assert x["right"].shape == x["sharpness"].shape == (2, 3) and x["features"].shape[:2] == (2, 3)
     judge = setup.shipped().judge
@@ -204,11 +230,15 @@ def test_a_recipe_is_what_it_says():
         assert lcm.huber(a, b).item() == 4
         c_skip, c_out = lcm.boundary_scalings(t)
         assert c_skip.tolist() == [0, 0] and c_out.tolist() == [1, 1]
-    assert lcm.huber(a, b).item() == pytest.approx(2, abs=1e-2) and lcm.boundary_scalings(t)[0][0] == 1
+    assert (
+        lcm.huber(a, b).item() == pytest.approx(2, abs=1e-2) and lcm.boundary_scalings(t)[0][0] == 1
+    )
 
 
 def test_the_averaged_target_lags_behind(monkeypatch):
-    """target_ema = 0 is the student itself, as without an average; 0.95 gives other losses once it has moved."""
+    """target_ema = 0 is the student itself, as without an average; 0.95 gives other losses once it
+    has moved.
+    """
     monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
 
     def losses(target_ema: float | None) -> list[float]:
@@ -229,14 +259,16 @@ def test_the_averaged_target_is_not_the_student():
     before = nets.target(*inputs)
     for up, _, _ in get_tau(unet).values():
         up.data.fill_(0.1)
-    assert torch.equal(nets.target(*inputs), before) and not torch.equal(nets.student(*inputs), before)
+    assert torch.equal(nets.target(*inputs), before) and not torch.equal(
+        nets.student(*inputs), before
+    )
     lcm.update_ema(nets.target_unet, unet, ema_rate=0.0)
     assert torch.equal(nets.target(*inputs), nets.student(*inputs))
 
 
 def test_a_run_keeps_its_marks(monkeypatch):
-    """A LoRA at step 0 does nothing; at the end it is what was trained; the second call reads the first's; on another
-    base it is another one.
+    """A LoRA at step 0 does nothing; at the end it is what was trained; the second call reads the
+    first's; on another base it is another one.
     """
     monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
     recipe = training.Recipe(steps=3, batch=2, rank=4, marks=(0, 1))
@@ -245,7 +277,9 @@ def test_a_run_keeps_its_marks(monkeypatch):
     assert all(not up.any() for up, _, _ in made.at[0].tau.values())
     assert all(up.any() for up, _, _ in made.end.tau.values())
     again = training.train(recipe).end
-    assert all(torch.equal(a, b) for p in again.tau for a, b in zip(again.tau[p][:2], made.end.tau[p][:2]))
+    assert all(
+        torch.equal(a, b) for p in again.tau for a, b in zip(again.tau[p][:2], made.end.tau[p][:2])
+    )
     tuned = training.train(training.Recipe("diffusion", None, steps=2, batch=2, lr=1e-2)).end
     assert set(tuned.weights) == dict(setup.shipped().unet.named_parameters()).keys()
     there = training.train(recipe, tuned)
@@ -265,7 +299,9 @@ def test_the_loss_is_that_of_the_recipe(monkeypatch):
         assert objective.w_range == recipe.w and objective.k == recipe.k
         nets = make_networks(objective, load_model(setup.MODEL).unet, setup.HALF)
         conds = model.text.encode(captions), model.text.null_cond(2)
-        assert training.train_now(recipe)["loss"][0] == loss_of(objective, nets, z0, *conds, generator)
+        assert training.train_now(recipe)["loss"][0] == loss_of(
+            objective, nets, z0, *conds, generator
+        )
 
 
 def test_a_tau_is_kept_whole():
@@ -298,17 +334,26 @@ def test_styles_keep_what_they_should(style):
 
 
 def test_a_shadow_does_not_come_back_on_the_other_side():
-    """papercut of a square that touches the right and lower edges: nothing at the left and at the top."""
+    """papercut of a square that touches the right and lower edges: nothing at the left and at the
+    top.
+    """
     image = Image.new("RGBA", (64, 64))
     image.paste((200, 40, 40, 255), (32, 32, 64, 64))
     alpha = styles.PROCESSED["papercut"][1](image).getchannel("A")
-    assert alpha.crop((0, 0, 16, 64)).getextrema() == alpha.crop((0, 0, 64, 16)).getextrema() == (0, 0)
+    assert (
+        alpha.crop((0, 0, 16, 64)).getextrema() == alpha.crop((0, 0, 64, 16)).getextrema() == (0, 0)
+    )
     assert alpha.getpixel((62, 62)) == 255
 
 
 def test_all_styles_have_drawings():
     """Sixteen, of four kinds; those held out are not trained on."""
-    assert len(styles.KINDS) == 16 and set(styles.KINDS.values()) == {"colour", "line", "texture", "shape"}
+    assert len(styles.KINDS) == 16 and set(styles.KINDS.values()) == {
+        "colour",
+        "line",
+        "texture",
+        "shape",
+    }
     names = setup.shipped().names
     for style in ("outline", *styles.REAL):
         seen, held_out = styles.split_style(style, names)

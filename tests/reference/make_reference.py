@@ -1,17 +1,19 @@
-"""Reference tensors by other people's code: `python tests/reference/make_reference.py` writes the four files beside it.
+"""Reference tensors by other people's code: `python tests/reference/make_reference.py` writes the
+four files beside it.
 
     samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
     unet.safetensors      diffusers' UNet2DConditionModel in four small shapes
     vae.safetensors       diffusers' AutoencoderKL, four levels and three
     text.safetensors      transformers' CLIPTextModel on open_clip's tokens
 
-The committed files were made on a CPU with torch 2.14.1, diffusers 0.42.1, transformers 5.24.0, open_clip_torch 3.3.0.
-Running this needs those packages; tests need torch and safetensors only, so the others are imported inside functions.
+The committed files were made on a CPU with torch 2.14.1, diffusers 0.42.1, transformers 5.24.0,
+open_clip_torch 3.3.0. Running this needs those packages; tests need torch and safetensors only, so
+the others are imported inside functions.
 
-No weight is stored. Models are filled tensor by tensor with fill(LDM key name, LDM shape); a test fills ours likewise:
-`model.load_state_dict(filled(about(path)["keys"][kind]))` is strict, so it also proves that the two key sets are one.
-The metadata of each file has one entry, "about", a JSON object: the versions that made it and, for models,
-keys[kind][name] = shape.
+No weight is stored. Models are filled tensor by tensor with fill(LDM key name, LDM shape); a test
+fills ours likewise: `model.load_state_dict(filled(about(path)["keys"][kind]))` is strict, so it
+also proves that the two key sets are one. The metadata of each file has one entry, "about", a JSON
+object: the versions that made it and, for models, keys[kind][name] = shape.
 """
 
 import json
@@ -29,15 +31,20 @@ STEPS = (1, 2, 4, 8, 10, 50)
 PROMPTS = ("", "a slice of pizza", "cat face, noto style, on a red background")
 
 
-# What the tests import ------------------------------------------------------------------------------------------------
+# What the tests import
+# ------------------------------------------------------------------------------------------------
 
 
 def toy_eps(z_t: Tensor, t: int | Tensor) -> Tensor:
-    """A network in closed form, (b, c, h, w) and t (an int or (b,)) to (b, c, h, w), smooth and nonlinear.
+    """A network in closed form, (b, c, h, w) and t (an int or (b,)) to (b, c, h, w), smooth and
+    nonlinear.
 
-    Roughly what a network trained on data of unit variance would say, so that samplers stay of order 1.
+    Roughly what a network trained on data of unit variance would say, so that samplers stay of
+    order 1.
     """
-    s = torch.as_tensor(t, device=z_t.device).to(z_t.dtype).reshape(-1, 1, 1, 1) / 1000  # (b or 1, 1, 1, 1)
+    s = (
+        torch.as_tensor(t, device=z_t.device).to(z_t.dtype).reshape(-1, 1, 1, 1) / 1000
+    )  # (b or 1, 1, 1, 1)
     channel = torch.arange(z_t.shape[1], device=z_t.device, dtype=z_t.dtype).reshape(1, -1, 1, 1)
     # A pixel with its neighbours in channel, row and column.
     mixed = 0.8 * z_t + 0.4 * z_t.roll(1, 1) - 0.3 * z_t.roll(1, 2) + 0.2 * z_t.roll(-1, 3)
@@ -60,7 +67,9 @@ def fill(name: str, shape: tuple[int, ...]) -> Tensor:
 
     Two or more axes: times fan_in^-0.5. One axis: 1 + 0.1 n for a norm's weight, 0.1 n for a bias.
     """
-    normal = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    normal = torch.randn(
+        tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    )
     if len(shape) > 1:
         return normal * math.prod(shape[1:]) ** -0.5
     return 1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal
@@ -79,7 +88,8 @@ def about(path: str | Path) -> dict:
         return json.loads(file.metadata()["about"])
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -96,17 +106,28 @@ def save(name: str, tensors: dict[str, Tensor], facts: dict) -> None:
             raise ValueError(f"{name}: {key} is not finite")
     path = HERE / name
     temporary = path.with_suffix(".tmp")
-    # One entry, because safetensors does not keep the order of several: the same tensors give the same bytes.
-    save_file({k: x.contiguous() for k, x in tensors.items()}, temporary, {"about": json.dumps(facts, sort_keys=True)})
+    # One entry, because safetensors does not keep the order of several: the same tensors give the
+    # same bytes.
+    save_file(
+        {k: x.contiguous() for k, x in tensors.items()},
+        temporary,
+        {"about": json.dumps(facts, sort_keys=True)},
+    )
     os.replace(temporary, path)
     print(f"{name}: {len(tensors)} tensors, {path.stat().st_size} bytes, {facts['versions']}")
     for key, x in sorted(tensors.items()):
-        spread = f"mean {x.mean():+.3f}, std {x.std():.3f}, max {x.abs().max():.2f}" if x.is_floating_point() else ""
+        spread = (
+            f"mean {x.mean():+.3f}, std {x.std():.3f}, max {x.abs().max():.2f}"
+            if x.is_floating_point()
+            else ""
+        )
         print(f"  {key:36} {str(tuple(x.shape)):18} {str(x.dtype)[6:]:8} {spread}")
 
 
 def fill_module(module: torch.nn.Module, to_ldm) -> dict[str, list[int]]:
-    """Fill another library's module under LDM names, by to_ldm(name, shape) -> (name, shape); returns {name: shape}."""
+    """Fill another library's module under LDM names, by to_ldm(name, shape) -> (name, shape);
+    returns {name: shape}.
+    """
     keys = {}
     state = {}
     for name, x in module.state_dict().items():
@@ -123,16 +144,23 @@ def fill_module(module: torch.nn.Module, to_ldm) -> dict[str, list[int]]:
     return keys
 
 
-# Samplers -------------------------------------------------------------------------------------------------------------
+# Samplers
+# -------------------------------------------------------------------------------------------------------------
 
 
 def make_samplers() -> None:
-    """z0 that diffusers' schedulers reach from z_T, and the timesteps they stop at, as its pipelines run them."""
+    """z0 that diffusers' schedulers reach from z_T, and the timesteps they stop at, as its
+    pipelines run them.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
-    schedule = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+    schedule = dict(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000
+    )
     z_T = draw(generators())  # (2, 4, 8, 8)
-    z_init = 0.8 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))  # the clean latent of img2img
+    z_init = 0.8 * torch.randn(
+        2, 4, 8, 8, generator=torch.Generator().manual_seed(2)
+    )  # the clean latent of img2img
     tensors = {"z_T": z_T, "img2img/z_init": z_init, "img2img/noise": z_T.clone()}
 
     for strength in (1.0, 0.8, 0.5):
@@ -160,7 +188,9 @@ def make_samplers() -> None:
             tensors[f"{key}/{steps}/z0"] = z_t
             tensors[f"{key}/{steps}/timesteps"] = scheduler.timesteps.clone()
 
-    ddim = dict(**schedule, clip_sample=False, set_alpha_to_one=False)  # eta is an argument of step, 0 by default
+    ddim = dict(
+        **schedule, clip_sample=False, set_alpha_to_one=False
+    )  # eta is an argument of step, 0 by default
     run("ddim_trailing", lambda: DDIMScheduler(**ddim, timestep_spacing="trailing", steps_offset=0))
     run("ddim_leading", lambda: DDIMScheduler(**ddim, timestep_spacing="leading", steps_offset=1))
     dpmpp = dict(
@@ -177,7 +207,8 @@ def make_samplers() -> None:
     save("samplers.safetensors", tensors, {"versions": versions("torch", "diffusers")})
 
 
-# UNet -----------------------------------------------------------------------------------------------------------------
+# UNet
+# -----------------------------------------------------------------------------------------------------------------
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -199,13 +230,21 @@ UNET_ENDS = {
 
 
 def unet_to_ldm(module: str, res_blocks: int, up_attention: list[bool]) -> str:
-    """diffusers' path of a module to LDM's. res_blocks: a level, going down; up_attention[b]: up_blocks.b attends."""
+    """diffusers' path of a module to LDM's. res_blocks: a level, going down; up_attention[b]:
+    up_blocks.b attends.
+    """
     if module in UNET_ENDS:
         return UNET_ENDS[module]
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", module):
         kind, i, rest = match.groups()
-        return f"middle_block.{2 * int(i)}.{RESNET[rest]}" if kind == "resnets" else f"middle_block.1.{rest}"
-    side, b, kind, i, rest = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", module).groups()
+        return (
+            f"middle_block.{2 * int(i)}.{RESNET[rest]}"
+            if kind == "resnets"
+            else f"middle_block.1.{rest}"
+        )
+    side, b, kind, i, rest = re.fullmatch(
+        r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", module
+    ).groups()
     first = int(b) * (res_blocks + 1) + (1 if side == "down" else 0)  # input_blocks.0 is conv_in
     block = f"{'input' if side == 'down' else 'output'}_blocks"
     if kind == "resnets":
@@ -219,10 +258,14 @@ def unet_to_ldm(module: str, res_blocks: int, up_attention: list[bool]) -> str:
 
 
 def unet_kinds() -> dict[str, dict]:
-    """Arguments of UNet2DConditionModel. Its attention_head_dim is, for these models, the *number* of heads."""
+    """Arguments of UNet2DConditionModel. Its attention_head_dim is, for these models, the *number*
+    of heads.
+    """
     down, cross_down = "DownBlock2D", "CrossAttnDownBlock2D"
     up, cross_up = "UpBlock2D", "CrossAttnUpBlock2D"
-    common = dict(block_out_channels=(32, 64, 64), cross_attention_dim=48, norm_num_groups=8, sample_size=8)
+    common = dict(
+        block_out_channels=(32, 64, 64), cross_attention_dim=48, norm_num_groups=8, sample_size=8
+    )
     sdxl = dict(
         **common,
         addition_embed_type="text_time",
@@ -264,7 +307,9 @@ def make_unet() -> None:
     from diffusers import UNet2DConditionModel
 
     g = torch.Generator().manual_seed(3)
-    z_t, context, pooled = (torch.randn(2, *shape, generator=g) for shape in ((4, 8, 8), (7, 48), (24,)))
+    z_t, context, pooled = (
+        torch.randn(2, *shape, generator=g) for shape in ((4, 8, 8), (7, 48), (24,))
+    )
     t = torch.tensor([37, 801])
     # Original (h, w), crop (top, left), target (h, w).
     time_ids = torch.tensor([[64, 48, 0, 4, 64, 64], [32, 40, 8, 0, 64, 56]])
@@ -276,7 +321,10 @@ def make_unet() -> None:
 
         def to_ldm(name, shape):
             module, leaf = name.rsplit(".", 1)
-            return f"{unet_to_ldm(module, unet.config.layers_per_block, up_attention)}.{leaf}", shape
+            return (
+                f"{unet_to_ldm(module, unet.config.layers_per_block, up_attention)}.{leaf}",
+                shape,
+            )
 
         keys[kind] = fill_module(unet, to_ldm)
         added = None
@@ -291,7 +339,8 @@ def make_unet() -> None:
     save("unet.safetensors", tensors, {"versions": versions("torch", "diffusers"), "keys": keys})
 
 
-# VAE ------------------------------------------------------------------------------------------------------------------
+# VAE
+# ------------------------------------------------------------------------------------------------------------------
 
 VAE_NAMES = (
     ("mid_block.resnets.0", "mid.block_1"),
@@ -311,7 +360,9 @@ VAE_NAMES = (
 
 
 def vae_to_ldm(name: str, shape: tuple[int, ...], levels: int) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of a VAE tensor in LDM: decoder.up counts by resolution, the attention is 1x1 convolutions."""
+    """Name and shape of a VAE tensor in LDM: decoder.up counts by resolution, the attention is 1x1
+    convolutions.
+    """
     name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     for theirs, ldm in VAE_NAMES:
@@ -347,19 +398,24 @@ def make_vae() -> None:
     save("vae.safetensors", tensors, {"versions": versions("torch", "diffusers"), "keys": keys})
 
 
-# Text -----------------------------------------------------------------------------------------------------------------
+# Text
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def make_text() -> None:
-    """Small text encoders: CLIP-L's shape with the final norm (SD1.5), one layer earlier without (SDXL); and bigG's."""
+    """Small text encoders: CLIP-L's shape with the final norm (SD1.5), one layer earlier without
+    (SDXL); and bigG's.
+    """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     bos, eos, length = 49406, 49407, 77
     tokenizer = SimpleTokenizer()
     rows = [[bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    tokens = torch.tensor([row + [eos] * (length - len(row)) for row in rows])  # (3, 77), padded with eos
+    tokens = torch.tensor(
+        [row + [eos] * (length - len(row)) for row in rows]
+    )  # (3, 77), padded with eos
 
     config = CLIPTextConfig(
         vocab_size=49408,
@@ -377,17 +433,35 @@ def make_text() -> None:
     model = CLIPTextModel(config)
     keys = fill_module(model, lambda name, shape: (name.removeprefix("text_model."), shape))
     out = model(tokens, output_hidden_states=True)
-    tensors = {"tokens": tokens, "last_hidden_state": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
+    tensors = {
+        "tokens": tokens,
+        "last_hidden_state": out.last_hidden_state,
+        "penultimate": out.hidden_states[-2],
+    }
 
     big = CLIPTextConfig(
         **config.to_dict()
-        | dict(hidden_size=48, intermediate_size=4 * 48, projection_dim=48, hidden_act="gelu", pad_token_id=0)
+        | dict(
+            hidden_size=48,
+            intermediate_size=4 * 48,
+            projection_dim=48,
+            hidden_act="gelu",
+            pad_token_id=0,
+        )
     )
     model = CLIPTextModelWithProjection(big).eval()
-    keys_big = fill_module(model, lambda name, shape: ("big." + name.removeprefix("text_model."), shape))
-    tokens = torch.tensor([row + [eos] + [0] * (length - 1 - len(row)) for row in rows])  # padded with 0
+    keys_big = fill_module(
+        model, lambda name, shape: ("big." + name.removeprefix("text_model."), shape)
+    )
+    tokens = torch.tensor(
+        [row + [eos] + [0] * (length - 1 - len(row)) for row in rows]
+    )  # padded with 0
     out = model(tokens, output_hidden_states=True)
-    tensors |= {"tokens_big": tokens, "penultimate_big": out.hidden_states[-2], "pooled": out.text_embeds}
+    tensors |= {
+        "tokens_big": tokens,
+        "penultimate_big": out.hidden_states[-2],
+        "pooled": out.text_embeds,
+    }
     made_by = versions("torch", "transformers", "open_clip_torch")
     about = {"versions": made_by, "keys": {"clip": keys, "big": keys_big}, "prompts": PROMPTS}
     save("text.safetensors", tensors, about)

@@ -1,4 +1,6 @@
-"""What is measured at a save: zero for the exact answer and for nothing else, on Gaussian data; the log; the plot."""
+"""What is measured at a save: zero for the exact answer and for nothing else, on Gaussian data; the
+log; the plot.
+"""
 
 import json
 
@@ -44,7 +46,9 @@ COND, NULL_COND = mean_cond(M), mean_cond(M_NULL)
 @pytest.fixture(scope="module")
 def teacher(gaussian):
     """The exact network for data N(cond, s^2)."""
-    return lambda z_t, t, cond, w: gaussian._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(z_t, t)
+    return lambda z_t, t, cond, w: gaussian._replace(m=cond.context.reshape(-1, 1, 1, 1)).eps(
+        z_t, t
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +59,16 @@ def trajectory(teacher, schedule):
 
 @pytest.fixture(scope="module")
 def perfect(gaussian, schedule):
-    """The student whose f is the teacher's 50 steps of DDIM guided by W: the fixed point of lcd_loss."""
+    """The student whose f is the teacher's 50 steps of DDIM guided by W: the fixed point of
+    lcd_loss.
+    """
     return affine_student(schedule, *fixed_point(gaussian, M_W))
 
 
 def wrong_students(gaussian, schedule):
-    """f of another scale, f distilled with w off by one, f of an unguided teacher, and no f: the denoiser."""
+    """f of another scale, f distilled with w off by one, f of an unguided teacher, and no f: the
+    denoiser.
+    """
     p, q = fixed_point(gaussian, M_W)
     return {
         "scale": affine_student(schedule, p, 1.02 * q),
@@ -74,7 +82,9 @@ def wrong_students(gaussian, schedule):
 
 
 def test_fixed_noise_is_the_same_at_every_save_and_batch():
-    """Image i has seed i: as sample.py draws it, whatever the batch; the noise that follows is not z_T again."""
+    """Image i has seed i: as sample.py draws it, whatever the batch; the noise that follows is not
+    z_T again.
+    """
     z_T, generators = noise(range(SHAPE[0]), SHAPE[1:])
     for i in range(len(z_T)):
         g = torch.Generator().manual_seed(i)
@@ -87,7 +97,9 @@ def test_fixed_noise_is_the_same_at_every_save_and_batch():
 
 
 def test_loss_by_index_is_lcd_loss_at_the_index(gaussian, schedule, teacher, perfect):
-    """Each number is lcd_loss at that n with the same generator; zero at the fixed point; twice the same."""
+    """Each number is lcd_loss at that n with the same generator; zero at the fixed point; twice the
+    same.
+    """
     z0 = M + gaussian.s * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     args = z0, COND, NULL_COND, schedule
     student = wrong_students(gaussian, schedule)["scale"]
@@ -112,14 +124,16 @@ def test_loss_by_index_shows_where_it_is_wrong(gaussian, schedule, teacher, perf
     losses = loss_by_index(off, teacher, off, z0, COND, NULL_COND, schedule, W)
     assert losses.pop(11) == pytest.approx(0.1 - 1e-3, abs=1e-3) and max(losses.values()) < 1e-6
     long, long_off = (
-        loss_by_index(perfect, teacher, x, z0, COND, NULL_COND, schedule, W, k=100) for x in (perfect, off)
+        loss_by_index(perfect, teacher, x, z0, COND, NULL_COND, schedule, W, k=100)
+        for x in (perfect, off)
     )
     assert [n for n in INDICES if long[n] != long_off[n]] == [16]
 
 
 def test_loss_by_band_is_the_variance_of_the_noise(gaussian, schedule):
-    """For the exact network E (eps_hat - eps)^2 = Var(eps | z_t) = alpha^2 s^2 / V_t, averaged over the band; for one
-    that says 0 it is 1, at every t: nothing is weighted. cond reaches the network.
+    """For the exact network E (eps_hat - eps)^2 = Var(eps | z_t) = alpha^2 s^2 / V_t, averaged over
+    the band; for one that says 0 it is 1, at every t: nothing is weighted. cond reaches the
+    network.
     """
     b = 50  # every second timestep of a band: 1, 3, ..., 99
     z0 = M + gaussian.s * torch.randn((b, 4, 16, 16), generator=torch.Generator().manual_seed(1))
@@ -136,23 +150,30 @@ def test_loss_by_band_is_the_variance_of_the_noise(gaussian, schedule):
         t = torch.arange(start + 1, start + 100, 2)
         alpha, _, v = gaussian.at(torch.zeros(50, 1), t)
         assert loss == pytest.approx((alpha**2 * gaussian.s**2 / v).mean().item(), rel=0.03)
-    nothing = loss_by_band(lambda z_t, t, cond, w: torch.zeros_like(z_t), z0, mean_cond(M, b), schedule)
+    nothing = loss_by_band(
+        lambda z_t, t, cond, w: torch.zeros_like(z_t), z0, mean_cond(M, b), schedule
+    )
     assert len(set(nothing.values())) == 1 and nothing[0] == pytest.approx(1, abs=0.01)
-    assert max(loss_by_band(network, z0, mean_cond(M_NULL, b), schedule).values()) > 1.2 * max(losses.values())
+    assert max(loss_by_band(network, z0, mean_cond(M_NULL, b), schedule).values()) > 1.2 * max(
+        losses.values()
+    )
 
 
 # ---- the teacher's trajectory
 
 
 def test_guided_trajectory_is_the_teachers_ddim(gaussian, schedule, trajectory, teacher):
-    """51 points: z_T, then every point of guided DDIM, each the closed step for N(M_W, s^2), last sample_ddim's z0.
+    """51 points: z_T, then every point of guided DDIM, each the closed step for N(M_W, s^2), last
+    sample_ddim's z0.
 
     (z_t - alpha m_w) / (z_start - alpha m_w) = (alpha' alpha s^2 + sigma' sigma) / V.
     """
     z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     assert trajectory.shape == (51, *SHAPE) and torch.equal(trajectory[0], z_T)
     data = gaussian._replace(m=M_W)
-    torch.testing.assert_close(trajectory[-1], sample_ddim(data.eps, z_T, schedule, 50), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        trajectory[-1], sample_ddim(data.eps, z_T, schedule, 50), rtol=0, atol=1e-4
+    )
     for n in (0, 1, 25, 49):
         t, t_end = 20 * n + 19, max(20 * n - 1, 0)
         z_start, z_end = trajectory[49 - n].double(), trajectory[50 - n].double()
@@ -160,15 +181,21 @@ def test_guided_trajectory_is_the_teachers_ddim(gaussian, schedule, trajectory, 
         alpha_end, sigma_end, _ = data.at(z_start, t_end)
         factor = (alpha_end * alpha * data.s**2 + sigma_end * sigma) / v
         torch.testing.assert_close(
-            z_end, alpha_end * M_W + factor * (z_start - alpha * M_W), rtol=0, atol=1e-4, check_dtype=False
+            z_end,
+            alpha_end * M_W + factor * (z_start - alpha * M_W),
+            rtol=0,
+            atol=1e-4,
+            check_dtype=False,
         )
     short = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W, steps=20)
-    torch.testing.assert_close(short[-1], sample_ddim(data.eps, z_T, schedule, 20), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        short[-1], sample_ddim(data.eps, z_T, schedule, 20), rtol=0, atol=1e-4
+    )
 
 
 def test_self_consistency_vanishes_for_the_exact_f_only(gaussian, schedule, trajectory, perfect):
-    """Both errors are 0 at every index at the fixed point, and at none for an f of another scale, w off by one, no
-    guidance, or the denoiser, which a network that was not distilled has.
+    """Both errors are 0 at every index at the fixed point, and at none for an f of another scale, w
+    off by one, no guidance, or the denoiser, which a network that was not distilled has.
     """
     for errors in consistency_along_trajectory(perfect, trajectory, COND, schedule, W):
         assert tuple(errors) == INDICES and max(errors.values()) < 2e-5
@@ -185,35 +212,46 @@ def test_self_consistency_vanishes_for_the_exact_f_only(gaussian, schedule, traj
 
 
 def test_self_consistency_is_between_neighbours(gaussian, schedule, trajectory):
-    """An f off by 0.1 at index 11 alone is inconsistent there by 0.1 and nowhere else; off at 10, its neighbour below,
-    likewise; off at 12 nothing is seen at 11. The distance to the end is 0.1 where f itself is off.
+    """An f off by 0.1 at index 11 alone is inconsistent there by 0.1 and nowhere else; off at 10,
+    its neighbour below, likewise; off at 12 nothing is seen at 11. The distance to the end is 0.1
+    where f itself is off.
     """
     for at, seen in ((11, True), (10, True), (12, False)):
         p, q = fixed_point(gaussian, M_W)
         p[at] += 0.1
-        neighbours, end = consistency_along_trajectory(affine_student(schedule, p, q), trajectory, COND, schedule, W)
+        neighbours, end = consistency_along_trajectory(
+            affine_student(schedule, p, q), trajectory, COND, schedule, W
+        )
         assert neighbours.pop(11) == pytest.approx(0.1 if seen else 0, abs=1e-4)
         assert end.pop(11) == pytest.approx(0.1 if at == 11 else 0, abs=1e-4)
         assert max(neighbours.values()) < 1e-4 and max(end.values()) < 1e-4
 
 
 def test_the_ode_itself_is_nearly_consistent(gaussian, schedule, trajectory):
-    """The exact f of the ODE differs from 50 steps of DDIM by their error: between the fixed point and the denoiser."""
+    """The exact f of the ODE differs from 50 steps of DDIM by their error: between the fixed point
+    and the denoiser.
+    """
     data = gaussian._replace(m=M_W)
     ode = lambda z_t, t, cond, w: data.eps_of_f(z_t, t)  # noqa: E731
     denoiser = lambda z_t, t, cond, w: data.eps(z_t, t)  # noqa: E731
     neighbours, end = consistency_along_trajectory(ode, trajectory, COND, schedule, W)
     worse, worse_end = consistency_along_trajectory(denoiser, trajectory, COND, schedule, W)
-    assert all(neighbours[n] < worse[n] / 10 and end[n] < worse_end[n] / 4 for n in INDICES if n >= 5)
+    assert all(
+        neighbours[n] < worse[n] / 10 and end[n] < worse_end[n] / 4 for n in INDICES if n >= 5
+    )
     exact = data.ode(trajectory[0].double(), 999, 0)
-    assert end[49] == pytest.approx((exact - trajectory[-1]).square().mean().sqrt().item(), rel=0.3) and end[49] > 0.01
+    assert (
+        end[49] == pytest.approx((exact - trajectory[-1]).square().mean().sqrt().item(), rel=0.3)
+        and end[49] > 0.01
+    )
 
 
 # ---- distance to the teacher
 
 
 def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajectory, perfect):
-    """Distance 0 in one step; 2 and 4 steps add noise, whose part is known: z0 <- p_t + q_t (alpha z0 + sigma eps).
+    """Distance 0 in one step; 2 and 4 steps add noise, whose part is known: z0 <- p_t + q_t (alpha
+    z0 + sigma eps).
 
     Students that are wrong are as far off in one step as their p and q say.
     """
@@ -228,12 +266,18 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
             z0 = p[(t - 19) // 20] + q[(t - 19) // 20] * add_noise(z0, eps, t, gaussian.schedule)
         expected = (z0 - trajectory[-1]).square().mean().sqrt().item()
         assert distance[steps] == pytest.approx(expected, rel=1e-3) and expected > 0.1
-    off = distance_to_teacher(wrong_students(gaussian, schedule)["scale"], trajectory, COND, schedule, W)
-    assert off[1] == pytest.approx((0.02 * q[49] * trajectory[0]).square().mean().sqrt().item(), rel=1e-2)
+    off = distance_to_teacher(
+        wrong_students(gaussian, schedule)["scale"], trajectory, COND, schedule, W
+    )
+    assert off[1] == pytest.approx(
+        (0.02 * q[49] * trajectory[0]).square().mean().sqrt().item(), rel=1e-2
+    )
 
 
 def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedule):
-    """Data that is one point, s = 0: f is the point from everywhere, noise or not; the unguided point is w 0.9 off."""
+    """Data that is one point, s = 0: f is the point from everywhere, noise or not; the unguided
+    point is w 0.9 off.
+    """
     point = gaussian._replace(s=0.0)
 
     def teacher(z_t, t, cond, w):
@@ -244,7 +288,9 @@ def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedul
 
     z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     trajectory = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
-    trajectory[-1] = M_W  # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
+    trajectory[-1] = (
+        M_W  # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
+    )
     assert max(distance_to_teacher(student, trajectory, COND, schedule, W).values()) < 1e-4
     far = distance_to_teacher(student, trajectory, COND, schedule, 0.0)
     assert list(far.values()) == pytest.approx([W * (M - M_NULL)] * 3, rel=1e-4)
@@ -254,23 +300,36 @@ def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedul
 
 
 def test_columns_of_the_sheet(gaussian, schedule, trajectory, perfect):
-    """Base, student 1, 2, 4, teacher, all from the same z_T; the base is the teacher's network, not guided, and 4 LCM
-    steps of it.
+    """Base, student 1, 2, 4, teacher, all from the same z_T; the base is the teacher's network, not
+    guided, and 4 LCM steps of it.
     """
     base = wrong_students(gaussian, schedule)["denoiser"]
     columns = lcm_columns(perfect, base, trajectory, COND, schedule, W)
-    names = ["base, 4 steps", "student, 1 step", "student, 2 steps", "student, 4 steps", "teacher, 50 DDIM"]
+    names = [
+        "base, 4 steps",
+        "student, 1 step",
+        "student, 2 steps",
+        "student, 4 steps",
+        "teacher, 50 DDIM",
+    ]
     assert list(columns) == names
     assert torch.equal(columns[names[0]], few_steps(base, trajectory[0], COND, schedule, W, 4))
     for steps, name in zip((1, 2, 4), names[1:]):
-        assert torch.equal(columns[name], few_steps(perfect, trajectory[0], COND, schedule, W, steps))
+        assert torch.equal(
+            columns[name], few_steps(perfect, trajectory[0], COND, schedule, W, steps)
+        )
     assert torch.equal(columns[names[4]], trajectory[-1])
     torch.testing.assert_close(columns[names[1]], columns[names[4]], rtol=0, atol=1e-4)
 
 
 def test_sheet_has_a_row_a_prompt_and_a_column_a_label(monkeypatch):
-    """Picture of column j for prompt i is at row i, column j, and is labelled by both, each on a line of its own."""
-    columns = {f"c{j}": torch.stack([torch.full((4, 8, 8), 0.1 * (3 * i + j)) for i in range(2)]) for j in range(3)}
+    """Picture of column j for prompt i is at row i, column j, and is labelled by both, each on a
+    line of its own.
+    """
+    columns = {
+        f"c{j}": torch.stack([torch.full((4, 8, 8), 0.1 * (3 * i + j)) for i in range(2)])
+        for j in range(3)
+    }
     seen = []
 
     def spy(images, labels, count):
@@ -292,7 +351,9 @@ def test_sheet_has_a_row_a_prompt_and_a_column_a_label(monkeypatch):
 
 @pytest.mark.parametrize("rank, lora_alpha", [(1, 1.0), (3, 1.5), (4, 8.0), (16, 2.0)])
 def test_delta_norms_are_those_of_the_whole_delta(rank, lora_alpha):
-    """||dW||_F of merge.delta over a block's modules, Linear and conv (1x1 and 3x3), lora_alpha != rank."""
+    """||dW||_F of merge.delta over a block's modules, Linear and conv (1x1 and 3x3), lora_alpha !=
+    rank.
+    """
     tau = random_tau(tiny_unet(), 5, rank, lora_alpha)
     assert {down.ndim for _, down, _ in tau.values()} == {2, 4}
     assert {down.shape[2:] for _, down, _ in tau.values() if down.ndim == 4} == {(1, 1), (3, 3)}
@@ -301,16 +362,32 @@ def test_delta_norms_are_those_of_the_whole_delta(rank, lora_alpha):
         block = "middle_block" if path.startswith("middle_block") else ".".join(path.split(".")[:2])
         squares[block] = squares.get(block, 0) + delta(*parts).double().square().sum().item()
     norms = delta_norms(tau)
-    assert norms == pytest.approx({block: square**0.5 for block, square in squares.items()}, rel=1e-5)
-    assert {block.split(".")[0] for block in norms} == {"input_blocks", "middle_block", "output_blocks"}
-    order = [f"input_blocks.{i}" for i in range(99)] + ["middle_block"] + [f"output_blocks.{i}" for i in range(99)]
-    assert list(delta_norms(dict(reversed(tau.items())))) == [block for block in order if block in norms]
+    assert norms == pytest.approx(
+        {block: square**0.5 for block, square in squares.items()}, rel=1e-5
+    )
+    assert {block.split(".")[0] for block in norms} == {
+        "input_blocks",
+        "middle_block",
+        "output_blocks",
+    }
+    order = (
+        [f"input_blocks.{i}" for i in range(99)]
+        + ["middle_block"]
+        + [f"output_blocks.{i}" for i in range(99)]
+    )
+    assert list(delta_norms(dict(reversed(tau.items())))) == [
+        block for block in order if block in norms
+    ]
     single = {path: parts for path, parts in tau.items() if parts[1].ndim == 4}
-    assert sum(x**2 for x in delta_norms(single).values()) < 0.95 * sum(x**2 for x in norms.values())
+    assert sum(x**2 for x in delta_norms(single).values()) < 0.95 * sum(
+        x**2 for x in norms.values()
+    )
 
 
 def test_delta_norms_start_at_zero():
-    """B = 0 at the start of training: exactly 0 in every block, no NaN; the parameters stay trainable."""
+    """B = 0 at the start of training: exactly 0 in every block, no NaN; the parameters stay
+    trainable.
+    """
     unet = tiny_unet()
     add_lora(unet, 4)
     tau = get_tau(unet)
@@ -323,14 +400,26 @@ def test_delta_norms_start_at_zero():
 
 def record(step: int, **more) -> dict:
     indices = {n: 0.1 / (1 + step) for n in INDICES}
-    blocks = {"input_blocks.1": 0.1 * step, "middle_block": 0.2 * step, "output_blocks.10": 0.3 * step}
+    blocks = {
+        "input_blocks.1": 0.1 * step,
+        "middle_block": 0.2 * step,
+        "output_blocks.10": 0.3 * step,
+    }
     far = {steps: 1 / (steps + step) for steps in (1, 2, 4)}
     measured = {"loss_by_index": indices, "self_consistency": indices, "to_end": indices}
-    return {"step": step, "loss": 1 / (1 + step), **measured, "to_teacher": far, "delta_norms": blocks} | more
+    return {
+        "step": step,
+        "loss": 1 / (1 + step),
+        **measured,
+        "to_teacher": far,
+        "delta_norms": blocks,
+    } | more
 
 
 def test_log_round_trip(tmp_path):
-    """What was appended is read: by step, indices as int, names of blocks as they were; one line of JSON each."""
+    """What was appended is read: by step, indices as int, names of blocks as they were; one line of
+    JSON each.
+    """
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         append_metrics(path, record(step))
@@ -360,7 +449,12 @@ def test_log_of_a_resumed_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7), (2, 0.6), (3, 0.5), (4, 0.4)):
         append_metrics(path, {"step": step, "loss": loss})
-    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 0.9), (2, 0.6), (3, 0.5), (4, 0.4)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [
+        (1, 0.9),
+        (2, 0.6),
+        (3, 0.5),
+        (4, 0.4),
+    ]
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b"null", b"\xff"])
@@ -380,7 +474,9 @@ def test_a_spoiled_log_is_refused(tmp_path, line):
 
 
 def test_plot_writes_a_picture(tmp_path, capsys):
-    """python -m minilcm plot RUN: six panels as RUN/plot.png; a log without measures gives one; an old plot goes."""
+    """python -m minilcm plot RUN: six panels as RUN/plot.png; a log without measures gives one; an
+    old plot goes.
+    """
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[plot]")
     log, out = tmp_path / "metrics.jsonl", tmp_path / "plot.png"
     append_metrics(log, {"step": 1, "loss": 0.5})
@@ -395,14 +491,22 @@ def test_plot_writes_a_picture(tmp_path, capsys):
 
 
 def test_plot_shows_what_was_measured():
-    """One line a save by index and block, one a number of steps by step; titles, axis labels and a legend; log axes for
-    losses and distances, where the lines hold the numbers of the records.
+    """One line a save by index and block, one a number of steps by step; titles, axis labels and a
+    legend; log axes for losses and distances, where the lines hold the numbers of the records.
     """
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[plot]")
-    records = [{"step": 5, "loss": 0.7}, record(10), record(20), {"step": 25, "loss": 0.6}, record(30)]
+    records = [
+        {"step": 5, "loss": 0.7},
+        record(10),
+        record(20),
+        {"step": 25, "loss": 0.6},
+        record(30),
+    ]
     figure = draw_run(records, "runs/lcm")
     *axes, colorbar = figure.axes
-    assert len(axes) == 6 and "step" in colorbar.get_ylabel() and figure.get_suptitle() == "runs/lcm"
+    assert (
+        len(axes) == 6 and "step" in colorbar.get_ylabel() and figure.get_suptitle() == "runs/lcm"
+    )
     assert all(ax.get_title() and ax.get_xlabel() and ax.get_ylabel() for ax in axes)
     loss, *saves, far = axes
     assert list(loss.lines[0].get_xdata()) == [5, 10, 20, 25, 30]
@@ -415,7 +519,11 @@ def test_plot_shows_what_was_measured():
             assert list(line.get_xdata(orig=True)) == list(saved[key])
             assert list(line.get_ydata()) == list(saved[key].values())
     assert [ax.get_yscale() for ax in axes] == ["log", "log", "log", "log", "linear", "log"]
-    assert [text.get_text() for text in far.get_legend().get_texts()] == ["1 step", "2 steps", "4 steps"]
+    assert [text.get_text() for text in far.get_legend().get_texts()] == [
+        "1 step",
+        "2 steps",
+        "4 steps",
+    ]
     assert list(far.lines[1].get_ydata()) == [1 / 12, 1 / 22, 1 / 32]
 
 
@@ -423,7 +531,10 @@ def test_plot_of_a_diffusion_run():
     """Loss by band of timesteps and norms of the LoRA: three panels, none of the teacher."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[plot]")
     bands = {start: 0.5 for start in range(0, 1000, 100)}
-    figure = draw_run([{"step": 1, "loss": 0.5, "loss_by_band": bands, "delta_norms": {"middle_block": 0.1}}], "run")
+    figure = draw_run(
+        [{"step": 1, "loss": 0.5, "loss_by_band": bands, "delta_norms": {"middle_block": 0.1}}],
+        "run",
+    )
     assert [ax.get_title() for ax in figure.axes[:-1]] == [
         "Training loss",
         "Loss by timestep",

@@ -1,4 +1,6 @@
-"""The plan: bytes by part from shapes alone, against counts known in closed form and against the real step."""
+"""The plan: bytes by part from shapes alone, against counts known in closed form and against the
+real step.
+"""
 
 import re
 
@@ -21,7 +23,9 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_live_bytes_in_closed_form():
-    """What is made counts from its making to its end; views, work in place and what was there before do not."""
+    """What is made counts from its making to its end; views, work in place and what was there
+    before do not.
+    """
     x = torch.zeros(1000)
     with LiveBytes() as live:
         a = x + 1  # 4,000 bytes
@@ -43,9 +47,14 @@ def test_live_bytes_in_closed_form():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [4, None])
 def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
-    """The peak of what a step makes, on fake tensors, is the peak of the same step on real ones, to 1 %."""
+    """The peak of what a step makes, on fake tensors, is the peak of the same step on real ones, to
+    1 %.
+    """
     objective, unet = Objective(kind, rank, checkpointing=checkpointing), tiny_unet()
-    nets, cond = make_networks(objective, unet, F32), tiny_text().encode(["cat face", "rocket", "pizza"])
+    nets, cond = (
+        make_networks(objective, unet, F32),
+        tiny_text().encode(["cat face", "rocket", "pizza"]),
+    )
     z0, null_cond = torch.randn(3, 4, 16, 16), tiny_text().null_cond(3)
     with LiveBytes() as live:
         loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()
@@ -57,11 +66,13 @@ def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
 
 
 def test_accumulated_gradients_count():
-    """From the second batch on all gradients are there while activations peak: of all weights that is more, and a third
-    batch changes nothing.
+    """From the second batch on all gradients are there while activations peak: of all weights that
+    is more, and a third batch changes nothing.
     """
     one, two, three = (
-        step_bytes(Objective("diffusion", None), CONFIG, Step(4, 64, "cpu", F32, accumulate=n))[0]["activations"]
+        step_bytes(Objective("diffusion", None), CONFIG, Step(4, 64, "cpu", F32, accumulate=n))[0][
+            "activations"
+        ]
         for n in (1, 2, 3)
     )
     assert one < two == three <= one + 4 * count(tiny_unet())
@@ -78,7 +89,9 @@ def test_norms_are_wide_on_a_card():
 
 
 def test_checkpointing_and_batch_move_activations_only():
-    """Twice the batch takes about twice the activations, checkpointing less of them; nothing else changes."""
+    """Twice the batch takes about twice the activations, checkpointing less of them; nothing else
+    changes.
+    """
     wide, small, double = (
         step_bytes(Objective("lcm", 4, checkpointing=c), CONFIG, Step(b, 64, "cpu", F32))[0]
         for c, b in ((False, 4), (True, 4), (False, 8))
@@ -93,31 +106,44 @@ def test_checkpointing_and_batch_move_activations_only():
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_TOWERS])
 def test_parts_in_closed_form(config):
-    """Parameters times bytes: a frozen base in the forward's dtype or narrow, the LoRA with gradient, two moments and
-    an average in float32; a full LCM has a float32 student and target and a teacher in the forward's dtype.
+    """Parameters times bytes: a frozen base in the forward's dtype or narrow, the LoRA with
+    gradient, two moments and an average in float32; a full LCM has a float32 student and target and
+    a teacher in the forward's dtype.
     """
     base = count(tiny_unet(0, config.unet))
-    parts, trained = step_bytes(Objective("lcm", 4), config, Step(1, 64, "cuda", torch.bfloat16, average=True))
+    parts, trained = step_bytes(
+        Objective("lcm", 4), config, Step(1, 64, "cuda", torch.bfloat16, average=True)
+    )
     assert parts["UNet"] == 2 * base and parts["teacher and target"] == 0
     assert [parts[k] for k in ("LoRA", "gradients", "Adam's moments", "average")] == [
         4 * trained * n for n in (1, 1, 2, 1)
     ]
-    few, fewer = step_bytes(Objective("diffusion", 4, targets=ATTENTION), config, Step(1, 64, "cuda", torch.bfloat16))
+    few, fewer = step_bytes(
+        Objective("diffusion", 4, targets=ATTENTION), config, Step(1, 64, "cuda", torch.bfloat16)
+    )
     assert fewer < trained and few["LoRA"] == 4 * fewer and few["average"] == 0
     narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, Step(1, 64, "cpu", F32))
-    assert 2 * base < narrow["UNet"] < 3 * base  # embeddings, norms and first and last layer are wide
-    full, all_of_it = step_bytes(Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16))
+    assert (
+        2 * base < narrow["UNet"] < 3 * base
+    )  # embeddings, norms and first and last layer are wide
+    full, all_of_it = step_bytes(
+        Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16)
+    )
     w_input = config.unet.channels[0] * 256
     assert all_of_it == base + w_input and full["UNet"] == 4 * all_of_it and full["LoRA"] == 0
     assert full["teacher and target"] == 4 * all_of_it + 2 * base
     assert (
-        step_bytes(Objective("diffusion", None), config, Step(1, 64, "cuda", torch.bfloat16))[0]["teacher and target"]
+        step_bytes(Objective("diffusion", None), config, Step(1, 64, "cuda", torch.bfloat16))[0][
+            "teacher and target"
+        ]
         == 0
     )
 
 
 def test_vae_and_text():
-    """Weights in float32; encoding grows with the area, decoding in tiles of 64 latents with the picture alone."""
+    """Weights in float32; encoding grows with the area, decoding in tiles of 64 latents with the
+    picture alone.
+    """
     (vae, text, small, _), (vae2, text2, large, tile), (*_, tiles) = (
         vae_and_text_bytes(TWO_TOWERS, size) for size in (128, 256, 1024)
     )
@@ -128,21 +154,42 @@ def test_vae_and_text():
 
 
 def test_sd15_from_its_name(capsys, monkeypatch):
-    """`--model sd15`: no file is read. The official count; bf16 base; the largest of three stages is the total, in the
-    last line, and fits or does not.
+    """`--model sd15`: no file is read. The official count; bf16 base; the largest of three stages
+    is the total, in the last line, and fits or does not.
     """
     monkeypatch.chdir(ROOT)
-    argv = ["--objective", "lcm", "--rank", "64", "--model", "sd15", "--batch", "1", "--size", "128", "--plan", "4"]
+    argv = [
+        "--objective",
+        "lcm",
+        "--rank",
+        "64",
+        "--model",
+        "sd15",
+        "--batch",
+        "1",
+        "--size",
+        "128",
+        "--plan",
+        "4",
+    ]
     train.main(train.parse(argv))
     lines = capsys.readouterr().out.splitlines()
-    assert "67,252,224 parameters to train, batch 1 x 128x128, bfloat16, checkpointing on" in lines[0]
-    sizes = dict(re.fullmatch(r" *(.+?):? +(\d+\.\d\d) GB(?: more)?", line).groups() for line in lines[1:-2])
+    assert (
+        "67,252,224 parameters to train, batch 1 x 128x128, bfloat16, checkpointing on" in lines[0]
+    )
+    sizes = dict(
+        re.fullmatch(r" *(.+?):? +(\d+\.\d\d) GB(?: more)?", line).groups() for line in lines[1:-2]
+    )
     sizes = {part: float(size) for part, size in sizes.items()}
     assert sizes["UNet"] == 1.72 and sizes["LoRA"] == 0.27 and sizes["Adam's moments"] == 0.54
     step = sizes["a training step"]
-    assert step == pytest.approx(sum(size for part, size in sizes.items() if part in PARTS), abs=0.03)
+    assert step == pytest.approx(
+        sum(size for part, size in sizes.items() if part in PARTS), abs=0.03
+    )
     total = float(re.fullmatch(r"total (\d+\.\d\d) GB", lines[-1])[1])
-    assert total == max(size for part, size in sizes.items() if ": " in part or part == "a training step")
+    assert total == max(
+        size for part, size in sizes.items() if ": " in part or part == "a training step"
+    )
     assert lines[-2] == f"in 4 GB, 0.5 for CUDA itself: fits, {4 - total - 0.5:.2f} GB are left"
 
 

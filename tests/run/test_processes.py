@@ -1,6 +1,8 @@
-"""Two gloo processes with batch b are one with batch 2b: DDP for a LoRA, FSDP2 for all weights; and a rank lost.
+"""Two gloo processes with batch b are one with batch 2b: DDP for a LoRA, FSDP2 for all weights; and
+a rank lost.
 
-Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of two otherwise than two of one.
+Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of two otherwise than
+two of one.
 """
 
 import os
@@ -34,10 +36,33 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(files: Path, out: Path, world: int, batch: int, steps: int, *flags: str) -> subprocess.Popen:
-    argv = [*flags, "--batch", batch, "--steps", steps, "--looks", 1, "--device", "cpu", "--lr", "0.001", "--out", out]
+def start(
+    files: Path, out: Path, world: int, batch: int, steps: int, *flags: str
+) -> subprocess.Popen:
+    argv = [
+        *flags,
+        "--batch",
+        batch,
+        "--steps",
+        steps,
+        "--looks",
+        1,
+        "--device",
+        "cpu",
+        "--lr",
+        "0.001",
+        "--out",
+        out,
+    ]
     argv += ["--model", files / "model.safetensors", "--data", files / "art"]
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
+    runner = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        world,
+    ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -51,11 +76,13 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
-    """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss that is printed. For
-    the consistency loss to 1e-3: it is nearly a sum of absolute values, whose gradient jumps within c = 1e-3 of zero.
+    """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss
+    that is printed. For the consistency loss to 1e-3: it is nearly a sum of absolute values, whose
+    gradient jumps within c = 1e-3 of zero.
 
-    It is read off Adam's first moment, a tenth of it. Two ranks that saw the same rows, drew the same noise or summed
-    gradients would be off by as much as the gradient. The weights say less: Adam makes a step of lr out of any sign.
+    It is read off Adam's first moment, a tenth of it. Two ranks that saw the same rows, drew the
+    same noise or summed gradients would be off by as much as the gradient. The weights say less:
+    Adam makes a step of lr out of any sign.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     printed = [finish(start(files, one, 1, 4, 1, *OBJECTIVES[objective]))]
@@ -68,19 +95,23 @@ def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
     assert moments and far <= (1e-3 if "lcm" in objective else 1e-6) * largest, far / largest
     names = [key for key in a if not key.startswith("optimizer")]
     assert all((a[key] - b[key]).abs().max() <= 3e-5 for key in names)  # lr is 1e-5
-    losses = [next(line for line in out.splitlines() if line.startswith("step 1 ")) for out in printed]
+    losses = [
+        next(line for line in out.splitlines() if line.startswith("step 1 ")) for out in printed
+    ]
     assert losses[0].split()[3] == losses[1].split()[3]
 
 
 def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path):
-    """SIGKILL to one of two: the other does not hang, torchrun says which rank it was, and its state is whole: resumed,
-    the run ends with the bits of one that lost nobody.
+    """SIGKILL to one of two: the other does not hang, torchrun says which rank it was, and its
+    state is whole: resumed, the run ends with the bits of one that lost nobody.
     """
     job = files, tmp_path / "run", 2, 1, 6, "--objective", "lcm", "--rank", "4", "--save-every", "1"
     process = start(*job)
     while process.poll() is None and not list((tmp_path / "run").glob("state_*")):
         time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in out

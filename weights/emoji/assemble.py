@@ -40,17 +40,23 @@ def fresh_unet(seed: int) -> UNet:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--unet", type=Path, help="a model file whose UNet to keep (default: a fresh one)")
+    parser.add_argument(
+        "--unet", type=Path, help="a model file whose UNet to keep (default: a fresh one)"
+    )
     parser.add_argument(
         "--names",
         type=int,
         default=300,
         help="how many names of names.txt it is to know (default 300)",
     )
-    parser.add_argument("--guidance", type=float, default=4.0, help="default guidance of ddim and dpmpp (default 4)")
+    parser.add_argument(
+        "--guidance", type=float, default=4.0, help="default guidance of ddim and dpmpp (default 4)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -61,7 +67,9 @@ def main() -> None:
     text.tower.load_state_dict(clip_l_to_open_clip(tensors))
     unet = load_model(args.unet)[0] if args.unet else fresh_unet(args.seed)
     names = tuple((HERE / "names.txt").read_text().splitlines()[: args.names])
-    config = Config(unet.cfg, vae.cfg, text.cfg, size=16 * vae.factor, guidance=args.guidance, names=names)
+    config = Config(
+        unet.cfg, vae.cfg, text.cfg, size=16 * vae.factor, guidance=args.guidance, names=names
+    )
     save_model(args.out, unet.state_dict(), vae, text, config)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(names)} names")
 

@@ -42,7 +42,9 @@ LABELS = {"lcm": "LCM sampler, no LoRA,", "ddim": "DDIM", "dpmpp": "DPM-Solver++
 
 
 @torch.no_grad()
-def latents(model: Model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int) -> Tensor:
+def latents(
+    model: Model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int
+) -> Tensor:
     """z0 (b, 4, h, w), 64 at a time; picture i has seed first_seed + i."""
     unet, vae, text, config = model
     side, parts = config.size // vae.factor, []
@@ -59,7 +61,9 @@ def latents(model: Model, prompts: list[str], sampler: str, steps: int, w: float
     return torch.cat(parts)
 
 
-def draw(model: Model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int) -> Tensor:
+def draw(
+    model: Model, prompts: list[str], sampler: str, steps: int, w: float, first_seed: int
+) -> Tensor:
     """Pixels (b, 3, H, W) in [-1, 1]; picture i has seed first_seed + i."""
     return decode(model, latents(model, prompts, sampler, steps, w, first_seed))
 
@@ -108,7 +112,9 @@ def autoencoder(args: argparse.Namespace, model: Model, judge: Judge) -> None:
             mean, low, high = interval(name.float()[:, None])
             share = f"names {mean:.3f} [{low:.3f}, {high:.3f}], styles {style.float().mean():.3f}"
             print(f"judge on {what} art, {how}: {share}", flush=True)
-        print(f"autoencoder, {what}: {psnr(decoded, x).mean():.2f} dB, {sharp:.3f} of the art's sharpness")
+        print(
+            f"autoencoder, {what}: {psnr(decoded, x).mean():.2f} dB, {sharp:.3f} of the art's sharpness"
+        )
         sheet += [x[:12], decoded[:12]]
     images = to_images(F.interpolate(torch.cat(sheet), scale_factor=2, mode="nearest"))
     labels = [w for w in ("art", "decoded", "held-out art", "decoded") for _ in range(12)]
@@ -157,7 +163,9 @@ def table(args: argparse.Namespace, model: Model, judge: Judge) -> None:
         label = "**LCM-LoRA**" if lora else LABELS[sampler]
         label += f" {steps}" + (f", guidance {1 + w_:g}" if w_ else "")
         cells += [f"{row['style']:.2f}", f"{row['color']:.2f}", f"{row['sharpness']:.3f}"]
-        print(f"| {label} | {evaluations} | {' | '.join(cells)} | {row['seconds']:.3f} |", flush=True)
+        print(
+            f"| {label} | {evaluations} | {' | '.join(cells)} | {row['seconds']:.3f} |", flush=True
+        )
         results.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -281,7 +289,9 @@ def main() -> None:
     add("--lora", type=Path, default=HERE / "lcm_lora.safetensors", help="the LCM-LoRA")
     add("--judge", type=Path, default=HERE / "judge.safetensors")
     shipped = [HERE / "blueprint.safetensors", HERE / "papercut.safetensors"]
-    add("--style-loras", type=Path, nargs="+", default=shipped, help="files named after their style")
+    add(
+        "--style-loras", type=Path, nargs="+", default=shipped, help="files named after their style"
+    )
     add("--pairs", type=int, default=320, help="how many seen pairs to ask for (default 320)")
     add("--skip", type=int, default=0, help="--blind: only names behind the first N (default 0)")
     add("--seed", type=int, default=0)
@@ -298,7 +308,11 @@ def main() -> None:
         if wanted:
             return section(args, model)
     section = table
-    for wanted, other in ((args.autoencoder, autoencoder), (args.styles, styles), (args.failures, failures)):
+    for wanted, other in (
+        (args.autoencoder, autoencoder),
+        (args.styles, styles),
+        (args.failures, failures),
+    ):
         section = other if wanted else section
     section(args, model, load_judge(args.judge))
 

@@ -55,7 +55,8 @@ def main(node_modules: Path) -> None:
     import resvg_py
 
     sets = {
-        style: json.loads((node_modules / "@iconify-json" / p / "icons.json").read_text()) for style, p in SETS.items()
+        style: json.loads((node_modules / "@iconify-json" / p / "icons.json").read_text())
+        for style, p in SETS.items()
     }
     emojibase = json.loads((node_modules / "emojibase-data/en/data.json").read_text())
     by_code = {e["hexcode"].lower().replace("-fe0f", ""): e for e in emojibase}
@@ -80,8 +81,12 @@ def main(node_modules: Path) -> None:
     for style in SETS:
         with tarfile.open(HERE / "art" / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for name in (n for n in pairs if style in pairs[n]):
-                png = resvg_py.svg_to_bytes(svg_string=svg(sets[style], name), width=SIZE, height=SIZE)
-                entry = by_code.get(code[name].lower().replace("-fe0f", ""), {"label": "", "tags": []})
+                png = resvg_py.svg_to_bytes(
+                    svg_string=svg(sets[style], name), width=SIZE, height=SIZE
+                )
+                entry = by_code.get(
+                    code[name].lower().replace("-fe0f", ""), {"label": "", "tags": []}
+                )
                 words = name.replace("-", " ")
                 meta = {
                     "name": words,

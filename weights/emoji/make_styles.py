@@ -34,7 +34,9 @@ def blueprint(image: Image.Image) -> Image.Image:
     dy, dx = np.gradient(planes, axis=(0, 1))
     line = np.clip(np.sqrt(dx**2 + dy**2).max(axis=2) / 24, 0, 1)  # (H, W)
     thick = Image.fromarray((line * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
-    ink = Image.composite(Image.new("RGB", image.size, "white"), Image.new("RGB", image.size, (23, 74, 160)), thick)
+    ink = Image.composite(
+        Image.new("RGB", image.size, "white"), Image.new("RGB", image.size, (23, 74, 160)), thick
+    )
     ink.putalpha(image.getchannel("A").filter(ImageFilter.MaxFilter(3)))
     return ink
 
@@ -64,9 +66,13 @@ MADE = {"blueprint": blueprint, "papercut": papercut}  # style: drawing -> drawi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder that gets blueprint/ and papercut/")
-    parser.add_argument("--names", type=int, default=300, help="how many names of names.txt (default 300)")
+    parser.add_argument(
+        "--names", type=int, default=300, help="how many names of names.txt (default 300)"
+    )
     parser.add_argument(
         "--pictures",
         type=int,
@@ -83,16 +89,22 @@ def main() -> None:
         if args.pictures:
             of_one_style = [a for a in seen if a.style == "noto"]
             chosen = of_one_style[:: max(1, len(of_one_style) // args.pictures)][: args.pictures]
-            colors = [c for c in COLORS if c != "white"]  # white lines and rims are nothing on white
+            colors = [
+                c for c in COLORS if c != "white"
+            ]  # white lines and rims are nothing on white
             for i, a in enumerate(chosen):
                 image, color = draw(a.image), colors[i % len(colors)]
-                on_ground = Image.alpha_composite(Image.new("RGBA", image.size, COLORS[color]), image)
+                on_ground = Image.alpha_composite(
+                    Image.new("RGBA", image.size, COLORS[color]), image
+                )
                 on_ground.convert("RGB").save(args.out / style / f"{a.name}.png")
                 caption = f"{a.name}, {style} style, on {article(color)} background"
                 (args.out / style / f"{a.name}.txt").write_text(caption)
             print(f"{args.out / style}: {len(chosen)} pictures")
             continue
-        with tarfile.open(args.out / style / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(
+            args.out / style / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT
+        ) as tar:
             for a in seen:
                 stem = f"{a.name} {a.style}".replace(" ", "-")
                 png = io.BytesIO()

@@ -41,7 +41,9 @@ def make_clip() -> open_clip.CLIP:
 def encode_text(clip: open_clip.CLIP, text: TextEncoder, ids: Tensor) -> Tensor:
     """Unit text vectors (b, e): the tower's output at the first EOS, projected."""
     end = (ids == EOS).int().argmax(dim=1)
-    tokens = text(ids[:, : int(end.max()) + 1])  # nothing behind the last EOS is needed: attention is causal
+    tokens = text(
+        ids[:, : int(end.max()) + 1]
+    )  # nothing behind the last EOS is needed: attention is causal
     return F.normalize(tokens[torch.arange(len(ids)), end] @ clip.text_projection, dim=-1)
 
 
@@ -64,13 +66,21 @@ def degrade(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for text.safetensors")
-    parser.add_argument("--init", type=Path, help="start from the clip.safetensors that an earlier run wrote")
-    parser.add_argument("--names", type=int, default=300, help="how many names of names.txt (default 300)")
+    parser.add_argument(
+        "--init", type=Path, help="start from the clip.safetensors that an earlier run wrote"
+    )
+    parser.add_argument(
+        "--names", type=int, default=300, help="how many names of names.txt (default 300)"
+    )
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--looks", type=int, default=16, help="compositions made of each drawing (default 16)")
+    parser.add_argument(
+        "--looks", type=int, default=16, help="compositions made of each drawing (default 16)"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,12 +124,20 @@ def main() -> None:
     @torch.no_grad()
     def accuracy(pixels: Tensor, true: Tensor) -> float:
         """How often is a picture (b, 3, S, S) nearest to its own name?"""
-        images = torch.cat([F.normalize(clip.visual(x / 127.5 - 1), dim=-1) for x in pixels.split(64)])
-        picked = (images @ encode_text(clip, text, text.tokenize(names).to(args.device)).T).argmax(dim=1)
+        images = torch.cat(
+            [F.normalize(clip.visual(x / 127.5 - 1), dim=-1) for x in pixels.split(64)]
+        )
+        picked = (images @ encode_text(clip, text, text.tokenize(names).to(args.device)).T).argmax(
+            dim=1
+        )
         return (picked.cpu() == true[:, 0]).float().mean().item()
 
-    optimizer = torch.optim.AdamW(clip.parameters(), args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(1.0, step, args.steps))
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), args.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True
+    )
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(1.0, step, args.steps)
+    )
     used = torch.zeros(VOCAB, dtype=torch.bool)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     rng, start = random.Random(args.seed), time.time()
@@ -129,7 +147,12 @@ def main() -> None:
         captions, said = zip(*(caption(shown[i], on[i], rng) for i in index))
         says = torch.tensor([numbers(s) for s in said])
         # (images, captions): whether all that the caption says is true of the picture
-        fits = ((says[None] == true[index][:, None]) | (says[None] < 0)).all(dim=2).float().to(args.device)
+        fits = (
+            ((says[None] == true[index][:, None]) | (says[None] < 0))
+            .all(dim=2)
+            .float()
+            .to(args.device)
+        )
         x = degrade(pixels[index] / 127.5 - 1, generator)
         ids = text.tokenize(list(captions))
         used[ids.unique()] = True
@@ -156,10 +179,14 @@ def main() -> None:
                 flush=True,
             )
             write_tensors(args.out / "clip.safetensors", clip.state_dict(), {})
-            tower = {k: v.clone() for k, v in clip.state_dict().items() if k in text.tower.state_dict()}
+            tower = {
+                k: v.clone() for k, v in clip.state_dict().items() if k in text.tower.state_dict()
+            }
             tower["token_embedding.weight"][~used.to(args.device)] = 0
             config = json.dumps(dict(width=TEXT.width, layers=TEXT.layers, heads=TEXT.heads))
-            write_tensors(args.out / "text.safetensors", open_clip_to_clip_l(tower), {"config": config})
+            write_tensors(
+                args.out / "text.safetensors", open_clip_to_clip_l(tower), {"config": config}
+            )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ SIZE = 128
 
 @torch.no_grad()
 def decoded(vae: VAE, pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Every third picture (m, 3, S, S) uint8 through the autoencoder, its latents noised by up to `strength`."""
+    """Every third picture (m, 3, S, S) uint8 through the autoencoder, its latents noised by up to
+    `strength`.
+    """
     pixels, device = pixels.clone(), generator.device
     for part in pixels[::3].split(64):
         with autocast(device, forward_dtype(device.type)):
@@ -49,7 +51,9 @@ def decoded(vae: VAE, pixels: Tensor, strength: float, generator: torch.Generato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for judge.safetensors")
     parser.add_argument(
         "--vae",
@@ -57,7 +61,9 @@ def main() -> None:
         required=True,
         help="vae.safetensors of the pictures that will be judged",
     )
-    parser.add_argument("--names", type=int, default=300, help="how many names of names.txt (default 300)")
+    parser.add_argument(
+        "--names", type=int, default=300, help="how many names of names.txt (default 300)"
+    )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
@@ -80,7 +86,9 @@ def main() -> None:
         """(pixels (m, 3, S, S) uint8, names (m,), styles (m,)) on the device."""
         pixels = decoded(vae, pool_of(art, SIZE, looks, seed, args.device)[0], 0.5, generator)
         shown = [a for a in art for _ in range(looks)]
-        true = torch.tensor([(names.index(a.name), styles.index(a.style)) for a in shown], device=args.device)
+        true = torch.tensor(
+            [(names.index(a.name), styles.index(a.style)) for a in shown], device=args.device
+        )
         return pixels, true[:, 0], true[:, 1]
 
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
@@ -95,13 +103,19 @@ def main() -> None:
     torch.manual_seed(args.seed)
     judge = Judge(names, styles).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), args.lr, weight_decay=0.05, fused=True)
-    cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.steps, pct_start=0.1
+    )
     # half of the pictures are in the base's styles
-    often = torch.cat([torch.full((len(x[0]),), 1 / len(x[0]), device=args.device) for x in (base, extra)])
+    often = torch.cat(
+        [torch.full((len(x[0]),), 1 / len(x[0]), device=args.device) for x in (base, extra)]
+    )
     start = time.time()
     for step in tqdm(range(args.steps), disable=None):
         index = torch.multinomial(often, args.batch, replacement=True, generator=generator)
-        x = degrade(pixels[index] / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
+        x = degrade(pixels[index] / 127.5 - 1, generator).contiguous(
+            memory_format=torch.channels_last
+        )
         with autocast(args.device, forward_dtype(args.device)):
             of_names, of_styles = judge(x)
         loss = F.cross_entropy(of_names.float(), name[index], label_smoothing=0.1)
@@ -114,13 +128,25 @@ def main() -> None:
             said = [f"loss {loss.item():.3f}"]
             for what, (test, true_name, true_style) in tests.items():
                 with torch.no_grad():
-                    found = [torch.cat(x) for x in zip(*(judge(part / 127.5 - 1) for part in test.split(64)))]
-                right = [(x.argmax(1) == y).float().mean().item() for x, y in zip(found, (true_name, true_style))]
-                said.append(f"held-out of {what} styles: names {right[0]:.3f} styles {right[1]:.3f}")
+                    found = [
+                        torch.cat(x)
+                        for x in zip(*(judge(part / 127.5 - 1) for part in test.split(64)))
+                    ]
+                right = [
+                    (x.argmax(1) == y).float().mean().item()
+                    for x, y in zip(found, (true_name, true_style))
+                ]
+                said.append(
+                    f"held-out of {what} styles: names {right[0]:.3f} styles {right[1]:.3f}"
+                )
             judge.train()
             print(f"step {step + 1} {', '.join(said)}, {time.time() - start:.0f} s", flush=True)
-            half = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
-            write_tensors(args.out / "judge.safetensors", half, {"config": json.dumps([names, styles])})
+            half = {
+                k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()
+            }
+            write_tensors(
+                args.out / "judge.safetensors", half, {"config": json.dumps([names, styles])}
+            )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def vae_loss(vae: VAE, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     mean, std = vae.moments(pixels)
     x = vae.decode(mean + std * eps)
-    l1 = (x - pixels).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(x), edges(pixels)))
+    l1 = (x - pixels).abs().mean() + sum(
+        (a - b).abs().mean() for a, b in zip(edges(x), edges(pixels))
+    )
     kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
     return l1 + 1e-4 * kl, x, mean
 
@@ -117,7 +119,9 @@ def judged(vae: VAE, pixels: Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that gets vae.safetensors")
     parser.add_argument("--init", type=Path, help="start from this vae.safetensors")
     half = "start from this model's autoencoder of half the size, and keep to its latents"
@@ -130,11 +134,15 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--looks", type=int, default=8, help="compositions made of each drawing (default 8)")
+    parser.add_argument(
+        "--looks", type=int, default=8, help="compositions made of each drawing (default 8)"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss: faster on a GPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the loss: faster on a GPU"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -158,11 +166,21 @@ def main() -> None:
     fixed = pool_of(held_out[::3], SIZE, 1, -1, args.device)[0] / 127.5 - 1
 
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    critic = torch.optim.AdamW(discriminator.parameters(), args.lr / 2, weight_decay=0.0, betas=(0.5, 0.9), fused=True)
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(1.0, step, args.steps))
+    optimizer = torch.optim.AdamW(
+        parameters, args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True
+    )
+    critic = torch.optim.AdamW(
+        discriminator.parameters(), args.lr / 2, weight_decay=0.0, betas=(0.5, 0.9), fused=True
+    )
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(1.0, step, args.steps)
+    )
     average = {k: v.clone() for k, v in vae.state_dict().items()}
-    loss_fn = torch.compile(vae_loss, dynamic=False) if args.compile and not args.adversarial else vae_loss
+    loss_fn = (
+        torch.compile(vae_loss, dynamic=False)
+        if args.compile and not args.adversarial
+        else vae_loss
+    )
     generator = torch.Generator(args.device).manual_seed(args.seed)
     start = time.time()
     for step in tqdm(range(args.steps), disable=None):
@@ -173,7 +191,10 @@ def main() -> None:
         with autocast(args.device, forward_dtype(args.device)):
             loss, x, mean = loss_fn(vae, pixels, eps)
             if small:  # latents that a UNet of the small one knows
-                loss = loss + 0.05 * (mean - small.encode_mean(F.avg_pool2d(pixels, 2))).square().mean()
+                loss = (
+                    loss
+                    + 0.05 * (mean - small.encode_mean(F.avg_pool2d(pixels, 2))).square().mean()
+                )
             if args.adversarial:
                 real, fake = discriminator(pixels).float(), discriminator(x.detach()).float()
                 hinge(real, fake).backward()
