@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .layers import Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding
 
@@ -130,6 +131,13 @@ class Block(nn.Sequential):
         return x  # (b, c, h, w)
 
 
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) in float32, whatever autocast says and its weights are stored in."""
+    weights = {name: weight.float() for name, weight in layer.named_parameters()}
+    with torch.autocast(x.device.type, enabled=False):
+        return functional_call(layer, weights, x.float())
+
+
 class UNet(nn.Module):
     """eps_theta. Latent Diffusion (2112.10752) section 3.2-3.3; SDXL (2307.01952) section 2.1."""
 
@@ -196,15 +204,14 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or
-        (b,), cond with b rows.
+        """eps_hat (b, 4, h, w) in float32, from z_t of that shape, t an int or (b,), cond with b rows.
 
         w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
         none.
         """
-        dtype = self.out[2].weight.dtype
-        x, context = z_t.to(dtype), cond.context.to(dtype)  # (b, 4, h, w), (b, n, d)
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])  # (b,)
+        dtype, context = self.out[2].weight.dtype, cond.context
+        context = context.to(dtype)  # (b, n, d)
+        t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))  # (b,)
         t_sin = timestep_embedding(t, self.cfg.channels[0]).to(dtype)  # (b, width)
         if w_emb is not None:
             t_sin = t_sin + self.time_embedding["cond_proj"](w_emb.to(dtype))
@@ -212,11 +219,14 @@ class UNet(nn.Module):
         if self.cfg.adm:
             t_emb = t_emb + self.label_emb(cond.vector.to(dtype))
 
-        skips = []
-        for block in self.input_blocks:
+        # x0 = (z_t - sigma eps_hat) / alpha multiplies an error of eps_hat by 14.6 at t = 999, so the
+        # first convolution sees all bits of z_t, and the last norm and convolution lose none
+        x = in_float32(self.input_blocks[0][0], z_t).to(dtype)  # (b, c, h, w)
+        skips = [x]
+        for block in self.input_blocks[1:]:
             x = block(x, t_emb, context)
             skips.append(x)
         x = self.middle_block(x, t_emb, context)  # (b, c, h / 2^levels, w / 2^levels)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), t_emb, context)
-        return self.out(x)  # (b, 4, h, w)
+        return in_float32(self.out, x)  # (b, 4, h, w)
