@@ -1,12 +1,12 @@
 """The table: how often does a picture show what its prompt says, by sampler and evaluations?
 
-    python -m weights.emoji.evaluate                       table over all prompts
-    python -m weights.emoji.evaluate --blind runs/blind    36 numbered pictures; their prompts apart
-    python -m weights.emoji.evaluate --figure out.png      style LoRA, LCM-LoRA, and both added
-    python -m weights.emoji.evaluate --styles              the same, by the judge
-    python -m weights.emoji.evaluate --failures out.png    what 4 steps get wrong, and the judge saw
-    python -m weights.emoji.evaluate --distance            to the end of the teacher's 50 steps
-    python -m weights.emoji.evaluate --autoencoder out.png the art, decoded; the judge on it
+    python -m weights.emoji.evaluate                table over all prompts
+    python -m weights.emoji.evaluate styles         style LoRA alone, and added to the LCM-LoRA
+    python -m weights.emoji.evaluate figure         the same as pictures
+    python -m weights.emoji.evaluate distance       to the end of the teacher's 50 steps
+    python -m weights.emoji.evaluate failures       what 4 steps get wrong, and what the judge saw
+    python -m weights.emoji.evaluate autoencoder    the art, decoded; the judge on both
+    python -m weights.emoji.evaluate blind          36 numbered pictures, their prompts apart
 
 Prompts: seen (name, style) pairs with a colour ("said"), held-out pairs four times, and bare
 names. The judge (`train_judge.py`) is right when it picks the prompt's name among all names, and
@@ -35,6 +35,8 @@ from minilcm.metrics import Judge, accuracy, interval, load_judge, picked, psnr,
 from minilcm.model.precision import autocast, default_dtype
 from minilcm.objective import run
 from minilcm.solver import guided_eps
+
+from . import recipe
 
 HERE = Path(__file__).parent
 HALF = default_dtype("cpu")
@@ -97,28 +99,34 @@ def said(art: list[Art], rng: random.Random, style: str | None = None) -> tuple[
     return prompts, [a.name for a in art], styles, colors
 
 
+@torch.no_grad()
+def decoded(model: Model, x: Tensor) -> Tensor:
+    """Pixels (b, 3, S, S) through the model's autoencoder, in its own size, enlarged to S."""
+    small = F.interpolate(x, model.config.size, mode="area")
+    z0 = torch.cat([model.vae.encode_mean(p) for p in small.split(32)])
+    return F.interpolate(decode(model, z0), x.shape[-1], mode="nearest")
+
+
 def autoencoder(args: argparse.Namespace, model: Model, judge: Judge) -> None:
     """Is the judge a judge? And what does the autoencoder lose? On the art, drawn and decoded."""
-    rng, sheet = random.Random(args.seed), []
+    rng, rows, labels = random.Random(args.seed), [], []
+    old = load_model(args.old) if args.old else None
     for what, art in zip(("seen", "held out"), art_of(model.config)):
         x, _ = compose(art, model.config.size, rng)
-        with torch.no_grad():
-            z0 = torch.cat([model.vae.encode_mean(p) for p in x.split(32)])
-        decoded = decode(model, z0)
-        sharp = sharpness(decoded).mean() / sharpness(x).mean()
-        names, styles = [a.name for a in art], [a.style for a in art]
-        for how, pixels in (("drawn", x), ("decoded", decoded)):
+        new, names, styles = decoded(model, x), [a.name for a in art], [a.style for a in art]
+        for how, pixels in (("drawn", x), ("decoded", new)):
             name, style = accuracy(judge, pixels, names, styles, list(STYLES))
             mean, low, high = interval(name.float()[:, None])
             share = f"names {mean:.3f} [{low:.3f}, {high:.3f}], styles {style.float().mean():.3f}"
             print(f"judge on {what} art, {how}: {share}", flush=True)
-        print(
-            f"autoencoder, {what}: {psnr(decoded, x).mean():.2f} dB, {sharp:.3f} of the art's sharpness"
-        )
-        sheet += [x[:12], decoded[:12]]
-    images = to_images(F.interpolate(torch.cat(sheet), scale_factor=2, mode="nearest"))
-    labels = [w for w in ("art", "decoded", "held-out art", "decoded") for _ in range(12)]
-    save_png(args.autoencoder, contact_sheet(images, labels, 12), "the art through the autoencoder")
+        db, sharp = psnr(new, x).mean(), sharpness(new).mean() / sharpness(x).mean()
+        print(f"autoencoder, {what}: {db:.2f} dB, {sharp:.3f} of the art's sharpness", flush=True)
+        shown = {"old autoencoder": decoded(old, x[:12])} if old else {}
+        shown |= {"autoencoder": new[:12], f"{what} art": x[:12]}
+        rows += shown.values()
+        labels += [w for label in shown for w in [label] + [""] * 11]
+    images = to_images(F.interpolate(torch.cat(rows), scale_factor=2, mode="nearest"))
+    save_png(args.out, contact_sheet(images, labels, 12), "the art through the autoencoder")
 
 
 def table(args: argparse.Namespace, model: Model, judge: Judge) -> None:
@@ -196,23 +204,10 @@ def styles(args: argparse.Namespace, model: Model, judge: Judge) -> None:
         rng, tau = random.Random(args.seed), read_tau(file)
         art = rng.sample(art_of(model.config)[0], args.pairs // 2)
         prompts, names, asked, _ = said(art, rng, file.stem)
-        rows = [
-            (f"{file.stem} alone, DDIM 25", combine([tau], [1.0]), "ddim", 25, w),
-            (
-                f"{file.stem} + LCM-LoRA at (1.0, 1.0), 4",
-                combine([tau, tau_lcm], [1.0, 1.0]),
-                "lcm",
-                4,
-                0.0,
-            ),
-            (
-                f"{file.stem} + LCM-LoRA at (0.8, 1.0), 4",
-                combine([tau, tau_lcm], [0.8, 1.0]),
-                "lcm",
-                4,
-                0.0,
-            ),
-        ]
+        rows = [(f"{file.stem} alone, DDIM 25", tau, "ddim", 25, w)]
+        for lambda1 in (1.0, 0.8):
+            label = f"{file.stem} + LCM-LoRA at ({lambda1}, 1.0), 4"
+            rows.append((label, combine([tau, tau_lcm], [lambda1, 1.0]), "lcm", 4, 0.0))
         for label, mix, sampler, steps, w_ in rows:
             merge_into(model.unet, mix)
             pixels = draw(model, prompts, sampler, steps, w_, args.seed)
@@ -231,12 +226,12 @@ def blind(args: argparse.Namespace, model: Model) -> None:
         prompts.append(name + style + color)
     merge_into(model.unet, read_tau(args.lora))
     images = to_images(draw(model, prompts, "lcm", 4, 0.0, args.seed))
-    args.blind.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     numbers = contact_sheet(images, [str(i + 1) for i in range(36)], 9)
-    save_png(args.blind / "numbers.png", numbers, "")
-    save_png(args.blind / "prompts.png", contact_sheet(images, prompts, 6), "36 prompts in 4 steps")
+    save_png(args.out / "numbers.png", numbers, "")
+    save_png(args.out / "prompts.png", contact_sheet(images, prompts, 6), "36 prompts in 4 steps")
     answers = "".join(f"{i + 1}\t{p}\n" for i, p in enumerate(prompts))
-    (args.blind / "prompts.txt").write_text(answers)
+    (args.out / "prompts.txt").write_text(answers)
 
 
 def figure(args: argparse.Namespace, model: Model) -> None:
@@ -250,8 +245,8 @@ def figure(args: argparse.Namespace, model: Model) -> None:
         tau, style = read_tau(file), file.stem
         prompts = [f"{n}, {style} style, on {article(c)} background" for n, c in zip(names, COLORS)]
         rows = [
-            (f"{style}, 25 steps", combine([tau], [1.0]), "ddim", 25, w),
-            ("lcm, 4 steps", combine([tau_lcm], [1.0]), "lcm", 4, 0.0),
+            (f"{style}, 25 steps", tau, "ddim", 25, w),
+            ("lcm, 4 steps", tau_lcm, "lcm", 4, 0.0),
             (f"{style} + lcm, 4 steps", combine([tau, tau_lcm], [1.0, 1.0]), "lcm", 4, 0.0),
         ]
         for label, mix, sampler, steps, w_ in rows:
@@ -259,7 +254,7 @@ def figure(args: argparse.Namespace, model: Model) -> None:
             images += to_images(draw(model, prompts, sampler, steps, w_, args.seed))
             unmerge(model.unet, mix)
             labels += [label] + [""] * (len(names) - 1)
-    save_png(args.figure, contact_sheet(images, labels, len(names)), "report figure 3")
+    save_png(args.out, contact_sheet(images, labels, len(names)), "report figure 3")
 
 
 def failures(args: argparse.Namespace, model: Model, judge: Judge) -> None:
@@ -278,43 +273,43 @@ def failures(args: argparse.Namespace, model: Model, judge: Judge) -> None:
         return
     labels = [f"{pairs[i].name}, {pairs[i].style}\n-> {saw[i]}" for i in wrong[:48]]
     sheet = contact_sheet(to_images(pixels[wrong[:48]]), labels, 8)
-    save_png(args.failures, sheet, "prompts that 4 steps get wrong")
+    save_png(args.out, sheet, "prompts that 4 steps get wrong")
+
+
+# section -> (function, whether it needs the judge, where its picture goes by default)
+SECTIONS = {
+    "table": (table, True, None),
+    "styles": (styles, True, None),
+    "distance": (distance, False, None),
+    "figure": (figure, False, "figure3.png"),
+    "failures": (failures, True, "failures.png"),
+    "autoencoder": (autoencoder, True, "autoencoder.png"),
+    "blind": (blind, False, "blind"),
+}
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
+    add("section", nargs="?", choices=SECTIONS, default="table", help="(default table)")
     add("--model", type=Path, default=HERE / "model.safetensors")
     add("--lora", type=Path, default=HERE / "lcm_lora.safetensors", help="the LCM-LoRA")
     add("--judge", type=Path, default=HERE / "judge.safetensors")
-    shipped = [HERE / "blueprint.safetensors", HERE / "papercut.safetensors"]
-    add(
-        "--style-loras", type=Path, nargs="+", default=shipped, help="files named after their style"
-    )
+    shipped = [HERE / f"{style}.safetensors" for style in recipe.STYLES]
+    files = "files named after their style"
+    add("--style-loras", type=Path, nargs="+", default=shipped, help=files)
     add("--pairs", type=int, default=320, help="how many seen pairs to ask for (default 320)")
-    add("--skip", type=int, default=0, help="--blind: only names behind the first N (default 0)")
+    add("--skip", type=int, default=0, help="blind: only names behind the first N (default 0)")
+    add("--old", type=Path, help="autoencoder: a model whose decoding is drawn beside")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="also write the table as JSON")
-    add("--blind", type=Path, metavar="DIR", help="draw the blind test instead")
-    add("--figure", type=Path, metavar="FILE.png", help="draw report figure 3 instead")
-    add("--styles", action="store_true", help="judge the style LoRAs instead")
-    add("--distance", action="store_true", help="measure how far few steps end from the teacher's")
-    add("--failures", type=Path, metavar="FILE.png", help="draw what 4 steps get wrong instead")
-    add("--autoencoder", type=Path, metavar="FILE.png", help="judge the autoencoder instead")
+    add("--out", type=Path, help="the sheet, or blind's folder (default: in the working directory)")
     args = parser.parse_args()
+    section, judges, out = SECTIONS[args.section]
+    args.out = args.out or out and Path(out)
     model = load_model(args.model)
-    for wanted, section in ((args.blind, blind), (args.figure, figure), (args.distance, distance)):
-        if wanted:
-            return section(args, model)
-    section = table
-    for wanted, other in (
-        (args.autoencoder, autoencoder),
-        (args.styles, styles),
-        (args.failures, failures),
-    ):
-        section = other if wanted else section
-    section(args, model, load_judge(args.judge))
+    section(args, model, *[load_judge(args.judge)] * judges)
 
 
 if __name__ == "__main__":
