@@ -57,8 +57,7 @@ def combine(folder: Path, tau_a: Tau, tau_b: Tau) -> None:
         expected = delta(*tau_a[path]) + 0.8 * delta(*tau_b[path])
         exact = max(exact, far(delta(*parts), expected))
         (up_a, down_a, alpha_a), (up_b, down_b, alpha_b) = tau_a[path], tau_b[path]
-        # both factors averaged separately, here for the ranks that both have: B = B_a + B_b, A =
-        # A_a + A_b
+        # factors averaged separately, for the ranks that both have: B = B_a + B_b, A = A_a + A_b
         r = min(len(down_a), len(down_b))
         up = alpha_a / len(down_a) * up_a[:, :r] + 0.8 * alpha_b / len(down_b) * up_b[:, :r]
         worst = max(worst, far(delta(up, down_a[:r] + down_b[:r], r), expected))
@@ -80,10 +79,9 @@ def merge_and_back(folder: Path, model: Path, lora: Path, what: str) -> None:
             changed += 1
             if what == "float32":
                 worst = max(worst, far(z, x))
-            else:  # each of two roundings moves a value by half a unit in the last place, of the larger of the two
-                unit = torch.finfo(torch.float16).eps * torch.maximum(x.abs(), y.abs()).clamp(
-                    min=2**-14
-                )
+            else:  # each of two roundings moves a value by half a unit of the larger of the two
+                larger = torch.maximum(x.abs(), y.abs()).clamp(min=2**-14)
+                unit = torch.finfo(torch.float16).eps * larger
                 worst = max(worst, ((z - x).abs() / unit).max().item())
     units = "" if what == "float32" else ", in units of rounding"
     say(

@@ -1,7 +1,6 @@
-"""Time and memory of loading a checkpoint and of merging an LCM-LoRA into it, beside diffusers; not
-in CI.
+"""Time and memory of loading a checkpoint and merging an LCM-LoRA into it, beside diffusers.
 
-    python -m benchmarks.files    (needs the `reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
+    python -m benchmarks.files    (`reference` extra; 20 GB of memory, 40 GB of disk under TMPDIR)
 
 SD1.5 in float32 and SDXL in float16, random weights, warm cache. Each job is a process of its own,
 the two programs take turns. load: the file to a model that could run, in the file's dtype. merge:
@@ -119,11 +118,9 @@ def bench(family: str, folder: Path, out: Path, rounds: int) -> None:
         )
         for who, x in (("minilcm", ours), ("diffusers", theirs)):
             print(f"  {what:6} {who:10} {x['seconds']:6.1f} s  {x['peak'] / size:5.2f} x the file")
-        ratio, memory = ours["seconds"] / theirs["seconds"], ours["peak"] / size
-        print(
-            f"  {what:6} time {ratio:.2f} of diffusers', goal 0.5; memory {memory:.2f} of the file, goal 1.2",
-            flush=True,
-        )
+        time = f"time {ours['seconds'] / theirs['seconds']:.2f} of diffusers', goal 0.5"
+        memory = f"memory {ours['peak'] / size:.2f} of the file, goal 1.2"
+        print(f"  {what:6} {time}; {memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Parity at full size with diffusers, transformers and open_clip on the same random weights; not in
-CI.
+"""Parity at full size with diffusers, transformers and open_clip on the same random weights.
 
-    python -m benchmarks.full_size sd15    (or sdxl, ssd1b; needs the `reference` extra, 20 GB of memory)
+    python -m benchmarks.full_size sd15    (or sdxl, ssd1b; `reference` extra, 20 GB of memory)
 
 Makes a checkpoint with random weights under the official keys and an LCM-LoRA-shaped LoRA (rank 64,
 alpha 8), lets minilcm compute UNet, UNet + 0.7 LoRA, VAE both ways and text, then lets the others,
@@ -139,8 +138,18 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     config = dict(
         vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407
     )
-    clip_l = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407, **config))  # fmt: skip
+    clip_l = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            hidden_act="quick_gelu",
+            projection_dim=768,
+            pad_token_id=49407,
+            **config,
+        )
+    )
     state = convert_ldm_clip_checkpoint(dict(tensors))
     strip = next(iter(clip_l.state_dict())).startswith("text_model.")
     load(clip_l, state, (lambda k: k) if strip else (lambda k: k.removeprefix("text_model.")))
@@ -149,8 +158,18 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     if family == "sd15":
         context, vector = states.last_hidden_state, torch.zeros(1, 1)
     else:
-        big = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-            num_attention_heads=20, hidden_act="gelu", projection_dim=1280, pad_token_id=0, **config))  # fmt: skip
+        big = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                hidden_act="gelu",
+                projection_dim=1280,
+                pad_token_id=0,
+                **config,
+            )
+        )
         load(
             big,
             convert_open_clip_checkpoint(
@@ -166,13 +185,23 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     out["context"], out["vector"] = context, vector
     del clip_l
 
-    xl = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-        cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816)  # fmt: skip
-    small = dict(transformer_layers_per_block=[1, [2, 2], [4, 4]], mid_block_type="UNetMidBlock2D",
-        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1])  # fmt: skip
+    xl = dict(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    small = dict(
+        transformer_layers_per_block=[1, [2, 2], [4, 4]],
+        mid_block_type="UNetMidBlock2D",
+        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1],
+    )
     configs = {
         "sd15": dict(cross_attention_dim=768, attention_head_dim=8),
         "sdxl": xl,
@@ -180,9 +209,13 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     }
     unet = UNet2DConditionModel(**configs[family])
     load(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        scaling_factor=0.18215 if family == "sd15" else 0.13025)  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        scaling_factor=0.18215 if family == "sd15" else 0.13025,
+    )
     load(vae, convert_ldm_vae_checkpoint(dict(tensors), vae.config))
     del tensors
     gc.collect()
@@ -219,8 +252,16 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(1)
         z_T = torch.randn(1, 4, SIDE, SIDE, generator=generator)
-        pictures = pipe(prompt_embeds=context, latents=z_T, generator=generator, num_inference_steps=4,
-            guidance_scale=1.0, height=8 * SIDE, width=8 * SIDE, output_type="pt").images  # fmt: skip
+        pictures = pipe(
+            prompt_embeds=context,
+            latents=z_T,
+            generator=generator,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            height=8 * SIDE,
+            width=8 * SIDE,
+            output_type="pt",
+        ).images
         out["4 steps, pixels"] = pictures * 2 - 1
     return out
 
@@ -243,9 +284,8 @@ def main() -> None:
         far = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
         print(f"{key:20} {far:.2e} of the largest value, {expected.abs().max():.2f}")
         if key == "4 steps, pixels":
-            print(
-                f"{'':20} mean difference {(got - expected).abs().mean().item() * 127.5:.4f} of 255 levels"
-            )
+            levels = (got - expected).abs().mean().item() * 127.5
+            print(f"{'':20} mean difference {levels:.4f} of 255 levels")
         else:
             worst = max(worst, far)
     print(f"{family}: worst {worst:.2e}, goal 1e-4")

@@ -1,16 +1,18 @@
 """Seconds and memory of drawing and training on a GPU, beside diffusers and PEFT; not in CI.
 
     python -m benchmarks.gpu --out gpu.json         four or five minutes on an H100
-    python -m benchmarks.gpu --tiny --device cpu    every line of it on a processor: the numbers mean nothing
+    python -m benchmarks.gpu --tiny --device cpu    every line on a processor: no number counts
 
 Random weights and conditions, SD1.5 at 512 x 512 pixels, SDXL and SSD-1B at 1024 x 1024. Sections
 of the table:
 
     machine     a large matrix product and a copy: rates of the card, to place the other numbers
-    draw        four LCM steps without guidance, then the VAE, a picture at a time: seconds a picture. UNet in float16,
-                the VAE in float16 for SD1.5 and in float32 for the others, as SDXL's own overflows in float16
-    train       one LCM-LoRA step of rank 64 as train.py takes it, forward in bfloat16, with gradient checkpointing,
-                clipping and AdamW; the peak of allocated memory beside what `train.py --plan` says
+    draw        four LCM steps without guidance, then the VAE, a picture at a time: seconds a
+                picture. UNet in float16, the VAE in float16 for SD1.5 and in float32 for the
+                others, as SDXL's own overflows in float16
+    train       one LCM-LoRA step of rank 64 as train.py takes it, forward in bfloat16, with
+                gradient checkpointing, clipping and AdamW; the peak of allocated memory beside
+                what `train.py --plan` says
     emoji       draw by the small model: 64 channels in the UNet, 16 x 16 latents, a VAE of factor 8
     decode      the VAE alone, in its number formats and memory layouts
     compile     draw with torch.compile, which works for a minute at the first call
@@ -72,7 +74,7 @@ class Bench(NamedTuple):
 
 
 def config_of(model: str, tiny: bool) -> Config:
-    """The model's sizes; tiny: narrow, and of several transformer blocks in a row only the first."""
+    """The model's sizes; tiny: narrow, and the first only of transformer blocks in a row."""
     config = EMOJI if model == "emoji" else FAMILIES[model]
     if not tiny or model == "emoji":
         return replace(config, size=32) if tiny else config
@@ -210,8 +212,16 @@ def by_diffusers(
     from diffusers import AutoencoderKL, LCMScheduler
 
     unet = build(bench, bench.half, lambda: diffusers_unet(config.unet))
-    vae = build(bench, vae_dtype, lambda: AutoencoderKL(block_out_channels=config.vae.channels, layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))  # fmt: skip
+    vae = build(
+        bench,
+        vae_dtype,
+        lambda: AutoencoderKL(
+            block_out_channels=config.vae.channels,
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+    )
     words = words_for(random_cond(bench, config, batch, bench.half))
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -313,8 +323,10 @@ def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
     from peft import LoraConfig
 
     unet = build(bench, bench.forward, lambda: diffusers_unet(config.unet))
-    targets = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut " \
-        "downsamplers.0.conv upsamplers.0.conv time_emb_proj"  # fmt: skip
+    targets = (
+        "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+        "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+    )
     unet.add_adapter(
         LoraConfig(r=OBJECTIVE.rank, lora_alpha=OBJECTIVE.rank, target_modules=targets.split())
     )

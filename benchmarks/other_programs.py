@@ -1,5 +1,4 @@
-"""Files of other programs that minilcm reads, and files of minilcm that other programs read; not in
-CI.
+"""Files of other programs that minilcm reads, and files of minilcm that others read; not in CI.
 
     python -m benchmarks.other_programs all    (or kohya, peft, diffusers-old, merged, sdcpp, lists)
 
@@ -7,10 +6,11 @@ Needs the `reference` extra; from PyPI also lycoris-lora for kohya, cyllama for 
 lists; 16 GB of memory and, under TMPDIR, 8 GB of disk. Weights are random and full size, nothing is
 downloaded.
 
-    kohya          LoRA files by LyCORIS as kohya's trainer runs it: plain, rsLoRA, Tucker, text encoders
-    peft           adapter folders by PEFT, files by diffusers' save_lora_weights: patterns of rank and alpha, rsLoRA
+    kohya          LoRA files by LyCORIS as kohya's trainer runs it: plain, rsLoRA, Tucker, text
+    peft           adapter folders by PEFT, files by diffusers' save_lora_weights: patterns of rank
+                   and alpha, rsLoRA
     diffusers-old  the spellings of 2023, by what diffusers still has of that code
-    merged         what `python -m minilcm merge` writes, and LoRA files, drawn by diffusers' pipeline
+    merged         what `python -m minilcm merge` writes, and LoRA files, by diffusers' pipeline
     sdcpp          the same by stable-diffusion.cpp
     lists          names that ComfyUI and A1111 look for
 
@@ -61,16 +61,30 @@ class Fact(NamedTuple):
 # ---- networks of the others
 
 
-XL = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-    cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)  # fmt: skip
-VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.18215)  # fmt: skip
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]  # fmt: skip
-TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+XL = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    cross_attention_dim=2048,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    scaling_factor=0.18215,
+)
+LAYERS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
 
 
 def diffusers_unet(family: str) -> nn.Module:
@@ -90,9 +104,16 @@ def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, projection_dim=width, bos_token_id=49406, eos_token_id=49407,
-        pad_token_id=49407)  # fmt: skip
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=width,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
     with torch.device("meta"):
         text = (CLIPTextModel if flat else CLIPTextModelWithProjection)(config)
     return text.to_empty(device="cpu").requires_grad_(False)
@@ -145,11 +166,11 @@ def kohya(folder: Path) -> Iterator[Fact]:
     from lycoris.kohya import create_network
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    (
-        folder / "preset.toml"
-    ).write_text(  # the built-in "full" preset fails: it finds time_embedding twice
+    # the built-in "full" preset fails: it finds time_embedding twice
+    (folder / "preset.toml").write_text(
         "enable_conv = true\n"
-        'unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]\n'
+        'unet_target_module = ["Transformer2DModel", "ResnetBlock2D",'
+        ' "Downsample2D", "Upsample2D"]\n'
         'unet_target_name = ["conv_in", "conv_out"]\n'
         'text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]\n'
         "text_encoder_target_name = []\n"
@@ -157,20 +178,17 @@ def kohya(folder: Path) -> Iterator[Fact]:
     )
     for family, texts, dtype, options in (
         ("sd15", [clip()], torch.float32, {}),
-        (
-            "sd15",
-            [clip()],
-            torch.float32,
-            {"rs_lora": True},
-        ),  # its alpha is no number that float16 holds
+        # rsLoRA's alpha is no number that float16 holds
+        ("sd15", [clip()], torch.float32, {"rs_lora": True}),
         ("sd15", [clip()], torch.float32, {"use_tucker": True}),
         ("sd15", [clip(flat=True)], torch.float32, {}),
         ("sdxl", [clip(), clip(1280, 32)], torch.float16, {"use_tucker": True}),
     ):
         unet, file = diffusers_unet(family), folder / "kohya.safetensors"
         text = texts if family == "sdxl" else texts[0]
-        network = create_network(1.0, 4, 3.0, None, text, unet, preset=str(folder / "preset.toml"), conv_dim=3,
-            conv_alpha=2.0, algo="locon", **options)  # fmt: skip
+        settings = dict(conv_dim=3, conv_alpha=2.0, algo="locon", **options)
+        preset = str(folder / "preset.toml")
+        network = create_network(1.0, 4, 3.0, None, text, unet, preset=preset, **settings)
         network.apply_to(text, unet, True, True)
         for parameter in network.parameters():  # lora_up begins at zero; numbers that float16 holds
             parameter.data = torch.randn(parameter.shape).half().float()
@@ -339,12 +357,11 @@ def by_minilcm(model: Path) -> Tensor:
 
 
 def same_picture(what: str, a: Tensor, b: Tensor, more: str = "", holds: bool = True) -> Fact:
-    """The mean difference is at most a level of 255; `more` and `holds` are what else was looked
-    at.
-    """
+    """The mean difference is at most a level of 255; `more`, `holds`: what else was looked at."""
     far = (a - b).abs()
-    figures = f"mean difference {far.mean():.4f} of 255 levels, largest {far.max():.2f}, spread {b.std():.1f}{more}"
-    return Fact(what, holds and far.mean().item() <= 1 and b.std().item() > 10, figures)
+    figures = f"mean difference {far.mean():.4f} of 255 levels, largest {far.max():.2f}"
+    holds = holds and far.mean().item() <= 1 and b.std().item() > 10
+    return Fact(what, holds, f"{figures}, spread {b.std():.1f}{more}")
 
 
 def write_configs(folder: Path, family: str = "sd15") -> None:
@@ -411,8 +428,15 @@ def merged(folder: Path) -> Iterator[Fact]:
 
     def draw(pipe: StableDiffusionPipeline) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = pipe(PROMPT, num_inference_steps=4, guidance_scale=1.0, height=8 * SIDE, width=8 * SIDE,
-            generator=generator, output_type="pt").images  # fmt: skip
+        images = pipe(
+            PROMPT,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            height=8 * SIDE,
+            width=8 * SIDE,
+            generator=generator,
+            output_type="pt",
+        ).images
         return images[0].permute(1, 2, 0) * 255
 
     yield same_picture("diffusers, merged file", draw(open_pipe(both)), picture)
@@ -434,7 +458,8 @@ def merged(folder: Path) -> Iterator[Fact]:
         for path, parts in tau.items():
             theirs, ours = layers[path].get_delta_weight("lcm"), SCALE * delta(*parts)
             worst = max(worst, ((ours - theirs).abs().max() / ours.abs().max()).item())
-        more = f"; {len(layers)} of {len(tau)} modules, alpha / rank {scales}, deltas within {worst:.1e}"
+        more = f"; {len(layers)} of {len(tau)} modules, alpha / rank {scales}"
+        more += f", deltas within {worst:.1e}"
         holds = (
             layers.keys() == tau.keys() and len(tau) == 278 and scales == {8 / 64} and worst <= 1e-6
         )
@@ -456,8 +481,16 @@ def draw_sdcpp(model: Path, lora: Path | None, mode: str) -> tuple[Tensor, str]:
     context = sd.SDContextParams(model_path=str(model), n_threads=2)
     context.rng_type = context.sampler_rng_type = sd.RngType.CPU
     context.lora_apply_mode = sd.LoraApplyMode[mode]
-    job = sd.SDImageGenParams(prompt=PROMPT, width=8 * SIDE, height=8 * SIDE, seed=1, sample_steps=4, cfg_scale=1.0,
-        sample_method=sd.SampleMethod.LCM, scheduler=sd.Scheduler.LCM)  # fmt: skip
+    job = sd.SDImageGenParams(
+        prompt=PROMPT,
+        width=8 * SIDE,
+        height=8 * SIDE,
+        seed=1,
+        sample_steps=4,
+        cfg_scale=1.0,
+        sample_method=sd.SampleMethod.LCM,
+        scheduler=sd.Scheduler.LCM,
+    )
     if lora:
         job.set_loras([{"path": str(lora), "multiplier": SCALE}])
     image = sd.SDContext(context).generate_with_params(job)[0].to_numpy()
@@ -515,9 +548,10 @@ def lists(folder: Path) -> Iterator[Fact]:
             ]
             expected = modules - len(lost) if program == "A1111" else modules
             not_found = sorted(names.keys() - set(found))
-            figures = f"{len(found)} of {len(names)} modules, {expected} expected{'; not ' if not_found else ''}"
+            figures = f"{len(found)} of {len(names)} modules, {expected} expected"
+            figures += f"; not {', '.join(not_found)}" if not_found else ""
             what = f"{program}, {family.__name__}, style {style or 'by default'}"
-            yield Fact(what, len(found) == expected, figures + ", ".join(not_found))
+            yield Fact(what, len(found) == expected, figures)
 
 
 PARTS = {

@@ -1,7 +1,7 @@
 """The plan against the memory that training really takes, on this processor; not in CI.
 
     python -m benchmarks.plan_peak emoji     some minutes
-    python -m benchmarks.plan_peak sd15      half an hour; a random SD1.5 (2 GB) is written under TMPDIR first
+    python -m benchmarks.plan_peak sd15      half an hour; writes a random SD1.5 (2 GB) under TMPDIR
 
 Each run is a process of its own: two steps of train.py on eight pictures, twice. `process` is the
 highest resident set of the first run, all in, against the plan's total and what it says Python

@@ -1,12 +1,11 @@
-"""The arithmetic of many GPUs: time of a step, bytes over the wire, reading rate of shards, where
-it stops scaling.
+"""The arithmetic of many GPUs: time of a step, bytes over the wire, reading rate, limits.
 
     python -m benchmarks.scale > benchmarks/scale.md    (no GPU, no weights; two minutes)
 
 Operations are counted in the real step on fake tensors; what a GPU and its links do is assumed, and
-said. Ring all-reduce of S bytes over N ranks: each sends and receives 2 (N - 1) / N S. FSDP2 over N
-ranks: each gathers (N - 1) / N of the weights for every pass through a network, and scatters (N -
-1) / N of the gradients once.
+said. Ring all-reduce of S bytes over N ranks: each sends and receives 2 (N - 1) / N S.
+FSDP2 over N ranks: each gathers (N - 1) / N of the weights for every pass through a network, and
+scatters (N - 1) / N of the gradients once.
 """
 
 import torch
@@ -26,13 +25,11 @@ FLOPS, SHARE = 989e12, 0.4  # dense bfloat16; what training reaches of it
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second within a node of 8; between nodes, 400 Gb/s a GPU
 PICTURE, DECODED = 0.4e6, 80  # bytes; pictures a second that one core decodes and cuts
 GPUS, BATCH = (8, 64, 1024), 8  # pictures on each
-USEFUL = 512  # pictures in a step, beyond which more of them shorten a distillation little: an assumption
+USEFUL = 512  # pictures in a step: more of them shorten a distillation little, as we assume
 
 
 def operations(objective: Objective, config, size: int) -> tuple[float, int, int]:
-    """(floating-point operations of a step on one picture, bytes of the trained weights, of a
-    teacher's weights).
-    """
+    """Operations of a step on one picture, bytes of the trained and of the teacher's weights."""
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         unet = UNet(config.unet)
         nets = make_networks(objective, unet, torch.bfloat16)
@@ -51,38 +48,44 @@ def wire(full: bool, trained: int, teacher: int, n: int) -> float:
     share = (n - 1) / n
     if not full:
         return 2 * share * trained  # gradients of the LoRA, all-reduced
-    # the student's weights, there and back; the target's; the teacher's, for cond and null; the
-    # student's gradients
+    # the student's weights, there and back; the target's; the teacher's, for cond and null;
+    # the student's gradients
     return share * (2 * trained + trained + 2 * teacher + trained)
 
 
 PAGE = f"""# Many GPUs, by arithmetic
 
-Written by `python -m benchmarks.scale`. Nothing here was timed: no such machine was at hand. Floating-point
-operations are counted in the real step on tensors without memory, VAE encoding included, checkpointing on; all else is
-assumed.
+Written by `python -m benchmarks.scale`. Nothing here was timed: no such machine was at hand.
+Floating-point operations are counted in the real step on tensors without memory, VAE encoding
+included, checkpointing on; all else is assumed.
 
-- A GPU is an H100, {SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s in bfloat16, with {BATCH} pictures of {PICTURE / 1e6} MB.
-- A link carries {NVLINK / 1e9:.0f} GB/s per GPU and direction in a node of eight, {NETWORK / 1e9:.0f} between nodes.
-- A LoRA's gradients, S bytes in float32, are all-reduced by DDP: each of N ranks receives 2 (N - 1) / N S, once a step.
-- All weights, by FSDP2: each rank gathers (N - 1) / N of the student's float32 weights on the way there and back, of
-  the target's once, of the teacher's bfloat16 ones for cond and null, and of the gradients once: 20 bytes a parameter.
-- Pictures a second: as many as fit into compute + wire if nothing overlaps, into the longer of the two if all does.
+- A GPU is an H100, {SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s in bfloat16, with {BATCH} pictures
+  of {PICTURE / 1e6} MB.
+- A link carries {NVLINK / 1e9:.0f} GB/s per GPU and direction in a node of eight,
+  {NETWORK / 1e9:.0f} between nodes.
+- A LoRA's gradients, S bytes in float32, are all-reduced by DDP: each of N ranks receives
+  2 (N - 1) / N S, once a step.
+- All weights, by FSDP2: each rank gathers (N - 1) / N of the student's float32 weights on the way
+  there and back, of the target's once, of the teacher's bfloat16 ones for cond and null, and of the
+  gradients once: 20 bytes a parameter.
+- Pictures a second: as many as fit into compute + wire if nothing overlaps, into the longer of the
+  two if all does.
 - Shards must be read at that rate; a core decodes and cuts {DECODED} pictures a second.
 """
 
 READING = f"""
 What it says:
 
-- **LoRA**: the wire takes less than a tenth of a step, on 1,024 GPUs as on 64, since what a ring moves does not grow
-  with N. It is the size of the LoRA, not of the model, that crosses it.
-- **All weights**: within a node the wire hides behind the compute. Between nodes it is as long as the step, for SD1.5
-  more than twice as long. Then gather within a node only (a whole model in each, gradients between them), or raise the
-  batch.
-- **Reading**: 1,024 GPUs on SD1.5 read tens of GB/s: many disks, and shards for N times `--workers` readers.
-- **Where it stops**: not at the wire but at the batch. Beyond some {USEFUL} pictures a step (assumed) more of them make
-  a step little more useful: {USEFUL // BATCH} GPUs of {BATCH} pictures, or {USEFUL} of one. With 1,024, train several
-  LoRAs at a time.
+- **LoRA**: the wire takes less than a tenth of a step, on 1,024 GPUs as on 64, since what a ring
+  moves does not grow with N. It is the size of the LoRA, not of the model, that crosses it.
+- **All weights**: within a node the wire hides behind the compute. Between nodes it is as long as
+  the step, for SD1.5 more than twice as long. Then gather within a node only (a whole model in
+  each, gradients between them), or raise the batch.
+- **Reading**: 1,024 GPUs on SD1.5 read tens of GB/s: many disks, and shards for N times `--workers`
+  readers.
+- **Where it stops**: not at the wire but at the batch. Beyond some {USEFUL} pictures a step
+  (assumed) more of them make a step little more useful: {USEFUL // BATCH} GPUs of {BATCH} pictures,
+  or {USEFUL} of one. With 1,024, train several LoRAs at a time.
 """
 
 
@@ -109,10 +112,8 @@ def main() -> None:
             objective = Objective("lcm", rank, checkpointing=True)
             flops, trained, teacher = operations(objective, config, config.size)
             for n in GPUS:
-                compute, moved = (
-                    flops * BATCH / (FLOPS * SHARE),
-                    wire(rank is None, trained, teacher, n),
-                )
+                compute = flops * BATCH / (FLOPS * SHARE)
+                moved = wire(rank is None, trained, teacher, n)
                 passed = moved / (NVLINK if n <= 8 else NETWORK)
                 slow, fast = (n * BATCH / x for x in (compute + passed, max(compute, passed)))
                 row = (

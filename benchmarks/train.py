@@ -1,13 +1,15 @@
 """Time and memory of one LCM-LoRA training step, beside diffusers and PEFT; not in CI.
 
-    python -m benchmarks.train    (needs the `reference` extra; 14 GB of memory, 3 GB of disk under TMPDIR)
+    python -m benchmarks.train    (`reference` extra; 14 GB of memory, 3 GB of disk under TMPDIR)
 
 SD1.5 at 256x256, batch 1, a LoRA of rank 64, random weights, on the CPU. A step is forward,
 backward, clipping, AdamW.
 
-    minilcm             what train.py does: one UNet, in float32 with the frozen weights in float16 until they are used
-    diffusers one UNet  what the official SDXL script does: adapters disabled for the teacher, enabled for the target
-    diffusers two UNets what the official webdataset scripts do: the teacher is a UNet of its own
+    minilcm              what train.py does: one UNet, in float32 with the frozen weights in float16
+                         until they are used
+    diffusers one UNet   what the official SDXL script does: adapters disabled for the teacher,
+                         enabled for the target
+    diffusers two UNets  what the official webdataset scripts do: the teacher is a UNet of its own
 
 Weights, latents, noise, n, w and contexts are the same, and so must be the loss of the first step,
 to 1e-4. Each run is a process of its own, the programs take turns. The memory is the highest
@@ -226,9 +228,8 @@ def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
                 results.setdefault((program, checkpointing), []).append(
                     run(program, checkpointing, dtype, steps, folder)
                 )
-    print(
-        f"SD1.5, {8 * SIDE} pixels, batch 1, rank {RANK}, {dtype}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"SD1.5, {8 * SIDE} pixels, batch 1, rank {RANK}, {dtype}, {threads} threads")
     print(f"{rounds} processes each, {steps} steps after the first\n")
     table = {}
     for (program, checkpointing), runs in results.items():
@@ -238,9 +239,10 @@ def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
             max(one["peak"] for one in runs),
         )
         first, last = runs[0]["losses"][0], runs[0]["losses"][-1]
+        what, loading = program + ", checkpointing" * checkpointing, max(x["loading"] for x in runs)
         print(
-            f"{program + (', checkpointing' if checkpointing else ''):36} {middle:6.2f} s ({min(seconds):.2f} to "
-            f"{max(seconds):.2f})  {memory / 1e9:6.2f} GB (loading {max(one['loading'] for one in runs) / 1e9:.2f})  "
+            f"{what:36} {middle:6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  "
+            f"{memory / 1e9:6.2f} GB (loading {loading / 1e9:.2f})  "
             f"loss {first:.7f}, {steps} steps later {last:.7f}"
         )
     print()
@@ -266,12 +268,14 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(
             description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        add, best = (
-            parser.add_argument,
-            str(minilcm.model.precision.default_dtype("cpu")).removeprefix("torch."),
+        add, best = parser.add_argument, minilcm.model.precision.default_dtype("cpu")
+        best = str(best).removeprefix("torch.")
+        add(
+            "--dtype",
+            choices=["float32", "bfloat16", "float16"],
+            default=best,
+            help=f"of the frozen base (default: what this processor does well, {best})",
         )
-        add("--dtype", choices=["float32", "bfloat16", "float16"], default=best,
-            help=f"of the frozen base (default: what this processor does well, {best})")  # fmt: skip
         add("--rounds", type=int, default=2, help="processes of each program (default 2)")
         add("--steps", type=int, default=3, help="steps timed in each (default 3)")
         args = parser.parse_args()

@@ -91,7 +91,7 @@ def target_paths(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> list[s
 
 
 def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) -> None:
-    """Raises ValueError for a rank below 1 or above the full rank of the smallest target's weight."""
+    """Raises ValueError for a rank below 1 or above the smallest target's full rank."""
     if rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more")
     full_rank = {
@@ -179,9 +179,8 @@ def set_tau(model: nn.Module, tau: Tau, name: str = "LoRA") -> None:
     for path, (up, down, lora_alpha) in tau.items():
         layer = layers[path]
         if len(down) != layer.rank:
-            raise ValueError(
-                f"{name}: {path} has rank {len(down)}, this run {layer.rank}; give --rank {len(down)}"
-            )
+            r, ours = len(down), layer.rank
+            raise ValueError(f"{name}: {path} has rank {r}, this run {ours}; give --rank {r}")
         layer.lora_alpha = lora_alpha
         with torch.no_grad():
             layer.lora_up.weight.copy_(up.view_as(layer.lora_up.weight))

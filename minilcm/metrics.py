@@ -154,7 +154,7 @@ def psnr(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor) -> Tensor:
-    """Mean absolute Laplacian of grey levels, inner pixels only: (b, 3, H, W) in [-1, 1] -> (b,)."""
+    """Mean absolute Laplacian of the inner grey levels: (b, 3, H, W) in [-1, 1] -> (b,)."""
     # x[i - 1, j] + x[i + 1, j] + x[i, j - 1] + x[i, j + 1] - 4 x[i, j]
     laplace = pixels.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]  # (1, 1, 3, 3)
     return F.conv2d(pixels.mean(dim=1, keepdim=True), laplace).abs().mean(dim=(1, 2, 3))  # (b,)

@@ -1,11 +1,10 @@
-"""The paper, measured: eight questions that the LCM-LoRA report (2311.05556) leaves its readers
-with, a file each.
+"""The paper, measured: eight questions that the LCM-LoRA report (2311.05556) leaves, a file each.
 
-    python -m paper --quick          all eight, small, under ten minutes on 2 cores: proves the chain, no science
-    python -m paper                  all eight, hours; what is done is kept under runs/paper/, so stop it at will
+    python -m paper --quick          all eight, small, under ten minutes on 2 cores: no science
+    python -m paper                  all eight, hours; what is done is kept under runs/paper/
     python -m paper steps rank       some
-    python -m paper rank --seed 1    again with other pictures and other training noise, beside the first
-    python -m paper report           the figures and README.md out of the results, as after a run of all
+    python -m paper rank --seed 1    again with other pictures and training noise, beside the first
+    python -m paper report           figures and README.md out of the results, as after a run of all
 
 Each writes results/NAME.json: numbers with 95 % intervals, the rule of the verdict and the verdict,
 seed, commit, processor, seconds; and pictures into figures/. --quick writes into runs/paper/quick,
@@ -45,24 +44,25 @@ def measure_claim(name: str, quick: bool, seed: int) -> None:
     spent.clear()
     spent_now.clear()
     numbers = claim.measure(budget_of(quick, seed))
-    seconds = (
-        time.perf_counter() - start - sum(spent_now) + sum(spent.values())
-    )  # as if nothing had been kept
+    # as if nothing had been kept
+    seconds = time.perf_counter() - start - sum(spent_now) + sum(spent.values())
     verdict, rule = claim.verdict(numbers), " ".join(claim.verdict.__doc__.split())
-    names = (
-        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else []
-    )
-    processor = f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}"
+    processor = platform.processor()
+    if sys.platform == "linux":
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = names[0] if names else processor
+    processor += f", {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}"
     result = {
         "section": name,
         "quick": quick,
         "seed": seed,
         "commit": commit,
         "processor": processor,
+        "seconds": seconds,
+        "rule": rule,
+        "verdict": verdict,
+        "numbers": numbers,
     }
-    result |= {"seconds": seconds, "rule": rule, "verdict": verdict, "numbers": numbers}
     with atomic(place("results", quick) / f"{name}{f'-seed{seed}' if seed else ''}.json") as part:
         part.write_text(json.dumps(rounded(result), indent=1) + "\n")
     print(f"{name}, seed {seed}: {verdict} ({seconds:.0f} s)", flush=True)

@@ -80,7 +80,7 @@ def compare(style: str, tau: Vector, budget: Budget) -> dict[str, dict]:
 
 
 def measured_style(style: str, tau: Vector, found: dict[str, dict]) -> dict:
-    """The numbers of one style: what it has, what it loses in the sum, and what may explain that."""
+    """The numbers of one style: what it has, what it loses in the sum, what may explain that."""
     right = {way: x["right"] for way, x in found.items()}
     kept = {way: in_style(x, [style]) for way, x in found.items()}
     sharp, art = {way: x["sharpness"] for way, x in found.items()}, held_out_art(style, looks=2)

@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
     sampler: str  # of minilcm.generate.SAMPLERS
     steps: int
-    w: float = 0.0  # guidance while sampling: 0 is off, and a step is one network evaluation instead of two
+    w: float = 0.0  # guidance while sampling; 0: off, one network evaluation a step, not two
     w_emb: float | None = None  # w as the input of a full LCM
 
     @property
@@ -185,7 +185,7 @@ def pictures(
     vectors: Vectors = (),
     base: Base | None = None,
 ) -> dict[str, Tensor]:
-    """What `measure` finds in `drawn` pictures, and their z0, each of shape (prompts, seeds, ...)."""
+    """What `measure` finds in `drawn` pictures, and their z0: each (prompts, seeds, ...)."""
     z0 = drawn(prompts, seeds, draw, vectors, base)
 
     def make() -> dict[str, Tensor]:

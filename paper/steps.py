@@ -24,27 +24,26 @@ from .pictures import (
 from .setup import Budget, W, pairs, prompts_of, shipped_lora
 
 CONTENT = {
-    "living": "cactus, sunflower, evergreen tree, mushroom, penguin, cat face, dog face, frog, tropical fish, octopus, "
-    "snail, butterfly, lady beetle",
-    "food": "pizza, red apple, banana, strawberry, carrot, hamburger, soft ice cream, doughnut, birthday cake, "
-    "hot beverage, cherries, watermelon, grapes, pineapple, lemon",
-    "tools and toys": "umbrella, guitar, soccer ball, basketball, balloon, wrapped gift, key, scissors, light bulb, "
-    "alarm clock, crown, t shirt, trophy, camera, television, mobile phone, hammer, bomb, bell, drum, gem stone, "
-    "locked",
-    "places and signs": "rocket, sailboat, automobile, bicycle, airplane, house, fire, rainbow, star, "
-    "snowman without snow, red heart, ghost, skull, robot",
+    "living": "cactus, sunflower, evergreen tree, mushroom, penguin, cat face, dog face, frog, "
+    "tropical fish, octopus, snail, butterfly, lady beetle",
+    "food": "pizza, red apple, banana, strawberry, carrot, hamburger, soft ice cream, doughnut, "
+    "birthday cake, hot beverage, cherries, watermelon, grapes, pineapple, lemon",
+    "tools and toys": "umbrella, guitar, soccer ball, basketball, balloon, wrapped gift, key, "
+    "scissors, light bulb, alarm clock, crown, t shirt, trophy, camera, television, mobile phone, "
+    "hammer, bomb, bell, drum, gem stone, locked",
+    "places and signs": "rocket, sailboat, automobile, bicycle, airplane, house, fire, rainbow, "
+    "star, snowman without snow, red heart, ghost, skull, robot",
 }
 CATEGORY = {name: category for category, names in CONTENT.items() for name in names.split(", ")}
 SHOWN = (
-    *(
-        "LCM-LoRA 1",
-        "LCM-LoRA 2",
-        "LCM-LoRA 4",
-        "LCM sampler, no LoRA, 4",
-        "DDIM 2",
-        "DDIM, no guidance, 4",
-    ),
-    *("DPM-Solver++ 2", "DPM-Solver++, no guidance, 4"),
+    "LCM-LoRA 1",
+    "LCM-LoRA 2",
+    "LCM-LoRA 4",
+    "LCM sampler, no LoRA, 4",
+    "DDIM 2",
+    "DDIM, no guidance, 4",
+    "DPM-Solver++ 2",
+    "DPM-Solver++, no guidance, 4",
 )
 
 

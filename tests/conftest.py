@@ -1,10 +1,7 @@
-"""What several test files share: exact answers for Gaussian data, reference tensors, a make-believe
-CUDA.
-"""
+"""What several test files share: exact answers for Gaussian data, reference tensors, fake CUDA."""
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-REFERENCE = Path(__file__).parent / "reference"
-# make_reference; what test_checkpoint.py shares; minilcm, also when it isn't installed
-sys.path[:0] = [str(REFERENCE), str(REFERENCE.parent / "files"), str(REFERENCE.parent.parent)]
+from minilcm.schedule import Schedule, make_schedule
 
-from minilcm.schedule import Schedule, make_schedule  # noqa: E402
+REFERENCE = Path(__file__).parent / "reference"
 
 
 def pytest_addoption(parser, pluginmanager):
@@ -53,14 +48,15 @@ class Gaussian(NamedTuple):
         return self.m + alpha * self.s**2 * (z - alpha * self.m) / v
 
     def ode(self, z: Tensor, t: int | Tensor, t_end: int | Tensor) -> Tensor:
-        """The point at t_end of the ODE's trajectory through (z, t), where (z_t - alpha m) /
-        sqrt(V) is constant.
+        """The point at t_end on the ODE's trajectory through (z, t).
+
+        On it (z_t - alpha m) / sqrt(V) is constant.
         """
         (alpha, _, v), (alpha_end, _, v_end) = self.at(z, t), self.at(z, t_end)
         return alpha_end * self.m + (z - alpha * self.m) * (v_end / v) ** 0.5
 
     def f(self, z: Tensor, t: int | Tensor) -> Tensor:
-        """The exact consistency function: the trajectory's clean end, where alpha = 1 and V = s^2."""
+        """The exact consistency function: the trajectory's end, where alpha = 1 and V = s^2."""
         alpha, _, v = self.at(z, t)
         return self.m + self.s * (z - alpha * self.m) / v**0.5
 
@@ -103,16 +99,13 @@ def official_keys() -> dict[str, dict[str, list[int]]]:
 
 @pytest.fixture(scope="session")
 def official_lora_keys() -> dict[str, dict]:
-    """{family: {LDM module: diffusers module}; lcm_family: {key: shape} of the official LCM-LoRA at
-    rank 64}.
-    """
+    """{family: {LDM module: diffusers module}; lcm_family: {key: shape} of its official LoRA}."""
     return json.loads(gzip.decompress((REFERENCE / "official_lora_keys.json.gz").read_bytes()))
 
 
 @pytest.fixture
 def fake_cuda():
-    """Inside the test, tensors have device, dtype and shape but no data; "cuda" exists, and mixing
-    devices is an error.
+    """Tensors have device, dtype and shape but no data; "cuda" exists; mixing devices is an error.
 
     Gives build(make, dtype): make() with weights of that dtype on cuda.
     """

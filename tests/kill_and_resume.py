@@ -32,19 +32,7 @@ STEPS = 80
 def start(
     folder: Path, out: Path, objective: str, *more: str, limit: int | None = None
 ) -> subprocess.Popen:
-    argv = [
-        "--objective",
-        objective,
-        "--rank",
-        "4",
-        "--batch",
-        "2",
-        "--looks",
-        "1",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    argv = ["--objective", objective, *"--rank 4 --batch 2 --looks 1 --device cpu".split(), *more]
     argv += ["--steps", str(STEPS), "--save-every", "1", "--model", folder / "model.safetensors"]
     argv += ["--data", folder / "art", "--out", out]
 
@@ -52,13 +40,16 @@ def start(
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }  # small as it is, two threads are slower
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], env=env, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, preexec_fn=small_disk)  # fmt: skip
+    # one thread: so small a model is slower on two
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, argv)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=small_disk,
+    )
 
 
 def step_of(out: Path) -> int:
@@ -68,7 +59,7 @@ def step_of(out: Path) -> int:
 def wait_for_save(
     out: Path, process: subprocess.Popen, while_writing: bool, rng: random.Random
 ) -> None:
-    """Until some steps are done, then a random moment more; or until the next file is half written."""
+    """Some steps and a random moment more; or until the next file is half written."""
     first, some = step_of(out), rng.randint(1, 3)
     while process.poll() is None and step_of(out) < first + some:
         time.sleep(0.01)
@@ -120,9 +111,7 @@ def main(kills: int, seed: int, objective: str, folder: Path) -> None:
         ), name
     left = [p.name for p in out.glob(".*.part")]
     assert not left and len(list(out.glob("state_*"))) == 2, left
-    print(
-        f"{kills} kills, {writing} while a file was being written: result and state are equal bit for bit"
-    )
+    print(f"{kills} kills, {writing} while a file was written: result and state equal bit for bit")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,10 @@ def distance(net: AffineNet, k: int = 20) -> float:
     """The largest difference between the 50 p and q of the network's f and those of the answer."""
     t = train_grid()
     with torch.no_grad():
-        at_0, at_1 = (f_theta(z, net(z, t, M), t, SCHEDULE).double().flatten().numpy()
-            for z in (torch.zeros(50, 1, 1, 1), torch.ones(50, 1, 1, 1)))  # fmt: skip
+        at_0, at_1 = (
+            f_theta(z, net(z, t, M), t, SCHEDULE).double().flatten().numpy()
+            for z in (torch.zeros(50, 1, 1, 1), torch.ones(50, 1, 1, 1))
+        )
     p, q = fixed_point(k)
     return max(np.abs(at_0 - p).max(), np.abs(at_1 - at_0 - q).max())
 
@@ -197,7 +199,7 @@ def test_a_teacher_with_its_lora_on_does_not():
 
 
 def test_a_target_with_its_lora_off_does_not():
-    """Planted bug: the target is the teacher, so that f_n learns one guided step and the denoiser."""
+    """Planted bug: the target is the teacher; f_n learns one guided step and the denoiser."""
     assert not distil_lora(lambda student, teacher: (student, teacher, teacher)) < FAR
 
 

@@ -309,7 +309,9 @@ def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
     )
     torch.testing.assert_close(one.double(), closed, rtol=0, atol=1e-4)
 
-    unet = lambda z, t, cond: gaussian._replace(m=cond.context[:, :, None, None]).eps(z, t)  # noqa: E731
+    def unet(z, t, cond):
+        return gaussian._replace(m=cond.context[:, :, None, None]).eps(z, t)
+
     cond, null_cond = Cond(torch.full((2, 1), M)), Cond(torch.full((2, 1), M_NULL))
     fifty = sample_ddim(guided_eps(unet, cond, null_cond, W), z_T, schedule, 50)
     torch.testing.assert_close(one, fifty, rtol=0, atol=1e-4)
@@ -373,7 +375,10 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
         z_end, ddim_step(z_start, x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5
     )
     assert torch.equal(loss, huber(f_theta(z_start, toy_eps(z_start, 19), 19, schedule), z_end))
-    wild = lambda z_t, t, cond, w: 1e3 + z_t  # noqa: E731
+
+    def wild(z_t, t, cond, w):
+        return 1e3 + z_t
+
     assert torch.equal(loss, drawn_loss(student, teacher, wild, *args, 0, n=n))
 
 
@@ -465,7 +470,9 @@ def test_gradient_flows_through_the_student_only(schedule):
         seen.append((z_t, t))
         return scale * toy_eps(z_t, t)
 
-    teacher = lambda z_t, t, cond, w: teacher_scale * toy_eps(z_t, t)  # noqa: E731
+    def teacher(z_t, t, cond, w):
+        return teacher_scale * toy_eps(z_t, t)
+
     n = torch.tensor([5, 30])
     drawn_loss(student, teacher, student, noise(), None, None, schedule, 0, n=n).backward()
     (z_start, t_start), (z_end, t_end) = seen
@@ -831,7 +838,9 @@ def test_the_teacher_is_widened_before_it_is_guided(schedule, together):
         def teacher(z_t, t, cond, w):
             return (toy_eps(z_t, t) + cond.context.reshape(-1, 1, 1, 1)).bfloat16().to(dtype)
 
-        network = lambda z_t, t, cond, w: toy_eps(z_t, t)  # noqa: E731
+        def network(z_t, t, cond, w):
+            return toy_eps(z_t, t)
+
         args = network, teacher, network, z0, cond, null_cond, schedule, n, w, eps
         return lcd_loss(*args, together=together)
 

@@ -128,7 +128,7 @@ def test_accuracy_of_many_pictures():
 
 
 def test_interval_of_a_share():
-    """For n independent pictures the interval is p +- 1.96 sqrt(p (1 - p) / n), whatever the seeds."""
+    """For n independent pictures the interval is p +- 1.96 sqrt(p (1 - p) / n)."""
     x = coins(600, 2)
     mean, low, high = interval(x)
     half = 1.96 * (mean * (1 - mean) / 1200) ** 0.5
@@ -139,7 +139,7 @@ def test_interval_of_a_share():
 
 
 def test_interval_covers_the_truth():
-    """Of 200 experiments with a known mean of 0, some 95 % have it in their intervals (190 +- 3)."""
+    """Of 200 experiments with a mean of 0, some 95 % have it in their intervals (190 +- 3)."""
     experiments = normals(200, 50, 1)
     inside = sum(low <= 0 <= high for _, low, high in (interval(x, draws=400) for x in experiments))
     assert 180 <= inside <= 198

@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,8 @@ def test_files_and_what_they_say(draw):
     prompt, negative, recipe = lines_in(pictures["0002_cat-face-on-a-pink-background_seed43.png"])
     assert prompt == "Cat face, on a pink background" and negative == "Negative prompt: rocket"
     assert recipe.startswith(
-        "Steps: 4, Sampler: lcm, CFG scale: 1, Seed: 43, Size: 32x32, Model: model, Lora: lcm:1, Version: "
+        "Steps: 4, Sampler: lcm, CFG scale: 1, Seed: 43, Size: 32x32, "
+        "Model: model, Lora: lcm:1, Version: "
     )
     mixed = only(draw("pizza", loras=["lcm.safetensors:0.5", "style.safetensors:-2"]))
     assert "Lora: lcm:0.5, style:-2," in lines_in(mixed)[1]
@@ -178,7 +180,7 @@ def test_files_and_what_they_say(draw):
 
 
 def test_many_pictures_sort_in_the_order_of_their_seeds(draw):
-    """`ls` shows the order of drawing also past ten pictures and where a seed gets one more digit."""
+    """`ls` shows the order of drawing also past ten pictures, and where seeds get a digit more."""
     names = list(draw("pizza", "--count", "12", "--seed", "95", "--steps", "1"))
     assert [int(re.search(r"seed(\d+)", name)[1]) for name in names] == list(range(95, 107))
 
@@ -203,8 +205,13 @@ def test_earlier_pictures_are_kept(draw, tmp_path):
     first = draw("pizza", "--count", "2", out=out)
     (tmp_path / "x/0007_notes.txt").write_text("mine")
     again = draw("pizza", "rocket", "--steps", "1", out=out)
-    assert list(again) == ["0000_pizza_seed0.png", "0001_pizza_seed1.png", "0002_pizza_seed0.png",
-        "0003_rocket_seed1.png", "0007_notes.txt"]  # fmt: skip
+    assert list(again) == [
+        "0000_pizza_seed0.png",
+        "0001_pizza_seed1.png",
+        "0002_pizza_seed0.png",
+        "0003_rocket_seed1.png",
+        "0007_notes.txt",
+    ]
     assert {name: again[name] for name in first} == first
 
 
@@ -372,24 +379,15 @@ def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):
     pictures = []
     for guidance in (3.0, 8.0):
         out = tmp_path / f"{guidance}.png"
-        argv = [
-            "pizza",
-            "--model",
-            str(path),
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-            "--steps",
-            "2",
-        ]
-        sample.main(sample.parse([*argv, "--guidance", str(guidance), "--out", str(out)]))
+        argv = "pizza --dtype float32 --device cpu --steps 2 --guidance".split()
+        argv += [str(guidance), "--model", str(path), "--out", str(out)]
+        sample.main(sample.parse(argv))
         unet, vae, text, _ = load_model(path)
         cond, w_emb = text.encode(["pizza"]), guidance_embedding(torch.tensor([guidance - 1]), 256)
         generator = torch.Generator().manual_seed(0)
         z_T = torch.randn(1, 4, 8, 8, generator=generator)
         with torch.no_grad():
-            eps_fn = lambda z_t, t: unet(z_t, t, cond, w_emb)  # noqa: E731, B023
+            eps_fn = partial(unet, cond=cond, w_emb=w_emb)
             z0 = sample_lcm(eps_fn, z_T, make_schedule(), 2, [generator])
             assert np.array_equal(levels(out.read_bytes()), np.array(to_images(vae.decode(z0))[0]))
         pictures.append(out.read_bytes())
@@ -507,7 +505,7 @@ def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
     ],
 )
 def test_known_names(prompt):
-    """A whole name anywhere in the prompt, or a word that only one name has, is known, in any case."""
+    """A whole name in the prompt, or a word that only one name has, is known, in any case."""
     assert sample.nearest_names(prompt, EMOJI_NAMES) == []
 
 

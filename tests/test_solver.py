@@ -157,7 +157,10 @@ def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
 
 
 def ddim_product(gaussian, z_T, times):
-    """y = z/alpha; every DDIM step multiplies y - m by (s^2 + S S') / (s^2 + S^2), S = sigma/alpha."""
+    """Closed form of a DDIM chain from t to t', on Gaussian data.
+
+    y = z / alpha; every step multiplies y - m by (s^2 + S S') / (s^2 + S^2), S = sigma / alpha.
+    """
     factor = 1.0
     for t, t_end in zip(times, times[1:]):
         (a, s), (a_end, s_end) = gaussian.schedule.at(t, z_T), gaussian.schedule.at(t_end, z_T)
@@ -344,7 +347,10 @@ def test_guidance_costs_one_call(gaussian):
 def test_guidance_arithmetic_is_float32():
     """A bfloat16 network's two outputs are widened before they are subtracted."""
     z_t = noise().bfloat16()
-    unet = lambda z, t, cond: (z * cond.context[..., None]).bfloat16()  # noqa: E731
+
+    def unet(z, t, cond):
+        return (z * cond.context[..., None]).bfloat16()
+
     out = guided_eps(unet, mean_cond([1.0, 1.0]), mean_cond([0.99, 0.99]), 7.5)(z_t, 5)
     eps_cond, eps_null = z_t.float(), (z_t * torch.tensor(0.99)).bfloat16().float()
     assert out.dtype == torch.float32

@@ -294,7 +294,7 @@ def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, o
 
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_the_arts_captions_are_empty_as_often_as_asked(files, drop):
-    """None of the emoji art's captions for a consistency loss; half of them if half is asked for."""
+    """None of the emoji art's captions for a consistency loss; half if half is asked for."""
     how = Reading(CONFIG.size, 16, 1, 1, 0, drop, "cpu")
     data = open_data(
         files / "art", load_model(files / "model.safetensors"), "", files / "none", how
@@ -414,7 +414,7 @@ def test_full_training_writes_the_average(files, tmp_path):
 
 
 def test_a_folder_of_own_pictures(files, tmp_path):
-    """A style LoRA from two pictures with captions; the model's list of names does not limit them."""
+    """A style LoRA from two pictures with captions, which the model's names do not limit."""
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(drawing(i)))
         (tmp_path / f"{i}.txt").write_text("a watercolour of my cat")

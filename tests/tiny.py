@@ -112,9 +112,8 @@ def load_tau(model: torch.nn.Module, tau: Tau) -> None:
     for path, (up, down, lora_alpha) in tau.items():
         layer = layers[path]
         if layer.lora_down.weight.shape != down.shape or layer.lora_alpha != lora_alpha:
-            raise ValueError(
-                f"{path}: rank {layer.rank} alpha {layer.lora_alpha}, file has {down.shape[0]}, {lora_alpha}"
-            )
+            ours = f"rank {layer.rank} alpha {layer.lora_alpha}"
+            raise ValueError(f"{path}: {ours}, file has {down.shape[0]}, {lora_alpha}")
         with torch.no_grad():
             layer.lora_up.weight.copy_(up), layer.lora_down.weight.copy_(down)
 

@@ -39,7 +39,7 @@ def forward_dtype(device: str) -> torch.dtype:
 
 
 def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Inside the block, matrix products and convolutions run in `dtype`; float32 means no change."""
+    """Matrix products and convolutions in the block run in `dtype`; float32: no change."""
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
 
 

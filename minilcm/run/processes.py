@@ -53,7 +53,7 @@ def shard(unet: nn.Module) -> nn.Module:
 
 
 def whole(x: Tensor) -> Tensor:
-    """The whole of a sharded tensor, for which all processes must ask; other tensors as they are."""
+    """The whole of a sharded tensor (all processes must ask); other tensors as they are."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 

@@ -326,7 +326,7 @@ def same(a, b) -> bool:
 
 
 def test_cache_art():
-    """`looks` compositions of each drawing by the seed, each encoded to q(z|x) of its own picture."""
+    """`looks` compositions of each drawing by the seed, each encoded to its own q(z|x)."""
     art = [PIZZA, Art("rocket", ("rocket",), "fluent", drawing(2))]
     cache = cache_art(tiny_vae(), art, 32, 3, seed=5)
     assert [a.name for a in cache.art] == ["pizza"] * 3 + ["rocket"] * 3 and len(cache.color) == 6

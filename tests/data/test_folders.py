@@ -257,12 +257,13 @@ def test_bad_pictures_are_refused(monkeypatch):
 
 
 # (h, w) of SDXL's training, 2307.01952 appendix I, from 1:2 to 2:1
-SDXL = """704 1408, 704 1344, 768 1344, 768 1280, 832 1216, 832 1152, 896 1152, 896 1088, 960 1088, 960 1024, 1024 1024,
-1024 960, 1088 960, 1088 896, 1152 896, 1152 832, 1216 832, 1280 768, 1344 768, 1408 704"""
+SDXL = """704 1408, 704 1344, 768 1344, 768 1280, 832 1216, 832 1152, 896 1152, 896 1088, 960 1088,
+960 1024, 1024 1024, 1024 960, 1088 960, 1088 896, 1152 896, 1152 832, 1216 832, 1280 768, 1344 768,
+1408 704"""
 
 
 def test_buckets_are_sdxls():
-    """All of the paper's sizes, and its 704 x 1344 the other way round, which the paper leaves out."""
+    """All of the paper's sizes, and 1344 x 704, which the paper leaves out."""
     paper = {tuple(map(int, pair.split())) for pair in SDXL.split(",")}
     assert set(buckets(1024)) == paper | {(1344, 704)}
 
@@ -381,7 +382,7 @@ def test_a_thread_of_a_picture_is_cut_without_scaling_it_whole():
 
 
 class CountingVAE:
-    """Mean: 8 x 8 averages of the pixels and their mean; std: 0.5. Counts the pictures it encodes."""
+    """Mean: 8 x 8 averages of the pixels; std: 0.5. Counts the pictures it encodes."""
 
     encoded = 0
 
@@ -489,7 +490,7 @@ def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):
 
 
 def test_latents_that_are_not_finite_are_not_kept(tmp_path):
-    """A VAE that overflows is an error that names the picture, and nothing of it is in the cache."""
+    """A VAE that overflows is an error that names the picture; nothing of it is cached."""
     vae = CountingVAE()
     vae.moments = lambda pixels: (torch.full((1, 4, 4, 4), math.inf), torch.ones(1, 4, 4, 4))
     with pytest.raises(ValueError, match="0.png: latent is not finite"):
@@ -542,7 +543,7 @@ def test_cache_text(tmp_path, make):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> list[Example]:
-    """23 examples in three buckets of 13, 9 and 1; latent i is the number i everywhere, std 0.25."""
+    """23 examples in buckets of 13, 9 and 1; latent i is the number i everywhere, std 0.25."""
     folder, examples = tmp_path_factory.mktemp("cache"), []
     for i in range(23):
         shape = (2, 2) if i % 2 == 0 or i == 21 else (2, 3)

@@ -144,30 +144,51 @@ def tiny_sd() -> UNetConfig:
 
 
 FOREIGN = [
-    (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 1, 9), "an inpainting UNet (9 input channels)"),
-    (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 1, 8), "a pix2pix UNet (8 input channels)"),
+    (
+        lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 1, 9),
+        "an inpainting UNet (9 input channels)",
+    ),
+    (
+        lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 1, 8),
+        "a pix2pix UNet (8 input channels)",
+    ),
     (lambda: with_shape(unet_keys(sd15()), "attn2.to_k.weight", 1, 1024), "SD2.x"),
     (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 0, 384), "the SDXL refiner"),
     (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 0, 256), "the x4 upscaler"),
     (lambda: unet_keys(vega()), "Segmind Vega"),
     (lambda: unet_keys(koala()), "KOALA"),
     (lambda: unet_keys(tiny_sd()), "a distilled small SD"),
-    (lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096), "an unknown UNet (width 320, in 4, con"),
+    (
+        lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096),
+        "an unknown UNet (width 320, in 4, con",
+    ),
     (lambda: unet_keys(sdxl()) | {"v_pred": []}, "v-prediction or EDM checkpoint (key v_pred)"),
     (lambda: unet_keys(sdxl()) | {"ztsnr": []}, "v-prediction or EDM checkpoint (key ztsnr)"),
-    (lambda: unet_keys(sdxl()) | {"edm_mean": [4]}, "v-prediction or EDM checkpoint (key edm_mean)"),
-    (lambda: unet_keys(sd15()) | {UNET + "input_blocks.1.1.time_stack.0.weight": [1]}, "a video UNet"),
-    (lambda: {"down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]}, "a diffusers UNet (down_blocks)"),
+    (
+        lambda: unet_keys(sdxl()) | {"edm_mean": [4]},
+        "v-prediction or EDM checkpoint (key edm_mean)",
+    ),
+    (
+        lambda: unet_keys(sd15()) | {UNET + "input_blocks.1.1.time_stack.0.weight": [1]},
+        "a video UNet",
+    ),
+    (
+        lambda: {"down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]},
+        "a diffusers UNet (down_blocks)",
+    ),
     (lambda: {"model.diffusion_model.joint_blocks.0.x": [1]}, "Stable Diffusion 3"),
     (lambda: {"double_blocks.0.x": [1]}, "Flux"),
     (lambda: {"clf.1.weight": [1]}, "Stable Cascade"),
-    (lambda: {"first_stage_model.encoder.conv_in.weight": [1]}, "a VAE without UNet; pass it with --vae"),
+    (
+        lambda: {"first_stage_model.encoder.conv_in.weight": [1]},
+        "a VAE without UNet; pass it with --vae",
+    ),
     (lambda: {"text_model.encoder.layers.0.x": [1]}, "a text encoder without UNet"),
     (lambda: {"a": [1]}, "not an LDM checkpoint (first key: a)"),
     (lambda: {"lora_unet_x.lora_up.weight": [1]}, "this is a LoRA file"),
     (lambda: {"unet.x.lora_A.weight": [1]}, "this is a LoRA file"),
     (lambda: {"unet.x.processor.to_q_lora.down.weight": [1]}, "this is a LoRA file"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("keys, message", FOREIGN, ids=[message for _, message in FOREIGN])
@@ -381,10 +402,8 @@ def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
     tensors[prefix + "extra.weight"] = torch.zeros(1)
     tensors[keys[2]] = torch.zeros(3, 1)
     message = error_of(tmp_path / "bad.safetensors", tensors, metadata)
-    assert (
-        f"bad.safetensors: {what}: 2 missing keys, first: {first}, {second}; 1 unknown keys, first: extra.weight; "
-        in message
-    )
+    missing = f"bad.safetensors: {what}: 2 missing keys, first: {first}, {second}; "
+    assert missing + "1 unknown keys, first: extra.weight; " in message
     assert f"{third} is (3, 1), not {tuple(contents[0][keys[2]].shape)}" in message
 
 

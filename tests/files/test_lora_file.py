@@ -195,39 +195,108 @@ def test_official_lcm_lora_keys(official_lora_keys, family, modules, parameters)
 
 
 SPELLINGS = [  # each of public files, by grammar; and what it names
-    ("lora_unet_up_blocks_2_attentions_0_proj_in.lora_up.weight", "", "output_blocks.6.1.proj_in", "up"),
-    ("lora_unet_mid_block_resnets_0_time_emb_proj.alpha", "", "middle_block.0.emb_layers.1", "alpha"),
-    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight", "",
-     "input_blocks.4.1.transformer_blocks.0.attn1.to_q", "down"),
+    (
+        "lora_unet_up_blocks_2_attentions_0_proj_in.lora_up.weight",
+        "",
+        "output_blocks.6.1.proj_in",
+        "up",
+    ),
+    (
+        "lora_unet_mid_block_resnets_0_time_emb_proj.alpha",
+        "",
+        "middle_block.0.emb_layers.1",
+        "alpha",
+    ),
+    (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+        "down",
+    ),
     ("lora_unet_output_blocks_5_2_conv.lora_down.weight", "", "output_blocks.5.2.conv", "down"),
-    ("lora_unet_up_blocks_0_upsamplers_0_conv.lora_mid.weight", "", "output_blocks.2.1.conv", "mid"),
-    ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", "te1.",
-     "encoder.layers.0.self_attn.q_proj", "down"),
-    ("lora_te1_text_model_encoder_layers_11_mlp_fc1.lora_up.weight", "te1.", "encoder.layers.11.mlp.fc1", "up"),
-    ("lora_te2_text_model_encoder_layers_31_self_attn_v_proj.lora_up.weight", "te2.",
-     "encoder.layers.31.self_attn.v_proj", "up"),
+    (
+        "lora_unet_up_blocks_0_upsamplers_0_conv.lora_mid.weight",
+        "",
+        "output_blocks.2.1.conv",
+        "mid",
+    ),
+    (
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+        "te1.",
+        "encoder.layers.0.self_attn.q_proj",
+        "down",
+    ),
+    (
+        "lora_te1_text_model_encoder_layers_11_mlp_fc1.lora_up.weight",
+        "te1.",
+        "encoder.layers.11.mlp.fc1",
+        "up",
+    ),
+    (
+        "lora_te2_text_model_encoder_layers_31_self_attn_v_proj.lora_up.weight",
+        "te2.",
+        "encoder.layers.31.self_attn.v_proj",
+        "up",
+    ),
     ("lora_te2_text_projection.lora_down.weight", "te2.", "text_projection", "down"),
-    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "",
-     "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "down"),
+    (
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "",
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+        "down",
+    ),
     ("unet.mid_block.resnets.1.conv1.lora_B.weight", "", "middle_block.2.in_layers.2", "up"),
-    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "te1.",
-     "encoder.layers.0.self_attn.q_proj", "down"),
-    ("base_model.model.mid_block.resnets.1.time_emb_proj.lora_B.weight", "", "middle_block.2.emb_layers.1", "up"),
+    (
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "te1.",
+        "encoder.layers.0.self_attn.q_proj",
+        "down",
+    ),
+    (
+        "base_model.model.mid_block.resnets.1.time_emb_proj.lora_B.weight",
+        "",
+        "middle_block.2.emb_layers.1",
+        "up",
+    ),
     ("unet.conv_in.lora_A.default.weight", "", "input_blocks.0.0", "down"),
     ("unet.conv_out.lora_B.default_0.weight", "", "out.2", "up"),
-    ("unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0.lora.down.weight", "",
-     "output_blocks.5.1.transformer_blocks.0.attn2.to_out.0", "down"),
-    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", "",
-     "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "down"),
-    ("mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.up.weight", "",
-     "middle_block.1.transformer_blocks.0.attn2.to_out.0", "up"),
-    ("text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight", "te1.",
-     "encoder.layers.0.self_attn.q_proj", "up"),
-    ("text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora.down.weight", "te1.",
-     "encoder.layers.3.self_attn.out_proj", "down"),
-    ("text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj.lora_linear_layer.up.weight", "te2.",
-     "encoder.layers.1.self_attn.k_proj", "up"),
-]  # fmt: skip
+    (
+        "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0.lora.down.weight",
+        "",
+        "output_blocks.5.1.transformer_blocks.0.attn2.to_out.0",
+        "down",
+    ),
+    (
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+        "",
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+        "down",
+    ),
+    (
+        "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.up.weight",
+        "",
+        "middle_block.1.transformer_blocks.0.attn2.to_out.0",
+        "up",
+    ),
+    (
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight",
+        "te1.",
+        "encoder.layers.0.self_attn.q_proj",
+        "up",
+    ),
+    (
+        "text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora.down.weight",
+        "te1.",
+        "encoder.layers.3.self_attn.out_proj",
+        "down",
+    ),
+    (
+        "text_encoder_2.text_model.encoder.layers.1.self_attn.k_proj.lora_linear_layer.up.weight",
+        "te2.",
+        "encoder.layers.1.self_attn.k_proj",
+        "up",
+    ),
+]
 
 
 @pytest.mark.parametrize("key, prefix, path, part", SPELLINGS)
@@ -310,7 +379,10 @@ def test_sdxl_is_written_in_ldm_names_and_says_so(tmp_path):
 
 
 def test_a_tucker_core_is_multiplied_out(tmp_path):
-    """LoCon with lora_mid: delta[o, i, h, w] = alpha/r sum_pq up[o, p] mid[p, q, h, w] down[q, i]."""
+    """LoCon with lora_mid.
+
+    delta[o, i, h, w] = alpha / r sum_pq up[o, p] mid[p, q, h, w] down[q, i]
+    """
     g = torch.Generator().manual_seed(0)
     up, mid, down = (
         torch.randn(s, generator=g) for s in ((32, 3, 1, 1), (3, 3, 3, 3), (3, 32, 1, 1))
@@ -423,9 +495,21 @@ def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path,
     assert "no adapter_config.json: lora_alpha is taken as the rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
-    "unet.x.lora_magnitude_vector", "lora_unet_x.diff", "lora_unet_x.diff_b", "lora_unet_x.w_norm",
-    "lora_unet_x.on_input", "lora_unet_x.a1.weight", "lora_unet_x.oft_blocks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_x.hada_w1_a",
+        "lora_unet_x.lokr_w1",
+        "lora_unet_x.dora_scale",
+        "unet.x.lora_magnitude_vector",
+        "lora_unet_x.diff",
+        "lora_unet_x.diff_b",
+        "lora_unet_x.w_norm",
+        "lora_unet_x.on_input",
+        "lora_unet_x.a1.weight",
+        "lora_unet_x.oft_blocks",
+    ],
+)
 def test_other_adapters_are_refused_by_name(lora, key):
     """LyCORIS' and PEFT's other kinds: one line with the kind and the key, though the rest of the
     file is LoRA.
@@ -560,7 +644,7 @@ def test_wrong_contents(lora, change, message):
 
 @pytest.mark.parametrize("where", ["save_file", "replace"])
 def test_interrupted_write_leaves_the_old_file(lora, monkeypatch, where):
-    """Whether writing or renaming fails, the old file is whole, and no temporary file stays behind."""
+    """Whether writing or renaming fails, the old file is whole and no temporary file stays."""
     old = lora.read_bytes()
 
     def fail(*_):

@@ -89,7 +89,7 @@ def write_numbered(path, family, style: str | None) -> dict[str, int]:
 
 
 def read_names(path) -> dict[str, int]:
-    """{flattened module: number} of such a file; every key is one of three that all readers know."""
+    """{flattened module: number} of such a file; every key is of three that all readers know."""
     tensors = load_file(path)
     names = [
         key.removesuffix(".lora_up.weight") for key in tensors if key.endswith(".lora_up.weight")

@@ -358,20 +358,37 @@ def bad_loras() -> dict[str, Case]:
         out[f"R2 PEFT metadata {text[:30]}"] = Case("lora", content, "lora_adapter_metadata")
     content = spoilt(peft_lora(), {}, lora_adapter_metadata='{"unet.lora_alpha": NaN}')
     return out | {
-        "R16 alpha NaN in PEFT metadata": Case("lora", content, "lora_adapter_metadata.* not finite"),
+        "R16 alpha NaN in PEFT metadata": Case(
+            "lora", content, "lora_adapter_metadata.* not finite"
+        ),
         "R3 checkpoint": case(
-            "lora", save({PLACE: x}), r"this is a checkpoint; pass it with --model \(first key: model\.diff"
+            "lora",
+            save({PLACE: x}),
+            r"this is a checkpoint; pass it with --model \(first key: model\.diff",
         ),
         "R3 empty": Case("lora", save({}), r"this is not a LoRA file \(first key: none\)"),
-        "R3 textual inversion": Case("lora", save({"emb_params": x}), r"this is not a LoRA file \(first key: emb_par"),
-        "R3 LoRA": case(
-            "model", save(good_lora()), r"this is a LoRA file; pass it with --lora, not as the checkpoint \(", DOWN
+        "R3 textual inversion": Case(
+            "lora", save({"emb_params": x}), r"this is not a LoRA file \(first key: emb_par"
         ),
-        "R3 LoRA of PEFT": Case("model", save(peft_lora()), r"this is a LoRA file; pass it with --lora.*lora_A"),
-        "R3 LoRA as VAE": Case("vae", save(good_lora()), "no VAE in the file; give one with --vae FILE"),
-        "R19 out is the LoRA": Case("onto itself", save(good_lora()), "is one of the inputs; give another -o"),
-        "R19 out exists": Case("onto another", save(good_lora()), "exists; give another -o, or --force"),
-    }  # fmt: skip
+        "R3 LoRA": case(
+            "model",
+            save(good_lora()),
+            r"this is a LoRA file; pass it with --lora, not as the checkpoint \(",
+            DOWN,
+        ),
+        "R3 LoRA of PEFT": Case(
+            "model", save(peft_lora()), r"this is a LoRA file; pass it with --lora.*lora_A"
+        ),
+        "R3 LoRA as VAE": Case(
+            "vae", save(good_lora()), "no VAE in the file; give one with --vae FILE"
+        ),
+        "R19 out is the LoRA": Case(
+            "onto itself", save(good_lora()), "is one of the inputs; give another -o"
+        ),
+        "R19 out exists": Case(
+            "onto another", save(good_lora()), "exists; give another -o, or --force"
+        ),
+    }
 
 
 # ---- LoRA of another family
@@ -396,7 +413,9 @@ def family_lora(family: str) -> bytes:
     return save(tensors)
 
 
-ABSENT = {  # (LoRA of, UNet of): how many of the LoRA's modules the UNet has not, by the official lists of keys
+# {(LoRA of, UNet of): LoRA modules that the UNet has not}, by the official lists of keys; all of
+# SSD-1B's 423 are in SDXL, in the same shapes: that pair is accepted
+ABSENT = {
     ("sd15", "sdxl"): "117 of 278",
     ("sd15", "ssd1b"): "132 of 278",
     ("sd15", "emoji"): "206 of 278",
@@ -408,7 +427,7 @@ ABSENT = {  # (LoRA of, UNet of): how many of the LoRA's modules the UNet has no
     ("emoji", "sd15"): "57 of 129",
     ("emoji", "sdxl"): "21 of 129",
     ("emoji", "ssd1b"): "36 of 129",
-}  # all of SSD-1B's 423 are in SDXL, in the same shapes: that pair is accepted
+}
 
 
 def other_families() -> dict[str, Case]:
@@ -423,7 +442,8 @@ def other_families() -> dict[str, Case]:
         f"{flat}.lora_up.weight": torch.ones(1280, 1),
         f"{flat}.lora_down.weight": torch.ones(1, 640),
     }
-    line = r"made for another model: middle_block\.1\.proj_in is \(1280, 1280\) here, \(1280, 640\) in the LoRA"
+    line = r"made for another model: middle_block\.1\.proj_in is \(1280, 1280\) here, "
+    line += r"\(1280, 640\) in the LoRA"
     out["R12 width of another model"] = Case("merge into sdxl", save(wide), line)
     for te, prefix in (("lora_te_", "te1"), ("lora_te1_", "te1"), ("lora_te2_", "te2")):
         line = rf"first: {prefix}\.encoder\.layers\.0\.mlp\.fc1"
@@ -468,43 +488,73 @@ def foreign_checkpoints() -> dict[str, Case]:
     )
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
-    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
+    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, "
+    facts += r"depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
     unets = {
         "R4 SD2": (lambda: unet_keys(sd2()), "SD2.x"),
         "R4 SDXL refiner": (lambda: unet_keys(refiner()), "the SDXL refiner"),
         "R4 Segmind Vega": (lambda: unet_keys(vega()), "Segmind Vega"),
         "R4 KOALA 1B": (lambda: unet_keys(koala()), "KOALA"),
         "R4 KOALA 700M": (koala_700m, "KOALA"),
-        "R4 BK-SDM": (lambda: unet_keys(tiny_sd()), r"a distilled small SD \(BK-SDM, SDXS or the like\)"),
+        "R4 BK-SDM": (
+            lambda: unet_keys(tiny_sd()),
+            r"a distilled small SD \(BK-SDM, SDXS or the like\)",
+        ),
         "R4 x4 upscaler": (lambda: channels(upscaler(), 7), "the x4 upscaler"),
-        "R5 SD1 inpainting": (lambda: channels(sd15(), 9), r"an inpainting UNet \(9 input channels\)"),
+        "R5 SD1 inpainting": (
+            lambda: channels(sd15(), 9),
+            r"an inpainting UNet \(9 input channels\)",
+        ),
         "R5 SD1 pix2pix": (lambda: channels(sd15(), 8), r"a pix2pix UNet \(8 input channels\)"),
-        "R5 SDXL inpainting": (lambda: channels(sdxl(), 9), r"an inpainting UNet \(9 input channels\)"),
+        "R5 SDXL inpainting": (
+            lambda: channels(sdxl(), 9),
+            r"an inpainting UNet \(9 input channels\)",
+        ),
         "R5 SDXL pix2pix": (lambda: channels(sdxl(), 8), r"a pix2pix UNet \(8 input channels\)"),
-        "R5 video": (lambda: channels(sd15(), 8) | {video: [1]}, r"a video UNet \(key .*time_stack.*\)"),
-        "R6 context 4096": (lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096), facts),
+        "R5 video": (
+            lambda: channels(sd15(), 8) | {video: [1]},
+            r"a video UNet \(key .*time_stack.*\)",
+        ),
+        "R6 context 4096": (
+            lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096),
+            facts,
+        ),
         "R6 first weight of one axis": (lambda: {first: [4]}, r"an unknown UNet \(.*\)"),
         "R6 label_emb of one axis": (
-            lambda: {first: [320, 4, 3, 3], UNET + "label_emb.0.0.weight": [4]}, r"an unknown UNet \(.*\)"
+            lambda: {first: [320, 4, 3, 3], UNET + "label_emb.0.0.weight": [4]},
+            r"an unknown UNet \(.*\)",
         ),
-        "R6 cond_proj of one axis": (lambda: unet_keys(sd15()) | {cond_proj: [320]}, r"an unknown UNet \(.*\)"),
-    }  # fmt: skip
+        "R6 cond_proj of one axis": (
+            lambda: unet_keys(sd15()) | {cond_proj: [320]},
+            r"an unknown UNet \(.*\)",
+        ),
+    }
     out = {
         name: case("model", content, "detected ", what, ours)
         for name, (content, what) in unets.items()
     }
     others = {
-        "R4 SD3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        "R4 SD3": (
+            "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+            "Stable Diffusion 3",
+        ),
         "R4 Flux": ("double_blocks.0.img_attn.qkv.weight", "Flux"),
-        "R4 Flux under a prefix": ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "Flux"),
+        "R4 Flux under a prefix": (
+            "model.diffusion_model.double_blocks.0.img_mod.lin.weight",
+            "Flux",
+        ),
         "R4 Cascade": ("clf.1.weight", "Stable Cascade"),
         "R4 DiT": ("x_embedder.proj.weight", "a diffusion transformer"),
         "R7 VAE alone": (VAE + "encoder.conv_in.weight", "a VAE without UNet; pass it with --vae"),
-        "R7 text encoder alone": ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder without UNet"),
-        "R10 diffusers' UNet": (
-            "down_blocks.0.resnets.0.conv1.weight", r"a diffusers UNet \(down_blocks\); give the LDM single file"
+        "R7 text encoder alone": (
+            "text_model.encoder.layers.0.mlp.fc1.weight",
+            "a text encoder without UNet",
         ),
-    }  # fmt: skip
+        "R10 diffusers' UNet": (
+            "down_blocks.0.resnets.0.conv1.weight",
+            r"a diffusers UNet \(down_blocks\); give the LDM single file",
+        ),
+    }
     for name, (key, what) in others.items():
         out[name] = case(
             "model", partial(dict, {key: [1]}), f"this is {what} ", rf"\(key {key}\)", theirs
@@ -557,31 +607,70 @@ def faulty_checkpoints() -> dict[str, Case]:
     files = {
         "R7 UNet": (lambda x: {PLACE: None}, f"UNet: 1 missing keys, first: {ours}"),
         "R7 VAE": (lambda x: {quant: None}, "VAE: 1 missing keys, first: quant_conv.weight"),
-        "R7 text": (lambda x: {token: None}, "text tower: 1 missing keys, first: token_embedding.weight"),
+        "R7 text": (
+            lambda x: {token: None},
+            "text tower: 1 missing keys, first: token_embedding.weight",
+        ),
         "R7 one of q, k, v": (lambda x: {query: None}, "text tower: "),
-        "R7 bigG": (lambda x: {norm: None}, "second text tower: 1 missing keys, first: ln_final.bias"),
+        "R7 bigG": (
+            lambda x: {norm: None},
+            "second text tower: 1 missing keys, first: ln_final.bias",
+        ),
         "R7 whole VAE": (without(VAE), "no VAE in the file; give one with --vae FILE"),
         "R7 whole text": (without(TEXT), "no text encoder in the file; give the whole checkpoint"),
-        "R7 whole bigG": (without(BIG_G), "second text tower: 17 missing keys, first: ln_final.bias, ln_final"),
+        "R7 whole bigG": (
+            without(BIG_G),
+            "second text tower: 17 missing keys, first: ln_final.bias, ln_final",
+        ),
         "R9 UNet": (lambda x: {PLACE: one}, rf"UNet: {ours} is \(1,\), not \(32, 32, 3, 3\)"),
         "R9 VAE": (lambda x: {quant: one}, r"VAE: quant_conv.weight is \(1,\), not \(8, 8, 1, 1\)"),
-        "R9 text": (lambda x: {token: one}, r"text tower: token_embedding.weight is \(1,\), not \(49408, 32\)"),
-        "R9 one of q, k, v": (lambda x: {query: one}, "text tower: q, k, v of a layer are incomplete or do not fit"),
-        "R9 bigG": (lambda x: {norm: one}, r"second text tower: ln_final.bias is \(1,\), not \(64,\)"),
-        "R16 NaN in the UNet": (lambda x: {PLACE: x[PLACE] * nan}, f"{PLACE} has values that are not finite"),
-        "R16 infinity in the VAE": (lambda x: {quant: x[quant] / 0}, f"{quant} has values that are not finite"),
-        "R16 NaN in the text": (lambda x: {query: x[query] * nan}, f"{query} has values that are not finite"),
-        "R16 NaN in bigG": (lambda x: {norm: x[norm] * nan}, f"{norm} has values that are not finite"),
-        "R17 int8": (lambda x: {PLACE: x[PLACE].to(torch.int8)}, f"{PLACE} is I8, quantised; dequantise it first"),
-        "R17 int8 in the VAE": (lambda x: {quant: x[quant].char()}, f"{quant} is I8, quantised; dequantise it first"),
-        "R17 nf4": (
-            lambda x: {PLACE: torch.ones(4608, 1).byte(), scale.format("weight.absmax"): one}, f"{PLACE}.* quantised"
+        "R9 text": (
+            lambda x: {token: one},
+            r"text tower: token_embedding.weight is \(1,\), not \(49408, 32\)",
         ),
-    }  # fmt: skip
+        "R9 one of q, k, v": (
+            lambda x: {query: one},
+            "text tower: q, k, v of a layer are incomplete or do not fit",
+        ),
+        "R9 bigG": (
+            lambda x: {norm: one},
+            r"second text tower: ln_final.bias is \(1,\), not \(64,\)",
+        ),
+        "R16 NaN in the UNet": (
+            lambda x: {PLACE: x[PLACE] * nan},
+            f"{PLACE} has values that are not finite",
+        ),
+        "R16 infinity in the VAE": (
+            lambda x: {quant: x[quant] / 0},
+            f"{quant} has values that are not finite",
+        ),
+        "R16 NaN in the text": (
+            lambda x: {query: x[query] * nan},
+            f"{query} has values that are not finite",
+        ),
+        "R16 NaN in bigG": (
+            lambda x: {norm: x[norm] * nan},
+            f"{norm} has values that are not finite",
+        ),
+        "R17 int8": (
+            lambda x: {PLACE: x[PLACE].to(torch.int8)},
+            f"{PLACE} is I8, quantised; dequantise it first",
+        ),
+        "R17 int8 in the VAE": (
+            lambda x: {quant: x[quant].char()},
+            f"{quant} is I8, quantised; dequantise it first",
+        ),
+        "R17 nf4": (
+            lambda x: {PLACE: torch.ones(4608, 1).byte(), scale.format("weight.absmax"): one},
+            f"{PLACE}.* quantised",
+        ),
+    }
     for name in ("scale_weight", "weight_scale", "scaled_fp8"):
         key = UNET + name if name == "scaled_fp8" else scale.format(name)
-        change = lambda x, key=key: {PLACE: x[PLACE].to(fp8), key: one}  # noqa: E731
-        files[f"R17 float8 with {name}"] = (change, f"{key} is F32, quantised; dequantise it first")
+        files[f"R17 float8 with {name}"] = (
+            lambda x, key=key: {PLACE: x[PLACE].to(fp8), key: one},
+            f"{key} is F32, quantised; dequantise it first",
+        )
     out = {
         name: Case("model", partial(faulty, change), line) for name, (change, line) in files.items()
     }
@@ -590,8 +679,11 @@ def faulty_checkpoints() -> dict[str, Case]:
     out["R19 out is the checkpoint"] = Case(
         "onto the model", partial(faulty, dict), "is one of the inputs; give another"
     )
-    nf4 = {UNET + "input_blocks.0.0.weight": torch.ones(320, 4, 3, 3), UNET + "input_blocks.1.1.transformer_blocks.0."
-           "attn2.to_k.weight": torch.ones(122880, 1).byte()}  # fmt: skip
+    to_k = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    nf4 = {
+        UNET + "input_blocks.0.0.weight": torch.ones(320, 4, 3, 3),
+        to_k: torch.ones(122880, 1).byte(),
+    }
     return out | {
         "R17 nf4 of SD1": Case(
             "model", save(nf4), "to_k.weight is U8, quantised; dequantise it first"

@@ -358,7 +358,7 @@ class Mutant(NamedTuple):
 
 @st.composite
 def spoilt_bytes(draw, whole: bytes) -> Mutant:
-    """Pieces of the header cut, repeated or replaced; the data cut or extended; the length wrong."""
+    """Header pieces cut, repeated or replaced; data cut or extended; the length wrong."""
     header, data = split(whole)
     header = bytearray(header)
     for _ in range(draw(st.integers(1, 4))):
@@ -534,8 +534,7 @@ if __name__ == "__main__":
             tally, share = fuzz(Path(scratch), int(argument))
             for (reader, how), count in sorted(tally.items()):
                 print(f"{reader}: {count} {how}")
-            print(
-                f"{tally.total()} in {time.time() - start:.0f} s, at most {share:.2f} of the memory allowed"
-            )
+            memory = f"at most {share:.2f} of the memory allowed"
+            print(f"{tally.total()} in {time.time() - start:.0f} s, {memory}")
         else:
             sys.exit("test_hostile.py: give list FOLDER, or fuzz N")

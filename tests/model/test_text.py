@@ -182,7 +182,7 @@ def test_maps_are_inverse_over_clip_l(official_keys):
 
 
 def test_clip_l_fits_the_tower(official_keys):
-    """Mapped key names and shapes of CLIP-L are those of the default tower, 123,060,480 parameters."""
+    """Mapped keys and shapes of CLIP-L are the default tower's, 123,060,480 parameters."""
     with torch.device("meta"):
         tower = TextEncoder().tower
     state = {
@@ -287,9 +287,24 @@ def test_an_empty_caption_is_the_null_condition():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "a cat", "cat, noto style, on a pink background", "a, b,c , d", "x),  y", "cat's, don't", "1, 2, 3",
-     "é, ü", "fish &amp, chips", "&lt, x", "A, b", "_, _", "two  spaces,  twice", ", first", "last, "],
-)  # fmt: skip
+    [
+        "",
+        "a cat",
+        "cat, noto style, on a pink background",
+        "a, b,c , d",
+        "x),  y",
+        "cat's, don't",
+        "1, 2, 3",
+        "é, ü",
+        "fish &amp, chips",
+        "&lt, x",
+        "A, b",
+        "_, _",
+        "two  spaces,  twice",
+        ", first",
+        "last, ",
+    ],
+)
 def test_byte_pairs_are_the_whole_prompts(prompt):
     """Splitting a prompt at its commas first, and remembering the phrases, changes no token."""
     assert byte_pairs(prompt) == byte_pairs(prompt) == tokenizer().encode(prompt)

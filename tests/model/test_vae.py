@@ -139,7 +139,7 @@ def test_tiles_are_a_partition_of_one(monkeypatch, h, w):
 
 
 def test_tiled_decode_is_close():
-    """A real decoder: one tile is the whole bit for bit; overlapping tiles differ little from it."""
+    """A real decoder: one tile is the whole bit for bit; overlapping tiles differ little."""
     vae, z0 = vae_of("f4"), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(z0)
     torch.testing.assert_close(vae.decode_tiled(z0, 16, 4), whole, rtol=1e-6, atol=1e-6)

@@ -321,7 +321,8 @@ def test_verdict_memory():
 def test_the_report_is_filled():
     rows = {"a, b = 1": {"x": [0.5, 0.25, 0.75], "n": 1234}, "c": {"x": [1, 1, 1], "n": 2}}
     results = {"steps": {"verdict": "held", "rows": rows}}
-    text = "{{steps/verdict}}: {{steps/rows/a, b = 1/x|i}}, {{steps/rows/a, b = 1/n|,}}, {{steps/rows/c/x|p}}"
+    text = "{{steps/verdict}}: {{steps/rows/a, b = 1/x|i}}, "
+    text += "{{steps/rows/a, b = 1/n|,}}, {{steps/rows/c/x|p}}"
     assert report.fill(text, results) == "held: 0.50 [0.25, 0.75], 1,234, 100 %"
     table = report.fill("{{table steps/rows: key; n; x|i}}", results)
     assert table == "| a, b = 1 | 1234 | 0.50 [0.25, 0.75] |\n| c | 2 | 1.00 [1.00, 1.00] |"

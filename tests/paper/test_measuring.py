@@ -323,7 +323,7 @@ def test_a_tau_is_kept_whole():
 
 @pytest.mark.parametrize("style", styles.PROCESSED)
 def test_styles_keep_what_they_should(style):
-    """Size and kind of picture stay, the drawing changes; what is far from the drawing stays empty."""
+    """Size and kind of picture stay, the drawing changes; far from it all stays empty."""
     image = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
     image.paste((230, 120, 40, 255), (24, 24, 72, 72))
     image.paste((250, 250, 250, 255), (40, 30, 60, 40))

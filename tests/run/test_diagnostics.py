@@ -116,7 +116,7 @@ def test_loss_by_index_is_lcd_loss_at_the_index(gaussian, schedule, teacher, per
 
 
 def test_loss_by_index_shows_where_it_is_wrong(gaussian, schedule, teacher, perfect):
-    """f off at one index: the loss is off there, and k = 100 looks 5 indices below for its target."""
+    """f off at one index: the loss is off there; k = 100 takes its target 5 indices below."""
     z0 = M + gaussian.s * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     p, q = fixed_point(gaussian, M_W)
     p[11] += 0.1
@@ -232,8 +232,13 @@ def test_the_ode_itself_is_nearly_consistent(gaussian, schedule, trajectory):
     and the denoiser.
     """
     data = gaussian._replace(m=M_W)
-    ode = lambda z_t, t, cond, w: data.eps_of_f(z_t, t)  # noqa: E731
-    denoiser = lambda z_t, t, cond, w: data.eps(z_t, t)  # noqa: E731
+
+    def ode(z_t, t, cond, w):
+        return data.eps_of_f(z_t, t)
+
+    def denoiser(z_t, t, cond, w):
+        return data.eps(z_t, t)
+
     neighbours, end = consistency_along_trajectory(ode, trajectory, COND, schedule, W)
     worse, worse_end = consistency_along_trajectory(denoiser, trajectory, COND, schedule, W)
     assert all(
@@ -288,9 +293,8 @@ def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedul
 
     z_T, _ = noise(range(SHAPE[0]), SHAPE[1:])
     trajectory = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
-    trajectory[-1] = (
-        M_W  # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
-    )
+    # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
+    trajectory[-1] = M_W
     assert max(distance_to_teacher(student, trajectory, COND, schedule, W).values()) < 1e-4
     far = distance_to_teacher(student, trajectory, COND, schedule, 0.0)
     assert list(far.values()) == pytest.approx([W * (M - M_NULL)] * 3, rel=1e-4)
@@ -428,7 +432,7 @@ def test_log_round_trip(tmp_path):
 
 
 def test_log_survives_a_torn_line(tmp_path):
-    """Killed after any byte of the third line: two records are read, and the next append is whole."""
+    """Killed after any byte of the third line: two records are read, the next append is whole."""
     whole = tmp_path / "whole.jsonl"
     for step in (1, 2):
         append_metrics(whole, {"step": step, "loss": 0.5})
@@ -445,7 +449,7 @@ def test_log_survives_a_torn_line(tmp_path):
 
 
 def test_log_of_a_resumed_run(tmp_path):
-    """Steps 2 and 3 written again after a resume: the later ones count, in the order of the steps."""
+    """Steps 2 and 3 written again after a resume: the later ones count, in order of steps."""
     path = tmp_path / "metrics.jsonl"
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7), (2, 0.6), (3, 0.5), (4, 0.4)):
         append_metrics(path, {"step": step, "loss": loss})

@@ -64,8 +64,13 @@ def start(
         world,
     ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])], env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:

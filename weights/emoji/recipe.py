@@ -81,7 +81,8 @@ PARTS = {
 for style in STYLES:
     PARTS[style] = Part(
         "train.py",
-        f"{STYLE} --data {{out}}/styles/{style} --model {{out}}/model.safetensors --out {{out}}/{style}",
+        f"{STYLE} --data {{out}}/styles/{style} --model {{out}}/model.safetensors "
+        f"--out {{out}}/{style}",
         needs=("model", "styles"),
         share=0.04,
         batch=(16, 64),
