@@ -115,9 +115,7 @@ def load(module, state: dict[str, Tensor], rename=lambda key: key) -> None:
 
 @torch.no_grad()
 def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' converters, networks, LoRA loader and pipeline; transformers' text models;
-    open_clip's tokens.
-    """
+    """The others: diffusers' converters, networks and LoRA loader; transformers; open_clip."""
     from diffusers import (
         AutoencoderKL,
         LCMScheduler,

@@ -317,9 +317,7 @@ def train(bench: Bench, model: str, by: str, batch: int) -> Result:
 
 
 def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
-    """The official SDXL script's way: one UNet, PEFT's adapters off for the teacher and on for the
-    target.
-    """
+    """The official SDXL script's way: one UNet, adapters off for the teacher, on for the target."""
     from peft import LoraConfig
 
     unet = build(bench, bench.forward, lambda: diffusers_unet(config.unet))

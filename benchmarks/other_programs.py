@@ -99,9 +99,7 @@ def diffusers_unet(family: str) -> nn.Module:
 
 
 def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
-    """A text encoder, likewise. `flat`: transformers 5 has no `text_model.` in the names of
-    CLIPTextModel any more.
-    """
+    """A text encoder, likewise. `flat`: transformers 5's CLIPTextModel has no `text_model.`"""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -160,9 +158,7 @@ def compare(what: str, file: Path, expected: dict[str, Callable[[], Tensor]]) ->
 
 
 def kohya(folder: Path) -> Iterator[Fact]:
-    """LyCORIS' network for kohya's trainer; different ranks and alphas in Linear, kernels and
-    downsamplers.
-    """
+    """LyCORIS' network for kohya: ranks and alphas differ in Linear, kernels, downsamplers."""
     from lycoris.kohya import create_network
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
@@ -263,9 +259,7 @@ def peft(folder: Path) -> Iterator[Fact]:
 
 
 def diffusers_old(folder: Path) -> Iterator[Fact]:
-    """Attention processors with LoRA inside (0.17), `.lora.down` (0.22), and diffusers' converter
-    to kohya's names.
-    """
+    """Attention processors with LoRA inside (0.17), `.lora.down` (0.22), and kohya's names."""
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.utils import AttnProcsLayers
     from diffusers.models.attention_processor import Attention
@@ -334,9 +328,7 @@ def diffusers_old(folder: Path) -> Iterator[Fact]:
 
 
 def make_merged(folder: Path) -> tuple[Path, Path, Path]:
-    """(base, LoRA as minilcm writes it, base + 0.7 LoRA merged by the command line) of SD1.5, rank
-    64, alpha 8.
-    """
+    """(base, minilcm's LoRA, base + 0.7 LoRA merged by command) of SD1.5, rank 64, alpha 8."""
     model, lora = make_files("sd15", folder)
     write_tau(folder / "written.safetensors", read_tau(lora), {})
     merged, lora = folder / "merged.safetensors", folder / "written.safetensors"
@@ -365,9 +357,7 @@ def same_picture(what: str, a: Tensor, b: Tensor, more: str = "", holds: bool = 
 
 
 def write_configs(folder: Path, family: str = "sd15") -> None:
-    """What diffusers wants beside a single file: the classes' own configurations, and open_clip's
-    vocabulary.
-    """
+    """What diffusers wants beside a single file: configurations, and open_clip's vocabulary."""
     import open_clip.tokenizer as open_clip
     from diffusers import (
         AutoencoderKL,
@@ -408,9 +398,7 @@ def write_configs(folder: Path, family: str = "sd15") -> None:
 
 
 def merged(folder: Path) -> Iterator[Fact]:
-    """from_single_file, prompt to pixels: the merged file, then the base with LoRA files of
-    minilcm.
-    """
+    """from_single_file, prompt to pixels: the merged file, then the base with minilcm's LoRAs."""
     from diffusers import StableDiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
@@ -470,9 +458,7 @@ def merged(folder: Path) -> Iterator[Fact]:
 
 
 def draw_sdcpp(model: Path, lora: Path | None, mode: str) -> tuple[Tensor, str]:
-    """(picture (H, W, 3), log) by stable-diffusion.cpp: its LCM sampler and grid, torch's random
-    numbers, seed 1.
-    """
+    """(picture (H, W, 3), log) by stable-diffusion.cpp: its LCM sampler, torch's noise, seed 1."""
     from cyllama import sd
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it draws progress bars there
@@ -498,9 +484,7 @@ def draw_sdcpp(model: Path, lora: Path | None, mode: str) -> tuple[Tensor, str]:
 
 
 def sdcpp(folder: Path) -> Iterator[Fact]:
-    """stable-diffusion.cpp: the merged file, then base and LoRA, merged by it when loading or added
-    in each layer.
-    """
+    """stable-diffusion.cpp: the merged file; base and LoRA, merged by it or added in each layer."""
     model, lora, both = make_merged(folder)
     picture = by_minilcm(both)
 
@@ -521,9 +505,7 @@ def sdcpp(folder: Path) -> Iterator[Fact]:
 
 
 def lists(folder: Path) -> Iterator[Fact]:
-    """The rules of ComfyUI and A1111 on names: tests/files/test_readers.py holds them, and checks
-    more.
-    """
+    """ComfyUI's and A1111's rules on names: tests/files/test_readers.py holds and checks them."""
     from tests.files.test_readers import (
         CASES,
         a1111_table,

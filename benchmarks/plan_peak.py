@@ -62,9 +62,7 @@ def resident(which: str) -> float:
 
 
 def job(argv: list[str]) -> None:
-    """Train twice; print the GB of the process after the first run, and by which the second rises
-    above its rest.
-    """
+    """Train twice; print the GB after the first run and how far the second rises above its rest."""
     import train
     from minilcm.run import diagnostics
 

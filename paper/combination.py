@@ -107,8 +107,7 @@ def measured_style(style: str, tau: Vector, found: dict[str, dict]) -> dict:
 
 
 def overlap(a: Tau, b: Tau) -> tuple[float, float, float]:
-    """(how much of a's delta lies in the column spaces of b's, the same by chance, ratio of norms
-    |a| / |b|).
+    """(share of a's delta in the column spaces of b's, the same by chance, norm ratio |a| / |b|).
 
     The columns of U span what a delta can write. The first is sum_ij s_i^2 (u_i . u'_j)^2 / sum_i
     s_i^2 over U' of b, all modules together: 0 if a writes where b does not, 1 if wholly within. A
@@ -139,9 +138,7 @@ def blocks(tau: Tau) -> dict[str, float]:
 
 
 def what_became(row: dict) -> dict:
-    """Of a style in the sum: did it fail, does its interval say so too, and would it with lambda1 =
-    1?
-    """
+    """Did a style in the sum fail, does its interval say so, and would it with lambda1 = 1?"""
     if min(row["right"]["alone"][0], row["style"]["alone"][0]) < FLOOR:
         return {"outcome": "not measurable", "surely": False, "failed, equal": False}
     lost = row["lost accuracy"], row["lost style"]
@@ -183,9 +180,7 @@ def failures(rows: list[dict]) -> dict:
 
 
 def correlation_by_chance(n: int) -> float:
-    """The size that one in a hundred rank correlations of `n` unrelated pairs surpasses, from 2,000
-    shuffles.
-    """
+    """The size that one in a hundred rank correlations of `n` shuffled pairs surpasses."""
     rng, order = random.Random(0), list(range(n))
     return sorted(abs(rank_correlation(order, rng.sample(order, n))) for _ in range(2000))[1980]
 

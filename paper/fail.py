@@ -32,9 +32,7 @@ from .training import short, style_vectors, train, tuning
 
 
 def cases_of(budget: Budget) -> dict[str, tuple[Vectors, Base | None, bool]]:
-    """{label: (vectors, base, is it a good one?)}; the first of each base is what the others are
-    held against.
-    """
+    """{label: (vectors, base, is it a good one?)}; the first of a base is the others' measure."""
     tau_lcm, style = shipped_lora(), style_vectors(budget)[budget.styles[-1]]
     far = train(tuning(budget)).end
     there = train(short(budget)._replace(data="styles"), far).end
@@ -99,9 +97,7 @@ def measure(budget: Budget) -> dict:
 
 
 def step_memory(unfrozen: bool) -> float:
-    """GB of a training step's tensors on the emoji model: activations, gradients and Adam's
-    moments.
-    """
+    """GB of a training step's tensors on the emoji model: activations, gradients, Adam moments."""
     objective, unet = Objective("lcm", 32), deepcopy(shipped().unet)
     nets = make_networks(objective, unet, HALF)
     if unfrozen:

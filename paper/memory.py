@@ -68,9 +68,7 @@ def measure(budget: Budget) -> dict:
 
 
 def peak_of(flags: list[str]) -> float:
-    """GB that train.py holds at its peak, encoding and sheets included, above the imports; in a
-    process of its own.
-    """
+    """GB that train.py holds at its peak, above the imports; in a process of its own."""
     import train as script
 
     before = peak_bytes("cpu")
@@ -79,9 +77,7 @@ def peak_of(flags: list[str]) -> float:
 
 
 def planned_step(config: Config, side: int, rank: int | None) -> dict:
-    """GB of a training step at batch 1 with gradient checkpointing, by part; and how many
-    parameters it trains.
-    """
+    """GB of a training step, batch 1, gradient checkpointing, by part; and trained parameters."""
     w_range = (2.0, 14.0) if rank is None else (7.5, 7.5)
     objective = Objective("lcm", rank, w_range=w_range, checkpointing=True)
     parts, count = step_bytes(objective, config, Step(1, side, "cuda", torch.bfloat16))

@@ -56,9 +56,7 @@ class Base(NamedTuple):
 
 @contextmanager
 def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iterator[None]:
-    """Inside the block the UNet has other weights, and sum_i lambda_i tau_i in them; after it, its
-    own, bit for bit.
-    """
+    """Inside the block the UNet has other weights plus sum_i lambda_i tau_i; then its own again."""
     before = {name: x.detach().clone() for name, x in unet.named_parameters()}
     try:
         if base is not None:
@@ -71,9 +69,7 @@ def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iter
 
 
 def network_of(unet: UNet, w_emb: float | None = None) -> Network:
-    """(z_t, t, cond, w) -> eps_hat by the weights that the UNet has when it is called. w_emb: told
-    to a full LCM.
-    """
+    """(z_t, t, cond, w) -> eps_hat by the UNet's weights when called. w_emb: for a full LCM."""
     told = () if w_emb is None else (guidance_embedding(torch.tensor([w_emb]), W_DIM),)
     return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond, *told)
 
@@ -125,9 +121,7 @@ def drawn(
 
 
 def teacher_path(prompts: list[Prompt], seed: int, base: Base | None = None) -> Tensor:
-    """The trajectory of the teacher's ODE, 50 guided steps of the base without a LoRA: (51,
-    prompts, 4, h, w).
-    """
+    """The teacher's trajectory: 50 guided steps of the base, no LoRA: (51, prompts, 4, h, w)."""
     model = shipped()
     z_T, _ = noise(seeds_of(prompts, seed), model.shape)
     with changed(model.unet, base):
@@ -137,9 +131,7 @@ def teacher_path(prompts: list[Prompt], seed: int, base: Base | None = None) -> 
 def errors_along(
     path: Tensor, prompts: list[Prompt], vectors: Vectors, base: Base | None = None
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """{grid index: RMS of f to its neighbour's}, {grid index: RMS of f to the end of
-    `teacher_path`}.
-    """
+    """{grid index: RMS of f to its neighbour's}, {grid index: RMS of f to `teacher_path`'s end}."""
     unet = shipped().unet
     with changed(unet, base, vectors):
         return consistency_along_trajectory(
@@ -164,9 +156,7 @@ def decode(z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(z0: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Of latents (b, 4, h, w): does each show its name, its sharpness (b,), the judge's features,
-    logits of styles.
-    """
+    """Of latents (b, 4, h, w): name shown?, sharpness (b,), the judge's features, style logits."""
     judge, pixels = shipped().judge, decode(z0)
     features = torch.cat([judge.features(part) for part in pixels.split(64)])
     right = accuracy(judge, pixels, names)[0].float()
@@ -196,9 +186,7 @@ def pictures(
 
 
 def held_out_art(style: str | None, looks: int) -> dict[str, Tensor]:
-    """What `measure` finds in held-out drawings themselves, (b, ...): of a style, or None of the
-    base's four.
-    """
+    """What `measure` finds in held-out drawings, (b, ...): of a style, or None: the base's four."""
 
     def make() -> dict[str, Tensor]:
         names, rng = shipped().names, random.Random(2)
@@ -211,9 +199,7 @@ def held_out_art(style: str | None, looks: int) -> dict[str, Tensor]:
 
 
 def in_style(found: dict[str, Tensor], styles: Collection[str]) -> Tensor:
-    """Does each measured picture look more like one of `styles` than like one of the base's four?
-    (...) of 0 and 1.
-    """
+    """Does each picture look more like one of `styles` than like the base's four? (...) of 0, 1."""
     logits = found["styles"]  # (..., s)
     looks = picked(logits.flatten(0, -2), shipped().judge.styles, [*styles, *STYLES])
     return torch.tensor([float(look in styles) for look in looks]).reshape(logits.shape[:-1])

@@ -82,9 +82,7 @@ def truncated(tau: Tau, r: int) -> tuple[Tau, float]:
 
 
 def step_times(ranks: tuple[int, ...], rounds: int = 3) -> list[float]:
-    """Seconds of a step at each rank, batch 12, as a share of the highest's; medians, the ranks
-    taking turns.
-    """
+    """Seconds of a step by rank, batch 12, as a share of the highest's; medians, taking turns."""
     batch = torch.zeros(12, *shipped().shape), *conds_of([Prompt("a cat face", "cat face")] * 12)
     objectives = [Objective("lcm", r) for r in ranks]
     nets = [make_networks(o, deepcopy(shipped().unet), HALF) for o in objectives]

@@ -25,9 +25,7 @@ QUICK = (
 
 
 def choices(start: Recipe) -> dict[str, tuple[Recipe, float, bool]]:
-    """{label: (recipe, guidance w while sampling, does it take a simplification of LCM-LoRA
-    back?)}.
-    """
+    """{label: (recipe, guidance w while sampling, does it undo a simplification of LCM-LoRA?)}."""
     full = start._replace(rank=None, w=(1.0, 6.0), lr=1e-4, marks=())
     return {
         "baseline": (start, 0.0, False),

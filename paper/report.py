@@ -15,9 +15,7 @@ from .setup import HERE, place
 
 
 def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
-    """README.md and a figure a claim; of a quick run into its folder. Raises ValueError if a result
-    is missing.
-    """
+    """README.md and a figure a claim; of a quick run into its folder. ValueError: no result."""
     results, figures = read_results(place("results", quick)), place("figures", quick)
     for name, claim in claims.items():
         if name not in results:
@@ -30,9 +28,7 @@ def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
 
 
 def read_results(folder: Path) -> dict:
-    """{claim, or claim-seed1: its JSON}, the hours of all, and whether the verdicts stand with
-    another seed.
-    """
+    """{claim, or claim-seed1: its JSON}, all hours, and whether another seed's verdicts agree."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     results["hours"] = sum(r["seconds"] for r in results.values()) / 3600
     for name in [stem.removesuffix("-seed1") for stem in results if stem.endswith("-seed1")]:

@@ -1,5 +1,4 @@
-"""What all questions share: how much of everything, the shipped model and its judge, prompts, and
-what is kept.
+"""What all questions share: how much of everything, the shipped model, its judge, prompts, a cache.
 
 Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a
 stopped run goes on.
@@ -171,9 +170,7 @@ def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
 
 
 def pairs(prompts: list[Prompt]) -> Tensor:
-    """Which (name, style) each prompt asks for, as numbers (p,): one asked for four times is still
-    one.
-    """
+    """Which (name, style) each prompt asks for, as numbers (p,): the same one, the same number."""
     asked = [(p.name, p.style) for p in prompts]
     numbers = {pair: i for i, pair in enumerate(dict.fromkeys(asked))}
     return torch.tensor([numbers[pair] for pair in asked])

@@ -48,9 +48,7 @@ SHOWN = (
 
 
 def samplers(counts: tuple[int, ...]) -> dict[str, tuple[Draw, Vectors]]:
-    """{label: how it draws}, in so many steps: LCM with and without the LoRA, solvers with and
-    without guidance.
-    """
+    """{label: how it draws, in so many steps}: LCM with and without the LoRA, solvers, guidance."""
     lora = [(shipped_lora(), 1.0)]
     rows = {f"LCM-LoRA {n}": (Draw("lcm", n), lora) for n in counts}
     rows |= {f"LCM sampler, no LoRA, {n}": (Draw("lcm", n), []) for n in counts}

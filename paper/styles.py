@@ -1,5 +1,4 @@
-"""Sixteen styles that the base has never seen: four real emoji sets, and twelve made of its own art
-by processing.
+"""Sixteen styles the base has never seen: four real emoji sets, twelve made from its own art.
 
 Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it
 stands on any background. figures/combination-pictures.png shows them all.
@@ -154,8 +153,7 @@ def plain_art() -> list[Art]:
 
 
 def split_style(style: str | None, names: list[str]) -> tuple[list[Art], list[Art]]:
-    """(drawings to train on, drawings held out) of a style, each an Art whose style is its name;
-    None: the base's four.
+    """(drawings to train on, drawings held out), Art whose style is its name; None: the base's.
 
     Processed styles hold out the pairs that the base never saw; of a real set every eighth drawing
     is held out.

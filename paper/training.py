@@ -97,9 +97,7 @@ def train(recipe: Recipe, base: Base | None = None) -> Trained:
 
 
 def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
-    """{"step:name": tensor} of what is trained, at the recipe's marks and its end, and {"loss":
-    (steps,)}.
-    """
+    """{"step:name": tensor} of what is trained, at the recipe's marks, and {"loss": (steps,)}."""
     model, data = shipped(), training_data(recipe.data, recipe.looks)
     unet = deepcopy(model.unet)
     if base is not None:

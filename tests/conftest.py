@@ -2,18 +2,16 @@
 
 import gzip
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from make_reference import REFERENCE
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minilcm.schedule import Schedule, make_schedule
-
-REFERENCE = Path(__file__).parent / "reference"
 
 
 def pytest_addoption(parser, pluginmanager):

@@ -1,5 +1,4 @@
-"""Kill training again and again, resume it, and compare with a run that nobody touched; not in CI,
-some minutes.
+"""Kill training again and again, resume, compare with a run nobody touched; not in CI, minutes.
 
     python tests/kill_and_resume.py    (--kills 20 --seed 0 --objective lcm)
 

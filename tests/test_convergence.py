@@ -1,5 +1,4 @@
-"""Distillation where the answer is known: lcd_loss in a real training loop finds it, and with a
-planted bug does not.
+"""Distillation where the answer is known: a real loop with lcd_loss finds it; planted bugs do not.
 
 Data are numbers from N(M, S^2) for the prompt and N(M_NULL, S^2) for the null prompt, so the
 teacher is exact. The answer is f_n = f_{n-1} o DDIM_n with f_{-1} = id, DDIM_n being the guided
@@ -115,8 +114,7 @@ def callable_of(net: AffineNet):
 
 
 def test_the_answer_is_fifty_ddim_steps():
-    """The last f is alpha_0 (m_w + (z / alpha_999 - m_w) F), F = prod (S^2 + x x') / (S^2 + x^2), x
-    = sigma / alpha.
+    """The last f: alpha_0 (m_w + (z / alpha_999 - m_w) F), F = prod (S^2 + x x') / (S^2 + x^2).
 
     F = 0.0325786 for S = 0.5, and m_w = 2.2. The network that training starts from is far from
     that.
@@ -145,8 +143,7 @@ def test_training_reaches_the_fixed_point():
 
 
 def test_a_target_with_gradient_does_not(monkeypatch):
-    """Planted bug: no stop-gradient. The loss has the same zero, but its gradient hardly leads
-    there.
+    """Planted bug: no stop-gradient. The loss has the same zero; its gradient hardly leads there.
 
     Each f_n is drawn to f_{n-1} from the one side and to f_{n+1} from the other, and |d| draws as
     hard from near as from far: what the boundary says does not come up the grid in the steps that
@@ -167,9 +164,7 @@ def test_a_target_with_gradient_does_not(monkeypatch):
 
 
 def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W) -> float:
-    """The same for a LoRA; three(student, teacher), both as train.py makes them, are the networks
-    for the loss.
-    """
+    """The same for a LoRA; three(student, teacher), as train.py makes them, are its networks."""
     net = AffineNet()
     before = net.proj_in.weight.clone()
     parameters = add_lora(
@@ -187,9 +182,7 @@ def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W)
 
 
 def test_a_lora_reaches_the_fixed_point():
-    """add_lora, lora_off and lcd_loss put together as in train.py lead to the recursion with k =
-    200, to 1e-3.
-    """
+    """add_lora, lora_off and lcd_loss as in train.py lead to the recursion, k = 200, to 1e-3."""
     assert distil_lora() < CLOSE
 
 

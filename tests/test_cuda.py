@@ -1,5 +1,4 @@
-"""CUDA against the processor: networks, samplers, training steps, and both scripts, on small random
-models.
+"""CUDA against the processor: networks, samplers, training steps, both scripts, on small models.
 
     pytest tests/test_cuda.py -n 0
 
@@ -44,9 +43,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_float32():
-    """TF32 keeps 10 bits of float32's 23; cuDNN takes it by default. And the processor may use its
-    cores.
-    """
+    """TF32 keeps 10 of float32's 23 bits, cuDNN's default; and the processor may use its cores."""
     before = (
         torch.backends.cudnn.allow_tf32,
         torch.backends.cuda.matmul.allow_tf32,
@@ -113,9 +110,7 @@ def far_apart(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     "dtype, most", [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)]
 )
 def test_unet(nets, dtype, most):
-    """eps_hat of the emoji UNet at three timesteps, from weights in each format, is that of the CPU
-    in float32.
-    """
+    """eps_hat of the emoji UNet at three timesteps, in each format, is the CPU's in float32."""
     z_t, t, (cond, _) = noise(0, 3, 4, 16, 16), torch.tensor([999, 500, 0]), conds(3)
     unet = copy.deepcopy(nets[DEVICE][0]).to(dtype)
     got = unet(z_t.to(DEVICE), t.to(DEVICE), cond.to(DEVICE))
@@ -148,9 +143,7 @@ def test_vae(nets):
 
 @pytest.mark.parametrize("config", [CONFIG.text, TWO_TOWERS.text], ids=["one tower", "two towers"])
 def test_text(config):
-    """Prompts and the null condition by one tower and by two; a dropped caption becomes null on
-    either device.
-    """
+    """Prompts and the null condition, one tower and two; dropped captions are null anywhere."""
     text, captions = tiny_text(0, config), ["a cat face", "", "rocket, noto style"]
     expected = text.encode(captions), text.null_cond(2), text.encode_captions(captions)
     text.to(DEVICE)
@@ -250,9 +243,7 @@ def test_step(name):
 
 
 def test_step_in_bfloat16():
-    """As train.py takes it on a card: the frozen base in bfloat16, autocast; loss and gradients of
-    about the CPU's.
-    """
+    """As on a card: the frozen base in bfloat16, autocast; loss, gradients about the CPU's."""
     loss, gradients, *_ = one_step(DEVICE, OBJECTIVES["LCM-LoRA"], torch.bfloat16)
     expected = one_step(HERE, OBJECTIVES["LCM-LoRA"])
     assert all(x.dtype == torch.float32 and x.device.type == DEVICE for x in gradients.values())
@@ -265,9 +256,7 @@ def test_step_in_bfloat16():
 
 @pytest.fixture
 def no_chance(monkeypatch):
-    """cuDNN and attention add up in an order of their own each time; AdamW's first steps make much
-    of it.
-    """
+    """cuDNN and attention add up in varying order; AdamW's first steps make much of that."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     handler = signal.getsignal(signal.SIGINT)  # train.main takes over Ctrl-C
@@ -309,9 +298,7 @@ def test_resume(files, tmp_path, monkeypatch, no_chance, objective):
 
 @pytest.mark.parametrize("sampler", ["lcm", "ddim"])
 def test_sample(files, tmp_path, sampler):
-    """sample.py's picture is the CPU's to two levels of 255 in float32, in the card's float16 to
-    four on average.
-    """
+    """sample.py's picture is the CPU's to two levels in float32, to four on average in float16."""
 
     def picture(device: str, dtype: str, number=itertools.count()) -> np.ndarray:
         out = tmp_path / f"{next(number)}.png"

@@ -1,6 +1,4 @@
-"""generate.py: every sampler of the table is its own function, and a picture depends on its seed
-alone.
-"""
+"""generate.py: each sampler of the table is its own function; a picture depends on its seed."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""The central facts of LCM-LoRA. Most need no network: for Gaussian data teacher and student are
-known.
-"""
+"""LCM-LoRA's central facts. Most need no network: on Gaussian data all answers are known."""
 
 import copy
 import math
@@ -38,8 +36,7 @@ def noise(seed=0, shape=(2, 4, 8, 8)):
 
 
 def test_boundary_scalings_golden():
-    """c_skip = .25 / (s^2 + .25), c_out = s / sqrt(s^2 + .25), s = 10 t, as diffusers' LCMScheduler
-    has it.
+    """c_skip = .25 / (s^2 + .25), c_out = s / sqrt(s^2 + .25), s = 10 t, as diffusers has it.
 
     c_skip + c_out^2 = 1, which Consistency Models' own c_out (with a factor sigma_data) does not
     fulfil.
@@ -58,9 +55,7 @@ def test_boundary_scalings_golden():
 
 
 def test_f_is_the_identity_at_0(schedule):
-    """The boundary condition f(z, 0) = z holds bitwise, whatever the network says. Consistency
-    Models (2303.01469).
-    """
+    """The boundary condition f(z, 0) = z holds bitwise for any network (2303.01469)."""
     z = noise(0)
     assert torch.equal(f_theta(z, 100 * noise(1), 0, schedule), z)
     at_0_and_5 = f_theta(z, 100 * noise(1), torch.tensor([0, 5]), schedule)
@@ -68,9 +63,7 @@ def test_f_is_the_identity_at_0(schedule):
 
 
 def test_f_is_x0_on_the_training_grid(schedule):
-    """Away from 0 f is c_skip z + c_out x0 (2310.04378 eq. 9), and on the training grid (t >= 19)
-    x0 to 1e-5.
-    """
+    """Else f is c_skip z + c_out x0 (2310.04378 eq. 9), on the grid (t >= 19) x0 to 1e-5."""
     z, eps_hat = noise(0), noise(1)
     for t in (1, 19, 499, 999):
         x0 = x0_from_eps(z, eps_hat, t, schedule)
@@ -84,9 +77,7 @@ def test_f_is_x0_on_the_training_grid(schedule):
 
 
 def test_guidance_embedding_golden():
-    """The guidance embedding of w = 7.5 in diffusers' LCM scripts: sines first, of 1000 w
-    exp(-ln(10000) j / 127).
-    """
+    """w = 7.5 as diffusers embeds it: sines first, of 1000 w exp(-ln(10000) j / 127)."""
     e = guidance_embedding(torch.tensor([7.5, 0.0]))
     assert e.shape == (2, 256)
     golden = {0: -0.8512359, 1: 0.8421312, 127: 0.6816387, 128: -0.5247833, 255: 0.7316889}
@@ -104,9 +95,7 @@ def test_guidance_embedding_golden():
 
 
 def test_train_grid_golden():
-    """19, 39, ..., 999: the "DDIM solver" grid of the official LCM scripts, with 999 and without 0.
-    int64.
-    """
+    """19, 39, ..., 999: the official scripts' "DDIM solver" grid, with 999, without 0. int64."""
     assert train_grid().tolist() == list(range(19, 1000, 20))
     assert train_grid().dtype == torch.int64
 
@@ -125,9 +114,7 @@ GRIDS = {
 
 
 def test_lcm_grid_golden():
-    """Timesteps of diffusers 0.42.1's LCMScheduler; strength shortens the grid and keeps the number
-    of steps.
-    """
+    """diffusers 0.42.1's LCMScheduler timesteps; strength shortens the grid, not the steps."""
     assert {steps: lcm_grid(steps) for steps in GRIDS} == GRIDS
     assert lcm_grid(4, 0.8) == [799, 599, 399, 199]
     assert lcm_grid(4, 0.5) == [499, 379, 259, 139]
@@ -137,8 +124,7 @@ def test_lcm_grid_golden():
 
 @pytest.mark.parametrize("strength", [1.0, 0.9, 0.8, 0.75, 0.6, 0.58, 0.5, 0.3, 0.29, 0.1, 0.02])
 def test_lcm_grid_is_diffusers_rule(strength):
-    """Every number of steps there can be, against the rule written with numpy as
-    LCMScheduler.set_timesteps has it.
+    """Every possible number of steps, against LCMScheduler.set_timesteps' rule written with numpy.
 
     Four pairs apart, all with strength < 1: there numpy's i * (length / steps) falls a last digit
     short of an integer.
@@ -157,9 +143,7 @@ def test_lcm_grid_is_diffusers_rule(strength):
     [(0, 1.0, 50), (-1, 1.0, 50), (51, 1.0, 50), (26, 0.5, 25), (6, 0.1, 5)],
 )
 def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
-    """No step, or more than the grid has: one line with the value and the limit, before the network
-    is called.
-    """
+    """No step, or more than the grid has: one line with value and limit, before any call."""
     with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
         lcm_grid(steps, strength)
     with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
@@ -170,9 +154,7 @@ def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
 
 
 def test_huber():
-    """Mean of sqrt(d^2 + c^2) - c: 0 at 0, d^2 / (2c) for small d, |d| - c for large, gradient d /
-    sqrt(d^2 + c^2).
-    """
+    """Mean of sqrt(d^2 + c^2) - c: d^2 / (2c) for small d, |d| - c for large; its gradient."""
     d = torch.tensor([0.0, 1e-5, -1e-5, 1e-3, 0.2, -3.0], dtype=torch.float64, requires_grad=True)
     each = torch.stack([huber(x, torch.zeros_like(x)) for x in d])
     assert each[0].item() == 0
@@ -187,9 +169,7 @@ def test_huber():
 
 
 def test_ema():
-    """After n updates from a constant source: theta^- = theta + mu^n (theta^-_0 - theta). The
-    student is left alone.
-    """
+    """After n updates from a constant source: theta^- = theta + mu^n (theta^-_0 - theta)."""
     torch.manual_seed(0)
     target, student = nn.Linear(3, 2), nn.Linear(3, 2)
     start, goal = copy.deepcopy(target.state_dict()), copy.deepcopy(student.state_dict())
@@ -231,9 +211,7 @@ def affine_student(schedule, p, q):
 
 
 def fixed_point(gaussian, m):
-    """p and q (50,) with f_n(z) = f_{n-1}(A z + b): A z + b is the DDIM step for N(m, s^2), f_{-1}
-    the identity.
-    """
+    """p and q (50,) with f_n(z) = f_{n-1}(A z + b), DDIM's step for N(m, s^2); f_{-1}: identity."""
     p, q, ps, qs = 0.0, 1.0, [], []
     for t in range(19, 1000, 20):
         t_end, s = max(t - 20, 0), gaussian.s
@@ -266,8 +244,7 @@ def gaussian_loss(gaussian, schedule, student, n, w=W, seed=0, target=None, shap
 
 
 def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
-    """f_n = f_{n-1} o DDIM_n is the zero of the loss at all 50 indices, and nothing near it is
-    (closed recursion).
+    """f_n = f_{n-1} o DDIM_n is the zero of the loss at all 50 indices; nothing near it is.
 
     A wrong w, t_end, boundary or guidance direction in the loss would put the zero elsewhere.
     """
@@ -295,8 +272,7 @@ def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
 
 
 def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
-    """At the fixed point one LCM step is the guided teacher's 50-step DDIM, alpha_0 (m_w +
-    (z/alpha_999 - m_w) F).
+    """At the fixed point one LCM step is 50 of guided DDIM: alpha_0 (m_w + (z/alpha_999 - m_w) F).
 
     F = prod (s^2 + S S') / (s^2 + S^2) = 0.0325786. So an LCM ends at alpha_bar_0 and cannot beat
     its teacher, whose distance to the exact ODE here is 0.03.
@@ -320,9 +296,7 @@ def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
 
 
 def test_distillation_finds_the_fixed_point(gaussian, schedule):
-    """Minimising lcd_loss index by index, from t = 19 up, leads p and q to the closed recursion, to
-    1e-5.
-    """
+    """Minimising lcd_loss by index, from t = 19 up, leads p and q to the recursion, to 1e-5."""
     p_exact, q_exact = fixed_point(gaussian, M + 1.0 * (M - M_NULL))
     p, q = torch.zeros(50), torch.ones(50)
     for n in range(50):
@@ -348,9 +322,7 @@ def test_distillation_finds_the_fixed_point(gaussian, schedule):
 
 
 def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
-    """At n = 0 the skip ends at t = 0, where f is the identity: the target is z_end itself and no
-    network's opinion.
-    """
+    """At n = 0 the skip ends at t = 0, where f is the identity: the target is z_end itself."""
     seen = {}
 
     def record(name, network):
@@ -383,8 +355,7 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
 
 
 def test_lcd_loss_calls(schedule):
-    """One call of the student at (z_start, c), two of the teacher there at c and null, one of the
-    target at (z_end, c).
+    """One student call at (z_start, c), two of the teacher (c, null), one of the target (z_end, c).
 
     In this order (2310.04378 Algorithm 1; student first), all with the same w ~ U[w_range]; n
     covers the grid.
@@ -427,9 +398,7 @@ def test_lcd_loss_calls(schedule):
 
 
 def test_a_longer_skip(schedule):
-    """k = 60 from t = 499: the target looks at t = 439, at the guided teacher's one DDIM step
-    there.
-    """
+    """k = 60 from t = 499: the target looks at t = 439, the guided teacher's one DDIM step."""
     seen = []
 
     def target(z_t, t, cond, w):
@@ -454,8 +423,7 @@ def test_a_longer_skip(schedule):
 
 
 def test_gradient_flows_through_the_student_only(schedule):
-    """Target and teacher are constants: the student's gradient is that of huber(f_start, a number),
-    theirs is none.
+    """Target and teacher are constants: the student's gradient is huber(f_start, a number)'s.
 
     The target is the student's own parameter here, as it is for LCM-LoRA; nothing outside lcd_loss
     stops its gradient.
@@ -498,9 +466,7 @@ RANK, LORA_ALPHA = 3, 5.0
 
 
 def small_unets():
-    """(base, adapted, tau): a small random UNet in float64, and a copy of it with a LoRA that is
-    not zero.
-    """
+    """(base, adapted, tau): a small random UNet in float64, and a copy with a LoRA not zero."""
     torch.manual_seed(0)
     base = UNet(SMALL).double().requires_grad_(False)
     adapted = copy.deepcopy(base)
@@ -513,8 +479,7 @@ def small_unets():
 
 
 def by_hand(base, tau, z0, cond, null_cond, n, w, eps):
-    """(loss, {path: (up, down) with gradients}): Algorithm 1 of 2310.04378 by its formulas, in
-    float64, with two UNets.
+    """(loss, {path: (up, down) with gradients}): 2310.04378's Algorithm 1, float64, two UNets.
 
     The student's weights are merged, W + lora_alpha / rank B A; the teacher is `base`. Shares
     nothing with minilcm.lcm.
@@ -582,8 +547,7 @@ def conds(b, dim=8):
 
 
 def test_lcd_loss_equals_algorithm_1_by_hand(schedule):
-    """Loss (1e-6) and every LoRA gradient (1e-4 of its norm) equal an independent two-UNet
-    Algorithm 1 in float64.
+    """Loss (1e-6) and LoRA gradients (1e-4 of norm) equal a two-UNet Algorithm 1 in float64.
 
     Same draws: n, then w, then eps, from one generator. lora_alpha / rank is 5/3, so a lost
     lora_alpha shows.
@@ -622,9 +586,7 @@ def test_lcd_loss_equals_algorithm_1_at_the_ends_of_the_grid(schedule, n):
 
 
 def test_student_begins_as_its_teacher(schedule):
-    """With B = 0, as add_lora leaves it, on and off are bitwise the same, and B gets a gradient at
-    the first step.
-    """
+    """With B = 0, as add_lora leaves it, on and off are bitwise the same; B gets a gradient."""
     torch.manual_seed(0)
     unet = UNet(SMALL)
     add_lora(unet, RANK, LORA_ALPHA, generator=torch.Generator().manual_seed(1))
@@ -645,9 +607,7 @@ def test_student_begins_as_its_teacher(schedule):
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_sample_lcm_equals_diffusers(schedule, samplers, steps):
-    """z0 and timesteps of diffusers 0.42.1's LCMScheduler around a nonlinear network, same
-    generators, to 1e-5.
-    """
+    """z0, timesteps of diffusers 0.42.1's LCMScheduler around a nonlinear network, to 1e-5."""
     rng, seen = generators(), []
     z_T = draw(rng)
     assert torch.equal(z_T, samplers["z_T"])
@@ -665,9 +625,7 @@ def test_sample_lcm_equals_diffusers(schedule, samplers, steps):
 
 @pytest.mark.parametrize("strength", [0.8, 0.5])
 def test_image_to_image_equals_diffusers(schedule, samplers, strength):
-    """From z_init noised to the first timestep, strength < 1: diffusers 0.42.1's LCMScheduler
-    again, to 1e-5.
-    """
+    """From z_init noised to the first timestep, strength < 1: LCMScheduler again, to 1e-5."""
     rng, key = generators(), f"lcm_s{strength}/4"
     z_start = add_noise(samplers["img2img/z_init"], draw(rng), lcm_grid(4, strength)[0], schedule)
     assert lcm_grid(4, strength) == samplers[f"{key}/timesteps"].tolist()
@@ -677,8 +635,7 @@ def test_image_to_image_equals_diffusers(schedule, samplers, strength):
 
 
 def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
-    """With the exact f, one step turns N(0, 1) into mean m - s alpha m / sqrt(V), std s / sqrt(V)
-    at t = 999.
+    """The exact f in one step: N(0, 1) to mean m - s alpha m / sqrt(V), std s / sqrt(V) at t = 999.
 
     For m = .7, s = .5: .67607, .50088. Each further step keeps N(m, s^2); successive z0 correlate
     by alpha s / sqrt(V) at the timestep between: .1166 at 759, .2961 at 499, .5707 at 259. Monte
@@ -706,9 +663,7 @@ def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
 
 
 def test_noise_is_fresh_at_every_step(schedule):
-    """Between two steps every image gets the next draw of its own generator; after the last nothing
-    is drawn.
-    """
+    """Between steps each image gets its own generator's next draw; after the last, none."""
     rng, points = generators(), []
     z_T = draw(rng)
 
@@ -747,8 +702,7 @@ def test_picture_does_not_depend_on_its_batch(schedule):
 
 @pytest.mark.parametrize("steps, std", [(1, 0.0171), (2, 0.1414), (4, 0.2388), (8, 0.2837)])
 def test_lcm_sampler_blurs_without_distillation(gaussian, schedule, steps, std):
-    """The LCM sampler around the denoiser instead of f: data of std 0.5 comes out at .0171 to .2837
-    for 1 to 8 steps.
+    """LCM around the denoiser, not f: data of std 0.5 comes out at .0171 to .2837 for 1 to 8 steps.
 
     Closed recursion v_f = (alpha s^2 / V)^2 v_z, v_z' = alpha'^2 v_f + sigma'^2 from v_z = 1, and
     Monte Carlo.
@@ -769,9 +723,7 @@ def test_lcm_sampler_blurs_without_distillation(gaussian, schedule, steps, std):
 
 
 def test_sample_lcm_on_cuda_in_float16(fake_cuda, monkeypatch):
-    """A dry run of the sampler with the emoji UNet in float16 on cuda, tables and generators on the
-    CPU.
-    """
+    """Dry run of the sampler, emoji UNet in float16 on cuda, tables and generators on the CPU."""
     grid = [999, 759, 499, 259]  # without data there is no .tolist()
     monkeypatch.setattr(lcm, "lcm_grid", lambda steps, strength: grid)
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float16), make_schedule()
@@ -784,9 +736,7 @@ def test_sample_lcm_on_cuda_in_float16(fake_cuda, monkeypatch):
 
 
 def test_distillation_on_cuda(fake_cuda):
-    """A dry run of the loss with the emoji UNet and a LoRA on cuda, tables and generator on the
-    CPU.
-    """
+    """Dry run of the loss, emoji UNet and a LoRA on cuda, tables and generator on the CPU."""
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float32), make_schedule()
     add_lora(unet, 4, 2.0)
     student, teacher = lora_networks(unet)
@@ -800,9 +750,7 @@ def test_distillation_on_cuda(fake_cuda):
 
 
 def test_teacher_in_one_batch_or_two(gaussian, schedule):
-    """`together` sends cond and null through the teacher as one batch of 2b: the same loss, one
-    call less.
-    """
+    """`together`: the teacher's cond and null as one batch of 2b: the same loss, a call less."""
     mean, null = torch.full((6, 1, 1), 1.5), torch.full((6, 1, 1), -0.5)  # one row an image
     z0, calls = noise(0, (6, 4, 8, 8)), []
 

@@ -1,6 +1,4 @@
-"""LoRA layers: W' x = W x + (lora_alpha / r) B A x, with lora_alpha != rank everywhere, on a base
-that keeps keys and weights.
-"""
+"""LoRA layers: W' x = W x + (lora_alpha / r) B A x on a base that keeps its keys and weights."""
 
 import copy
 
@@ -50,9 +48,7 @@ def adapted_unet(rank: int = RANK, lora_alpha: float = LORA_ALPHA) -> UNet:
 
 @pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
 def test_layer_equals_the_layer_with_the_summed_weight(path):
-    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r; the summed weight is formed here, entry
-    by entry, in float64.
-    """
+    """(W + s B A) x == W x + s B (A x), s = lora_alpha / r, summed here by entry in float64."""
     base = small_net().double()
     net = copy.deepcopy(base)
     add_lora(net, RANK, LORA_ALPHA)
@@ -92,9 +88,7 @@ def test_lora_alpha_defaults_to_the_rank():
 
 
 def test_off_is_the_base_bitwise():
-    """Under lora_off, and at scale 0, the UNet's output is that of a UNet that never had a LoRA:
-    the teacher, bit for bit.
-    """
+    """Under lora_off, and at scale 0, the UNet is one that never had a LoRA, bit for bit."""
     base, unet = tiny_unet()(*unet_inputs()), adapted_unet()
     live = unet(*unet_inputs())
     with lora_off(unet):
@@ -115,9 +109,7 @@ def test_a_fresh_lora_changes_nothing():
 
 
 def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
-    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform_(a=sqrt(5)); the same for
-    the same generator only.
-    """
+    """A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kaiming_uniform_(a=sqrt(5)); by generator."""
     draws = []
     for seed, global_seed in ((5, 0), (5, 1), (6, 0)):
         net = nn.ModuleDict({"to_q": nn.Linear(64, 32), "op": nn.Conv2d(16, 32, 3)})
@@ -133,9 +125,7 @@ def test_down_is_kaiming_uniform_and_drawn_by_the_generator():
 
 
 def test_base_keeps_its_keys_and_storage():
-    """A file of the base loads strictly before add_lora; after it every base key is there still, on
-    the same memory.
-    """
+    """A base file loads strictly before add_lora; after it every base key is on the same memory."""
     unet = tiny_unet(seed=1)
     unet.load_state_dict(tiny_unet().state_dict(), strict=True)
     before = {key: (value.data_ptr(), value.clone()) for key, value in unet.state_dict().items()}
@@ -153,9 +143,7 @@ def test_base_keeps_its_keys_and_storage():
 
 
 def test_only_the_lora_gets_gradients():
-    """add_lora returns all of the LoRA's parameters and nothing else; they get gradients, the
-    frozen base none.
-    """
+    """add_lora returns the LoRA's parameters, no others; they get gradients, the base none."""
     unet = tiny_unet().requires_grad_(True)
     parameters = add_lora(unet, RANK, LORA_ALPHA)
     assert {id(p) for p in parameters} == {id(p) for p in unet.parameters() if p.requires_grad}
@@ -177,9 +165,7 @@ def test_first_gradient_is_on_up_only():
 
 
 def test_gradients_really_clip():
-    """What add_lora returns is a list: it still holds them after the optimizer took them (a bug of
-    one official script).
-    """
+    """add_lora returns a list, which an optimizer cannot use up (an official script's bug)."""
     unet = tiny_unet()
     parameters = add_lora(unet, RANK, LORA_ALPHA)
     torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
@@ -192,9 +178,7 @@ def test_gradients_really_clip():
 
 
 def test_tau_round_trip():
-    """get_tau of one UNet loaded into another gives the same output bitwise; the tensors are
-    copied, not shared.
-    """
+    """get_tau of one UNet loaded into another: the same output bitwise; tensors are copied."""
     one, other = adapted_unet(), tiny_unet()
     add_lora(other, RANK, LORA_ALPHA)
     load_tau(other, get_tau(one))
@@ -209,9 +193,7 @@ def test_tau_round_trip():
 
 
 def test_lora_off_nests_and_restores():
-    """Each layer gets its own scale back when the block ends, after an inner block and after an
-    exception too.
-    """
+    """Each layer's own scale is back when the block ends, also an inner one or by an exception."""
     net = small_net()
     add_lora(net, RANK)
     layers = list(lora_layers(net).values())
@@ -226,9 +208,7 @@ def test_lora_off_nests_and_restores():
 
 
 def test_wrong_arguments_are_refused():
-    """ValueError with the values: rank below 1; a tau of other modules, another rank, another
-    lora_alpha.
-    """
+    """ValueError with the values: rank below 1; a tau of other modules, rank or lora_alpha."""
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(tiny_unet(), 0)
     unet = adapted_unet()
@@ -246,9 +226,7 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("family, count", [(emoji, None), (sd15, 278), (ssd1b, 423), (sdxl, 788)])
 def test_targets_are_the_official_lcm_loras(family, count):
-    """As many modules as the released LCM-LoRAs have; conv_in, out, embeddings and norms are not
-    among them.
-    """
+    """As many modules as the released LCM-LoRAs; not conv_in, out, embeddings or norms."""
     with torch.device("meta"):
         unet = UNet(family())
     paths = target_paths(unet)
@@ -269,9 +247,7 @@ def test_attention_only():
 
 
 def test_official_parameter_counts():
-    """Rank 64 on all targets: 67,252,224 for SD1.5, 104,902,656 for SSD-1B, 196,751,360 for SDXL
-    (from peft).
-    """
+    """Rank 64, all targets: SD1.5 67,252,224, SSD-1B 104,902,656, SDXL 196,751,360 (from peft)."""
     for family, expected in ((sd15, 67_252_224), (ssd1b, 104_902_656), (sdxl, 196_751_360)):
         with torch.device("meta"):
             unet = UNet(family())
@@ -288,9 +264,7 @@ def test_official_parameter_counts():
 
 @pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
 def test_a_narrow_base_computes_what_a_wide_one_does(path):
-    """A frozen weight in float16 under a float32 input: output and gradients are those of the same
-    weight widened beforehand.
-    """
+    """A frozen float16 weight, a float32 input: output and gradients as if widened beforehand."""
     base = small_net().half()
     net = copy.deepcopy(base).float()
     layers = []
@@ -316,9 +290,7 @@ def test_a_narrow_base_computes_what_a_wide_one_does(path):
 
 
 def test_a_narrow_base_keeps_no_wide_weight():
-    """A weight far larger than input and output: after the forward pass, less is alive than W
-    widened.
-    """
+    """A weight far larger than input and output: after forward, less is alive than W widened."""
     net = nn.ModuleDict(
         {"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)}
     ).half()

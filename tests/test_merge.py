@@ -1,6 +1,4 @@
-"""tau' = lambda1 tau_style + lambda2 tau_lcm: exact for different ranks and lora_alpha != rank, and
-into weights.
-"""
+"""tau' = lambda1 tau_style + lambda2 tau_lcm: exact, lora_alpha != rank, and into weights."""
 
 import itertools
 
@@ -25,9 +23,7 @@ def small_net(seed: int = 0) -> nn.ModuleDict:
 
 
 def three_taus() -> list[Tau]:
-    """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths lora_alpha / rank all different
-    and none of them 1.
-    """
+    """A style, an LCM and a third LoRA: ranks 2, 4, 3, strengths all different, none of them 1."""
     net = small_net()
     return [
         random_tau(net, 1, 2, 5.0, size=1.0),
@@ -52,9 +48,7 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 5e-6) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_delta(path):
-    """`delta` has the weight's shape and is the entry-by-entry sum; also for factors in float16,
-    summed in float32.
-    """
+    """`delta` has the weight's shape, is the entry-by-entry sum; float16 factors sum in float32."""
     up, down, lora_alpha = three_taus()[0][path]
     assert delta(up, down, lora_alpha).shape == small_net()[path].weight.shape
     close(delta(up, down, lora_alpha), exact_delta(up, down, lora_alpha))
@@ -64,9 +58,7 @@ def test_delta(path):
 
 
 def test_delta_is_what_the_layer_adds():
-    """A convolution with delta as its weight does what lora_down (at the base's stride), lora_up
-    do: LoRA eq. 3.
-    """
+    """A convolution with weight `delta` does what lora_down (the base's stride), lora_up do."""
     up, down, lora_alpha = three_taus()[0]["op"]
     x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     two = lora_alpha / 2 * torch.conv2d(torch.conv2d(x, down, stride=2, padding=1), up)
@@ -75,9 +67,7 @@ def test_delta_is_what_the_layer_adds():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_combine_is_the_weighted_sum_of_deltas(path):
-    """The mix's delta == sum lambda_i delta_i; its rank is the sum of ranks and its lora_alpha
-    equals it.
-    """
+    """The mix's delta == sum lambda_i delta_i; its rank is the sum of ranks, as its lora_alpha."""
     taus = three_taus()
     mix = combine(taus, LAMBDAS)
     assert mix[path][1].shape[0] == mix[path][2] == 2 + 4 + 3
@@ -97,9 +87,7 @@ def test_combine_is_linear_and_has_no_order(path):
 
 
 def test_combine_keeps_modules_that_only_one_lora_has():
-    """An attention-only style and a full LCM-LoRA: where one has no module, the other's delta is
-    alone there.
-    """
+    """An attention-only style and a full LCM-LoRA: a module of one alone has its delta alone."""
     style, lcm, _ = three_taus()
     del style["op"]
     mix = combine([style, lcm], [0.8, 1.0])
@@ -153,9 +141,7 @@ def test_unmerge_restores():
 
 
 def test_merged_unet_equals_live_lora_layers():
-    """The whole UNet: LoRA layers (load_tau) and merged weights give one output, alone and mixed
-    with a second LoRA.
-    """
+    """The whole UNet: LoRA layers and merged weights give one output, alone and mixed."""
     generator = torch.Generator().manual_seed(0)
     z_t, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, 32)))
     tau = random_tau(tiny_unet(), 1, 2, 3.0, size=0.1)
@@ -174,9 +160,7 @@ def test_merged_unet_equals_live_lora_layers():
 
 
 def test_a_lora_of_another_model_is_refused_and_changes_nothing():
-    """One line that names the LoRA, the first module and both shapes; then no weight has changed,
-    not even a fitting one.
-    """
+    """One line with LoRA, first module, both shapes; no weight has changed, even one that fits."""
     net, tau = small_net(), three_taus()[0]
     other = {"to_q": tau["to_q"], "op": (tau["op"][0], torch.zeros(2, 4, 1, 1), 5.0)}
     with pytest.raises(
@@ -198,9 +182,7 @@ def test_a_lora_of_another_model_is_refused_and_changes_nothing():
 
 
 def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
-    """W(bfloat16) + dW(float32) -> bfloat16 equals the float64 sum rounded once, which rounding dW
-    first does not.
-    """
+    """W(bfloat16) + dW(float32) -> bfloat16 is the float64 sum rounded once; dW is not rounded."""
     net, tau = small_net().bfloat16(), three_taus()[0]
     before = {path: net[path].weight.clone() for path in PATHS}
     merge_into(net, tau)

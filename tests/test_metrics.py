@@ -45,9 +45,7 @@ def coins(n: int, seeds: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [64, 96, 128])
 def test_the_judge_reads_pictures_of_any_size(side):
-    """Logits of the names (b, n) and of the styles (b, s), from features (b, dim); each picture by
-    itself.
-    """
+    """Logits of names (b, n) and styles (b, s), from features (b, dim); each picture by itself."""
     judge, pixels = small_judge(), some_pixels(2, side)
     of_names, of_styles = judge(pixels)
     assert judge.features(pixels).shape == (2, 16)
@@ -85,9 +83,7 @@ def test_picked():
 
 
 class HandMadeJudge:
-    """Reads a name from the colour of a picture (red, green, blue) and a style from the sign of its
-    last pixel.
-    """
+    """Reads the name from the colour (red, green, blue), the style from the last pixel's sign."""
 
     names, styles = NAMES, ["dark", "light", "neither"]
 
@@ -146,9 +142,7 @@ def test_interval_covers_the_truth():
 
 
 def test_pictures_of_one_prompt_are_not_independent():
-    """Where a prompt decides alone, a second seed brings no certainty: the interval stays as wide
-    as with one.
-    """
+    """Where the prompt decides alone, a second seed brings no certainty: the interval stays."""
     one = coins(600)
     assert interval(one) == interval(one.expand(-1, 2))
 
@@ -170,9 +164,7 @@ def test_pairs_take_away_what_both_have():
 
 
 def test_wilson():
-    """Known values: none of 16 leaves up to 0.194, all of 16 down to 0.806; 5 of 10 is [0.237,
-    0.763].
-    """
+    """Known values: 0 of 16 leaves up to 0.194, 16 of 16 down to 0.806; 5 of 10 [0.237, 0.763]."""
     assert wilson(0, 16) == pytest.approx([0, 0, 0.1936], abs=1e-4)
     assert wilson(16, 16) == pytest.approx([1, 0.8064, 1], abs=1e-4)
     assert wilson(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
@@ -182,9 +174,7 @@ def test_wilson():
 
 
 def test_frechet_of_two_gaussians():
-    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 of a cloud and itself, and in either
-    order the same.
-    """
+    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 to itself; in either order."""
     s, t = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 0.5, 0.5])
     x, y = (z * scale for z, scale in zip(normals(2, 200_000, 3), (s, t)))
     y = y + torch.tensor([1.0, 0.0, -2.0])
@@ -194,9 +184,7 @@ def test_frechet_of_two_gaussians():
 
 
 def test_frechet_of_turned_gaussians():
-    """Covariances diag(4, 1) and diag(1, 4) do commute: 2 (2 - 1)^2; turned together by 30 degrees,
-    the same.
-    """
+    """Covariances diag(4, 1), diag(1, 4) commute: 2 (2 - 1)^2; turned together, the same."""
     x, y = (
         z * scale
         for z, scale in zip(
@@ -224,9 +212,7 @@ def test_sharpness():
 
 
 def test_psnr():
-    """An error of 0.1 of the range everywhere is 20 dB, of half of it 6.02; each picture has its
-    own.
-    """
+    """An error of 0.1 of the range is 20 dB, of half of it 6.02; each picture has its own."""
     x = torch.zeros(2, 3, 4, 4)
     y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 1.0)])
     torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 6.0206]), rtol=0, atol=1e-3)

@@ -1,6 +1,4 @@
-"""The networks of each objective: what student, teacher and target are; and a dry run of each on a
-pretended card.
-"""
+"""The networks of each objective: student, teacher, target; a dry run of each on a fake card."""
 
 import pytest
 import torch
@@ -42,9 +40,7 @@ def test_a_lora_is_one_unet_on_off_and_on():
 
 
 def test_a_full_lcm_is_three_unets():
-    """They begin as one, whatever w; the student learns to look at w; only the target follows it,
-    by its average.
-    """
+    """They begin as one for any w; the student learns to look at w; only the target follows."""
     unet = tiny_unet()
     expected = unet(Z_T, T_, cond())
     nets = make_networks(Objective("lcm", None), unet, F32)
@@ -95,9 +91,7 @@ def test_ranks_share_what_is_drawn(kind, rank):
 @pytest.mark.parametrize("rank", [4, None])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
-    """A dry run of the loss in bfloat16 on cuda: noise and grid come from the CPU, no device or
-    dtype is mixed up.
-    """
+    """Dry run, bfloat16 on cuda: noise and grid are the CPU's, devices and dtypes do not mix."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     unet = fake_cuda(lambda: UNet(config.unet), F32)
@@ -129,9 +123,7 @@ def spied(schedule, eps_hat) -> tuple[Networks, dict[str, list]]:
 
 @pytest.mark.parametrize("k", [1, 20, 100])
 def test_k_is_the_length_of_the_skip(schedule, k):
-    """The target is asked k timesteps below the student, but not below 0: what --k says reaches the
-    loss.
-    """
+    """The target is asked k timesteps below the student, not below 0: --k reaches the loss."""
     nets, seen = spied(schedule, lambda z_t, t: z_t)
     none = Cond(torch.zeros(64, 1, 1))
     loss_of(
@@ -150,9 +142,7 @@ def test_k_is_the_length_of_the_skip(schedule, k):
 
 
 def test_diffusion_draws_every_timestep_and_weighs_by_min_snr(schedule):
-    """t ~ U{0, ..., 999}; a network that says 0 has the loss min(SNR, 5) / SNR times eps^2, not
-    eps^2.
-    """
+    """t ~ U{0, ..., 999}; a network that says 0 has loss min(SNR, 5) / SNR times eps^2."""
     nets, seen = spied(schedule, lambda z_t, t: torch.zeros_like(z_t))
     z0 = torch.zeros(2000, 4, 1, 1)  # so z_t = sigma eps
     loss = loss_of(
@@ -173,9 +163,7 @@ def test_diffusion_draws_every_timestep_and_weighs_by_min_snr(schedule):
 
 
 def test_student_and_target_of_a_full_lcm_embed_the_same_w():
-    """With equal weights they are one function of w, that of the UNet given the embedding of w
-    itself.
-    """
+    """With equal weights they are one function of w: the UNet's, given w's own embedding."""
     unet = tiny_unet()
     nets = make_networks(Objective("lcm", None), unet, F32)
     torch.nn.init.normal_(

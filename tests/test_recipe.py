@@ -1,6 +1,4 @@
-"""How the emoji model is made: the formulas of its training, and a recipe whose lines train.py
-understands.
-"""
+"""How the emoji model is made: its training's formulas, and a recipe that train.py understands."""
 
 import argparse
 
@@ -16,9 +14,7 @@ from weights.emoji.train_vae import against, grow, hinge
 
 
 def test_hinge():
-    """No loss beyond the margin of 1 on the right side; 1 each at 0; it grows linearly on the wrong
-    side.
-    """
+    """No loss beyond the margin of 1 on the right side; 1 each at 0; linear on the wrong side."""
     assert hinge(torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -7.0])) == 0
     assert hinge(torch.zeros(3), torch.zeros(3)) == 2
     assert hinge(torch.tensor([-2.0]), torch.tensor([3.0])) == 3 + 4
@@ -68,9 +64,7 @@ def test_grow_keeps_all_but_the_new_level():
 
 
 def test_the_recipe_is_one_that_can_be_run(tmp_path):
-    """Each part needs only parts above it; what train.py trains has flags that it takes, --resume
-    after a state.
-    """
+    """Each part needs only parts above it; train.py takes its flags, --resume after a state."""
     args = argparse.Namespace(out=tmp_path, names=4, steps=10, device="cpu", batch=None, looks=None)
     done = []
     for name, part in PARTS.items():

@@ -1,6 +1,4 @@
-"""sample.py on a tiny model: same seed same bytes, alone or among others; what the files say; one
-line for each mistake.
-"""
+"""sample.py on a tiny model: same seed, same bytes; what the files say; a line for each mistake."""
 
 import dataclasses
 import io
@@ -34,9 +32,7 @@ EMOJI_NAMES = tuple((ROOT / "weights/emoji/names.txt").read_text().splitlines()[
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a model, a LoRA `lcm` for all targets, a LoRA `style` for attention only, and a
-    picture.
-    """
+    """A folder: a model, LoRAs `lcm` (all targets) and `style` (attention only), a picture."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model.safetensors")
     write_tau(folder / "lcm.safetensors", random_tau(tiny_unet(), 1, 2, 3.0, size=0.1), {})
@@ -49,9 +45,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def draw(files, tmp_path):
-    """draw(*flags) runs sample.py and gives {file name: bytes} of the folder it wrote to, in the
-    order of names.
-    """
+    """draw(*flags) runs sample.py and gives {file name: bytes} of its folder, ordered by name."""
     count = itertools.count()
 
     def run(*flags: str, loras=("lcm.safetensors",), out: str = "") -> dict[str, bytes]:
@@ -144,9 +138,7 @@ def test_the_picture_is_the_pipeline_by_hand(draw, files):
 
 
 def test_files_and_what_they_say(draw):
-    """Names sort in the order of drawing; the PNG's text chunk is the prompt, the negative and the
-    recipe.
-    """
+    """Names sort in the order of drawing; the PNG's text is prompt, negative and recipe."""
     pictures = draw(
         "pizza",
         "Cat face, on a pink background",
@@ -186,9 +178,7 @@ def test_many_pictures_sort_in_the_order_of_their_seeds(draw):
 
 
 def test_out_as_one_file(draw, tmp_path):
-    """--out FILE.png in a folder that is not there yet is that file alone, with the bytes that a
-    folder would get.
-    """
+    """--out FILE.png in a folder not there yet is that file, with the bytes a folder would get."""
     path = tmp_path / "a/new: folder/my pizza.png"
     assert draw("pizza", out=str(path)) == {"my pizza.png": only(draw("pizza"))}
 
@@ -198,9 +188,7 @@ def test_out_without_a_slash_is_a_folder(draw, tmp_path):
 
 
 def test_earlier_pictures_are_kept(draw, tmp_path):
-    """A second run in the same folder, of the same prompt and seed too, counts on; other files are
-    left alone.
-    """
+    """A second run in the folder, even of prompt and seed, counts on; other files are left."""
     out = f"{tmp_path}/x/"
     first = draw("pizza", "--count", "2", out=out)
     (tmp_path / "x/0007_notes.txt").write_text("mine")
@@ -257,9 +245,7 @@ def test_default_steps(draw, capsys):
 
 
 def test_negative_counts_above_guidance_1_only(draw):
-    """At guidance 1, the default of lcm, the negative prompt changes no level; at 2 it does. ddim's
-    default is the model's 3.
-    """
+    """At guidance 1, lcm's default, the negative prompt changes nothing; at 2 it does. ddim: 3."""
     plain, negative = draw("pizza"), draw("pizza", "--negative", "rocket", "--guidance", "1")
     assert same_picture(only(plain), only(negative))
     plain, negative = (
@@ -294,9 +280,7 @@ def test_lambda(draw):
 
 
 def test_several_loras_add_up(draw):
-    """lambda1 style + lambda2 lcm in either order is one picture to a level; a file at 0.3 and 0.5
-    is it at 0.8.
-    """
+    """lambda1 style + lambda2 lcm in either order is one picture; 0.3 + 0.5 of a file is 0.8."""
     flags = ("pizza", "--dtype", "float32")
     style, lcm = "style.safetensors:0.8", "lcm.safetensors:1.0"
     one, other = only(draw(*flags, loras=[style, lcm])), only(draw(*flags, loras=[lcm, style]))
@@ -321,9 +305,7 @@ def test_a_lora_of_the_text_encoder_changes_the_picture(draw, tmp_path):
 
 
 def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
-    """`--lora lcm`, and --sampler lcm without any --lora, take lcm_lora.safetensors beside the
-    shipped model; ddim takes none.
-    """
+    """`--lora lcm`, and --sampler lcm alone, take the shipped lcm_lora.safetensors; ddim none."""
     shipped = files / "shipped"
     shipped.mkdir()
     (shipped / "lcm_lora.safetensors").write_bytes((files / "lcm.safetensors").read_bytes())
@@ -352,9 +334,7 @@ def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
 def test_a_style_alone_is_told_that_few_steps_are_blurred(
     files, tmp_path, monkeypatch, capsys, recipe, told
 ):
-    """Naming a --lora takes the place of the shipped LCM-LoRA, which is easily forgotten; a mix of
-    both is not told.
-    """
+    """A --lora takes the shipped LCM-LoRA's place, which is easily forgotten; a mix isn't told."""
     monkeypatch.setattr(sample, "WEIGHTS", files)
     write_tau(tmp_path / "some.safetensors", read_tau(files / "style.safetensors"), recipe)
     argv = [
@@ -371,9 +351,7 @@ def test_a_style_alone_is_told_that_few_steps_are_blurred(
 
 
 def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):
-    """A UNet with cond_proj, no LoRA: the picture is f of unet(z, t, cond, e(w)), one evaluation, w
-    = guidance - 1.
-    """
+    """A UNet with cond_proj, no LoRA: f of unet(z, t, cond, e(w)), one call, w = guidance - 1."""
     config = dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, w_dim=256))
     path = write_model(tmp_path / "lcm.safetensors", config=config)
     pictures = []
@@ -461,9 +439,7 @@ def test_any_prompt_is_drawn_into_the_folder(draw, tmp_path, prompt, name):
 
 
 def test_line_breaks_in_prompts_are_spaces(draw):
-    """A prompt pasted over two lines is one line in the PNG, whose first line is the prompt, and
-    draws the same.
-    """
+    """A prompt over two lines is one line in the PNG, whose first is the prompt; same picture."""
     broken = draw("cat\n  face,\r\n\tnoto style\n", "--negative", "a\nb")
     assert broken == draw("cat face, noto style", "--negative", "a b")
     assert lines_in(only(broken))[:2] == ["cat face, noto style", "Negative prompt: a b"]
@@ -623,9 +599,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("flags, message", MISTAKES)
 def test_mistakes_give_one_line_and_no_file(bad_files, tmp_path, flags, message):
-    """Each mistake ends in one line that holds what was given; no file, whole or in part, was
-    written anywhere.
-    """
+    """Each mistake ends in one line that holds what was given; no file was written anywhere."""
 
     def files_there():
         return sorted(
@@ -659,9 +633,7 @@ def test_cuda_without_cuda(files):
 
 
 def test_as_a_command(bad_files, tmp_path, monkeypatch):
-    """As `python sample.py` a mistake leaves with one line that begins with the script's name,
-    which exits with 1.
-    """
+    """`python sample.py` leaves a mistake with one line, the script's name first, and exit 1."""
     for argv, message in (
         ([], "no prompt"),
         (["pizza", "--model", "none.safetensors"], "none.safetensors: no such file"),
@@ -675,9 +647,7 @@ def test_as_a_command(bad_files, tmp_path, monkeypatch):
 
 
 def test_in_a_shell(bad_files, tmp_path):
-    """A whole process, elsewhere than in the repository: one line on stderr, no traceback, exit 1,
-    no file.
-    """
+    """A whole process, elsewhere: one line on stderr, no traceback, exit 1, no file."""
     argv = [
         "pizza",
         "--model",

@@ -25,9 +25,7 @@ from minilcm.schedule import (
     ],
 )
 def test_tables_golden(schedule, t, alpha_bar, alpha, sigma, sigma_hat):
-    """alpha_bar, alpha, sigma, sigma/alpha at seven timesteps are those of diffusers 0.42.1
-    (scaled_linear).
-    """
+    """alpha_bar, alpha, sigma, sigma/alpha at seven timesteps: diffusers 0.42.1, scaled_linear."""
     assert schedule.alpha_bar[t].item() == pytest.approx(alpha_bar, abs=1e-7)
     assert schedule.alpha[t].item() == pytest.approx(alpha, abs=1e-6)
     assert schedule.sigma[t].item() == pytest.approx(sigma, abs=1e-6)
@@ -35,9 +33,7 @@ def test_tables_golden(schedule, t, alpha_bar, alpha, sigma, sigma_hat):
 
 
 def test_tables_whole(schedule):
-    """float32, alpha_bar falling, alpha^2 + sigma^2 = 1, within 5e-7 of Stable Diffusion's formula
-    in float64.
-    """
+    """float32, alpha_bar falling, alpha^2 + sigma^2 = 1, within 5e-7 of the float64 formula."""
     assert all(table.shape == (T,) and table.dtype == torch.float32 for table in schedule)
     assert (schedule.alpha_bar.diff() < 0).all()
     torch.testing.assert_close(
@@ -53,9 +49,7 @@ def test_tables_whole(schedule):
 
 
 def test_add_noise_takes_each_image_to_its_own_t(schedule):
-    """DDPM (2006.11239) eq. 4: data alone comes out times alpha, noise alone times sigma; t an int
-    or one per image.
-    """
+    """DDPM (2006.11239) eq. 4: data alone times alpha, noise alone times sigma; t int or (b,)."""
     zeros, ones = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     t = torch.tensor([0, 499, 999])
     for when in (259, t):
@@ -89,9 +83,7 @@ def test_at_shapes(schedule):
 
 @pytest.mark.parametrize("t", [0, 19, 499, 999])
 def test_x0_and_eps_of_gaussian_data(schedule, gaussian, t):
-    """Data N(m, s^2): x0_from_eps turns E[eps | z_t] into E[z0 | z_t], and eps_from_x0 turns it
-    back (closed forms).
-    """
+    """Data N(m, s^2): x0_from_eps turns E[eps | z_t] into E[z0 | z_t], eps_from_x0 the reverse."""
     z_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(t))
     exact_eps, exact_x0 = gaussian.eps(z_t.double(), t), gaussian.x0(z_t.double(), t)
     x0 = x0_from_eps(z_t, exact_eps, t, schedule)
@@ -104,9 +96,7 @@ def test_x0_and_eps_of_gaussian_data(schedule, gaussian, t):
 
 
 def test_x0_and_eps_undo_add_noise(schedule):
-    """From z_t = alpha z0 + sigma eps, knowing eps gives z0 and knowing z0 gives eps, each image at
-    its own t.
-    """
+    """From z_t = alpha z0 + sigma eps, eps gives z0 and z0 gives eps, each image at its own t."""
     g = torch.Generator().manual_seed(0)
     z0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
     t = torch.tensor([0, 259, 759, 999])
@@ -116,9 +106,7 @@ def test_x0_and_eps_undo_add_noise(schedule):
 
 
 def test_estimates_are_float32(schedule):
-    """A network's half-precision output is widened before the division by alpha, so it is not
-    rounded once more.
-    """
+    """A half-precision output is widened before the division by alpha: not rounded once more."""
     z_t, eps_hat = torch.randn(2, 4, 8, 8).bfloat16(), torch.randn(2, 4, 8, 8).bfloat16()
     t = torch.tensor([999, 500])
     for convert in (x0_from_eps, eps_from_x0):
@@ -129,9 +117,7 @@ def test_estimates_are_float32(schedule):
 
 
 def test_min_snr_weight(schedule):
-    """Min-SNR (2303.09556) eq. 8: 1 where SNR < gamma, gamma / SNR above; SNR(0) = 0.99915 /
-    0.00085 = 1175.
-    """
+    """Min-SNR (2303.09556) eq. 8: 1 where SNR < gamma, else gamma / SNR; SNR(0) = 1175."""
     t = torch.arange(T)
     snr = schedule.alpha_bar.double() / (1 - schedule.alpha_bar.double())
     expected = torch.where(snr > 5, 5 / snr, torch.ones_like(snr))
@@ -144,9 +130,7 @@ def test_min_snr_weight(schedule):
 
 
 def test_diffusion_loss_arithmetic(schedule):
-    """Errors of 1, 2 and 3 in three images' eps give the mean of 1, 4, 9, weighted image by image;
-    no error gives 0.
-    """
+    """Errors of 1, 2, 3 in three images' eps: the mean of 1, 4, 9, weighted by image; none: 0."""
     z0, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 200, 900])
     eps, off = torch.randn(3, 4, 8, 8), torch.tensor([1.0, 2.0, 3.0])
     seen = []
@@ -166,9 +150,7 @@ def test_diffusion_loss_arithmetic(schedule):
 
 
 def test_diffusion_loss_of_the_perfect_network(schedule, gaussian):
-    """With E[eps | z_t] for data N(m, s^2) the loss is alpha^2 s^2 / V, the variance that is left;
-    2 % off is worse.
-    """
+    """E[eps | z_t] for N(m, s^2): the loss is what's left, alpha^2 s^2 / V; 2 % off is worse."""
     g = torch.Generator().manual_seed(0)
     z0 = gaussian.m + gaussian.s * torch.randn(4, 4, 128, 128, generator=g)
     eps, t = torch.randn(z0.shape, generator=g), torch.full((4,), 259)
@@ -181,9 +163,7 @@ def test_diffusion_loss_of_the_perfect_network(schedule, gaussian):
 
 
 def test_diffusion_loss_on_cuda(fake_cuda):
-    """A dry run with everything but the schedule's tables on cuda: the loss is float32 there,
-    weighted or not.
-    """
+    """Dry run, all but the schedule on cuda: the loss is float32 there, weighted or not."""
     z0, eps = torch.randn(2, 3, 4, 8, 8, device="cuda")
     t = torch.arange(3, device="cuda")
     for gamma in (5.0, None):

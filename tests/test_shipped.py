@@ -16,9 +16,7 @@ WEIGHTS = ROOT / "weights/emoji"
 
 
 def test_the_model_is_one_official_single_file():
-    """Official prefixes, fp16, at most 48 MB, the emoji config, names of names.txt; unused tokens'
-    rows are zero.
-    """
+    """Official prefixes, fp16, at most 48 MB, emoji config, names; unused tokens' rows are zero."""
     path = WEIGHTS / "model.safetensors"
     assert path.stat().st_size <= 48e6
     with safe_open(path, "pt") as f:
@@ -51,9 +49,7 @@ def test_the_loras_fit_the_model():
 
 @torch.no_grad()
 def test_the_first_command_draws_what_it_says(tmp_path):
-    """`sample.py NAME` with no flag, for eight names: the judge finds at least six right (chance:
-    one in 300).
-    """
+    """`sample.py NAME`, eight names: the judge finds at least six (chance: one in 300)."""
     judge = load_judge(WEIGHTS / "judge.safetensors")
     assert judge.names == list(identify(WEIGHTS / "model.safetensors").names)
     chosen = [

@@ -25,9 +25,7 @@ def noise(seed=0, shape=(2, 4, 8, 8)):
 
 
 def test_ddim_grid_golden():
-    """Starts and ends of diffusers 0.42.1's DDIMScheduler: t_end = t_start - 1000//steps, on the
-    grid or not.
-    """
+    """diffusers 0.42.1's DDIMScheduler's starts and ends: t_end = t_start - 1000//steps."""
     assert ddim_grid(1) == [(999, -1)]
     assert ddim_grid(2) == [(999, 499), (499, -1)]
     assert ddim_grid(3) == [(999, 666), (666, 333), (332, -1)]
@@ -55,9 +53,7 @@ def test_ddim_grid_golden():
 
 
 def test_dpmpp_grid_golden():
-    """Timesteps of diffusers 0.42.1's DPMSolverMultistepScheduler; linspace is its default for
-    SD1.5.
-    """
+    """diffusers 0.42.1's DPMSolverMultistepScheduler's timesteps; linspace is its SD1.5 default."""
     assert dpmpp_grid(4) == [999, 749, 499, 249]
     assert dpmpp_grid(1, "linspace") == [999]
     assert dpmpp_grid(4, "linspace") == [999, 749, 500, 250]
@@ -81,9 +77,7 @@ def test_dpmpp_grid_golden():
     "grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])]
 )
 def test_grids_refuse_bad_arguments(grid, spacings):
-    """No step, more steps than timesteps, an unknown spacing: one line with the value and the
-    choice.
-    """
+    """No step, more steps than timesteps, unknown spacing: one line with value and choice."""
     for spacing in spacings:
         for steps in (0, -1, 1001):
             with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to 1000"):
@@ -96,9 +90,7 @@ def test_grids_refuse_bad_arguments(grid, spacings):
 
 
 def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
-    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0,
-    alpha_bar 0.99915.
-    """
+    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0."""
     x0, eps = noise(0), noise(1)
     zeros = torch.zeros_like(x0)
     assert torch.equal(ddim_step(zeros, x0, zeros, 499, schedule), schedule.alpha[499] * x0)
@@ -113,9 +105,7 @@ def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
 
 
 def test_ddim_step_is_the_papers_psi(schedule64):
-    """Psi = (a'/a) z - s' (s a'/(a s') - 1) eps - z, as the LCM paper (2310.04378) writes DDIM, is
-    ddim_step - z.
-    """
+    """Psi = (a'/a) z - s' (s a'/(a s') - 1) eps - z, 2310.04378's DDIM, is ddim_step - z."""
     z, eps = noise(0).double(), noise(1).double()
     for t, t_end in ((999, 979), (519, 499), (39, 19), (19, 0)):
         (a, s), (a_end, s_end) = schedule64.at(t, z), schedule64.at(t_end, z)
@@ -125,9 +115,7 @@ def test_ddim_step_is_the_papers_psi(schedule64):
 
 
 def test_ddim_is_invertible_for_constant_eps(schedule64):
-    """If eps does not change along the way, a step up undoes a step down exactly: DDIM then follows
-    a straight line.
-    """
+    """If eps does not change along the way, a step up undoes a step down: a straight line."""
     z, eps = noise(0).double(), noise(1).double()
     (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
     down = ddim_step(z, (z - s * eps) / a, eps, 680, schedule64)
@@ -172,9 +160,7 @@ def ddim_product(gaussian, z_T, times):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 50])
 def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
-    """Data N(m, s^2) and the exact eps: sample_ddim is a product of closed-form factors (float64 by
-    hand: 1e-13).
-    """
+    """Data N(m, s^2), the exact eps: sample_ddim is a product of closed-form factors, to 1e-13."""
     z_T = noise()
     times = [*range(999, 0, -1000 // steps), 0]
     expected = ddim_product(gaussian, z_T.double(), times)
@@ -188,9 +174,7 @@ def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
 
 
 def test_ddim_product_of_the_training_grid(gaussian):
-    """50 steps of size 20 down to t = 0, s = 0.5: the product is 0.0325786, worked out in float64
-    by other code.
-    """
+    """50 steps of 20 down to t = 0, s = 0.5: 0.0325786, worked out in float64 by other code."""
     unit = torch.ones(1, 1, 1, 1).double()
     a0, a999 = gaussian.schedule.alpha[0], gaussian.schedule.alpha[999]
     z0 = ddim_product(gaussian, (gaussian.m + unit) * a999, [*range(999, 0, -20), 0])
@@ -198,9 +182,7 @@ def test_ddim_product_of_the_training_grid(gaussian):
 
 
 def test_trajectories_are_self_consistent(gaussian):
-    """The exact ODE map of Gaussian data: t -> u -> 0 is t -> 0, f is constant along it, and f is
-    not the denoiser.
-    """
+    """The Gaussian ODE map: t -> u -> 0 is t -> 0, f is constant along it, not the denoiser."""
     z = noise().double()
     at_499 = gaussian.ode(z, 999, 499)
     torch.testing.assert_close(
@@ -211,9 +193,7 @@ def test_trajectories_are_self_consistent(gaussian):
 
 
 def test_ddim_follows_the_ode(gaussian, schedule):
-    """1000 DDIM steps end within 0.01 of the exact ODE at every pixel; 10 steps are more than 20
-    times as far off.
-    """
+    """1000 DDIM steps end within 0.01 of the exact ODE; 10 are more than 20 times as far off."""
     z_T = noise()
     exact = gaussian.ode(z_T.double(), 999, 0).float()
     error = {
@@ -228,9 +208,7 @@ def test_ddim_follows_the_ode(gaussian, schedule):
 
 
 def uniform_grid(steps):
-    """A schedule whose times 0..steps are equally spaced in log(alpha/sigma), from sigma/alpha =
-    14.61 to 0.05.
-    """
+    """Times 0..steps equally spaced in log(alpha/sigma), from sigma/alpha = 14.61 to 0.05."""
     S = torch.exp(torch.linspace(math.log(14.61), math.log(0.05), steps + 1, dtype=torch.float64))
     alpha = (1 + S**2) ** -0.5
     return Schedule(alpha**2, alpha, S * alpha)
@@ -246,9 +224,7 @@ def orders(gaussian, solve):
 
 
 def test_ddim_is_of_first_order(gaussian):
-    """Halving the step halves the error: orders 0.95 to 1.00 for exact Gaussian eps, steps equal in
-    half log-SNR.
-    """
+    """Halving the step halves the error: orders 0.95 to 1.00, exact eps, equal log-SNR steps."""
 
     def solve(data, z, steps):
         for t in range(steps):
@@ -259,9 +235,7 @@ def test_ddim_is_of_first_order(gaussian):
 
 
 def test_dpmpp_2m_is_of_second_order(gaussian):
-    """DPM-Solver++(2M) quarters it: orders 1.61 to 2.00 in the setting of the test above
-    (2211.01095).
-    """
+    """DPM-Solver++(2M) quarters it: orders 1.61 to 2.00, set up as above (2211.01095)."""
 
     def solve(data, z, steps):
         x0_last = None
@@ -303,8 +277,7 @@ def mean_cond(m):
 
 @pytest.mark.parametrize("t", [19, 499, 999])
 def test_guidance_moves_the_mean(gaussian, t):
-    """Equal-variance Gaussians: guiding N(.7, s^2) away from N(-.2, s^2) by w = 7.5 is the exact
-    eps of mean 7.45.
+    """Gaussians of one variance: N(.7, s^2) guided from N(-.2, s^2), w = 7.5, has eps of mean 7.45.
 
     m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w: m_null + 8.5 (m_c -
     m_null) is the same.
@@ -329,9 +302,7 @@ def test_guidance_keeps_images_apart(gaussian):
 
 
 def test_guidance_costs_one_call(gaussian):
-    """w = 0 is one batch of b without null; w > 0 is one batch of 2b. Ho & Salimans (2207.12598)
-    eq. 6.
-    """
+    """w = 0: a batch of b without null; w > 0: one of 2b. Ho & Salimans (2207.12598) eq. 6."""
     calls, z_t = [], noise()
     unet, cond, null_cond = (
         gaussian_unet(gaussian, calls),
@@ -365,9 +336,7 @@ def test_guidance_arithmetic_is_float32():
     "kind", ["ddim_trailing", "ddim_leading", "dpmpp_trailing", "dpmpp_linspace"]
 )
 def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
-    """z0 and timesteps of diffusers 0.42.1's DDIM and DPM-Solver++ schedulers around a nonlinear
-    network, to 1e-5.
-    """
+    """z0, timesteps of diffusers 0.42.1's DDIM and DPM-Solver++, nonlinear network, to 1e-5."""
     name, spacing = kind.split("_")
     sample, seen = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[name], []
 
@@ -383,9 +352,7 @@ def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
 
 
 def test_dpmpp_ends_on_its_estimate(gaussian, schedule):
-    """At sigma' = 0 the last step returns its x0: one step is x0 itself (diffusers'
-    final_sigmas_type "zero").
-    """
+    """At sigma' = 0 the last step returns its x0 (diffusers' final_sigmas_type "zero")."""
     z_T = noise()
     one = sample_dpmpp_2m(gaussian.eps, z_T, schedule, 1)
     assert torch.equal(one, x0_from_eps(z_T, gaussian.eps(z_T, 999), 999, schedule))

@@ -1,6 +1,4 @@
-"""train.py on a tiny model: every objective, what is written, resume to the last bit, and one line
-for wrong flags.
-"""
+"""train.py on a tiny model: every objective, its files, exact resume, a line for wrong flags."""
 
 import dataclasses
 import hashlib
@@ -97,9 +95,7 @@ def refused(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_steps(files, tmp_path, objective, capsys):
-    """Two steps write what --help promises: result, sheet and state, all whole; the result is not
-    where training started.
-    """
+    """Two steps write what --help promises: result, sheet and state; the result has moved."""
     run(files, tmp_path / "new/run", objective, 2, "--lr", "0.1")
     out = tmp_path / "new/run"
     result = "model.safetensors" if "full" in objective else "lora.safetensors"
@@ -202,9 +198,7 @@ def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch)
 
 
 def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
-    """Of a full LCM: step, then target <- 0.95 target + 0.05 student, each time, with the weights
-    of that step.
-    """
+    """Of a full LCM: step, then target <- 0.95 target + 0.05 student, with that step's weights."""
     events, step = [], torch.optim.AdamW.step
 
     def step_spy(self, *args, **kwargs):
@@ -277,9 +271,7 @@ def test_weights_do_not_decay(files, tmp_path):
     "objective, drop", [("full", 0.1), ("style", 0.1), ("lcm", 0.0), ("full lcm", 0.0)]
 )
 def test_captions_are_dropped_for_diffusion_only(files, tmp_path, monkeypatch, objective, drop):
-    """A tenth of the captions becomes "", which guidance needs; a consistency loss has a null
-    condition of its own.
-    """
+    """A tenth of the captions becomes "", which guidance needs; consistency has its own null."""
     seen = []
 
     def spy(*args):
@@ -397,9 +389,7 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
 
 
 def test_full_training_writes_the_average(files, tmp_path):
-    """model.safetensors is the running average of the weights, not the last ones: after one step,
-    0.1 old + 0.9 new.
-    """
+    """model.safetensors is the running average of the weights: after a step 0.1 old + 0.9 new."""
     run(files, tmp_path, "full", 1, "--lr", "1")
     state, old = (
         read_tensors(latest_state(tmp_path))[0],
@@ -652,9 +642,7 @@ def test_resume_of_a_finished_run_changes_nothing(files, finished):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypatch, what):
-    """NaN in the loss, or only in its gradient, at the third step: an error that names the step,
-    the files of step 2 intact.
-    """
+    """NaN in loss or gradient at the third step: an error names it, step 2's files are intact."""
     count = []
 
     def spoiled(*args, **kwargs):
@@ -678,9 +666,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
 
 
 def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch):
-    """A full disk at the second save: the first save's files are whole, and the run resumes from
-    them.
-    """
+    """A full disk at the second save: the first save's files are whole, and a run resumes."""
     original, saves = save_state, []
 
     def full(path, *args):
@@ -820,9 +806,7 @@ def test_cuda_without_cuda(files, tmp_path):
 
 
 def test_resume_on_another_model(files, tmp_path):
-    """The same path, but another file: refused with both digests; the base of a LoRA cannot change
-    on the way.
-    """
+    """The same path, another file: refused with both digests; a LoRA's base cannot change."""
     write_model(tmp_path / "model.safetensors")
     argv = [
         *flags(files, tmp_path / "out", "attention", 1),
@@ -839,9 +823,7 @@ def test_resume_on_another_model(files, tmp_path):
 
 
 def test_art_of_other_names_only(files, tmp_path):
-    """A shard none of whose names the model knows is refused by name, not by an error about an
-    empty list.
-    """
+    """A shard with no name the model knows is refused by name, not by an empty list's error."""
     write_model(
         tmp_path / "other.safetensors", config=dataclasses.replace(CONFIG, names=("teapot",))
     )
@@ -857,9 +839,7 @@ def test_art_of_other_names_only(files, tmp_path):
 
 
 def test_as_a_command(files, monkeypatch, capsys):
-    """As `python train.py` an error leaves with one line, which exits with 1; --help explains and
-    exits with 0.
-    """
+    """`python train.py` leaves an error with one line and exit 1; --help explains, exit 0."""
     for argv, message in (
         (
             flags(files, files / "model.safetensors", "lcm", 1),

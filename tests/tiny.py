@@ -1,6 +1,4 @@
-"""A model, a LoRA and art small enough to train and sample in seconds, with all that the shipped
-ones have.
-"""
+"""A model, a LoRA and art small enough for seconds, with all that the shipped ones have."""
 
 import io
 import json
@@ -50,9 +48,7 @@ TWO_TOWERS = (
 
 
 def tiny_unet(seed: int = 0, cfg: UNetConfig = CONFIG.unet) -> UNet:
-    """Random weights; what writes into a residual is enlarged, so that prompt and LoRA move the
-    output visibly.
-    """
+    """Random weights; what writes into a residual is enlarged: prompt and LoRA move the output."""
     torch.manual_seed(seed)
     unet = UNet(cfg).requires_grad_(False).eval()
     for path in target_paths(unet, ("to_out.0", "proj_out", "ff.net.2", "out_layers.3")):
@@ -102,9 +98,7 @@ def random_tau(
 
 
 def load_tau(model: torch.nn.Module, tau: Tau) -> None:
-    """Copy tau into the model's LoRA layers. Raises ValueError unless paths, ranks and lora_alpha
-    are the same.
-    """
+    """Copy tau into the LoRA layers. Raises ValueError unless paths, ranks, lora_alpha fit."""
     layers = lora_layers(model)
     if set(layers) != set(tau):
         odd = sorted(set(layers) ^ set(tau))

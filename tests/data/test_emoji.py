@@ -1,6 +1,4 @@
-"""The emoji art: what a caption says is true of its picture, and everything random comes from
-(seed, step).
-"""
+"""The emoji art: captions are true of their pictures; all chance comes from (seed, step)."""
 
 import io
 import json
@@ -87,9 +85,7 @@ def test_articles_agree():
 
 
 def test_naming_uses_name_label_article_and_keywords():
-    """The bare name is the most frequent; label, article and keyword forms all occur, and each
-    holds name or label.
-    """
+    """The bare name is most frequent; label, article, keyword forms occur; all say what it is."""
     rng = random.Random(3)
     art = Art("red apple", ("Apple", "fruit"), "noto", drawing(0))
     names = Counter(
@@ -108,9 +104,7 @@ def test_naming_uses_name_label_article_and_keywords():
 
 
 def test_captions_of_own_pictures_are_left_alone():
-    """A picture with a text of its own (style None) has that text as caption, or none in a tenth of
-    the draws.
-    """
+    """A picture with its own text (style None) has it as caption, or none in a tenth of draws."""
     rng = random.Random(4)
     texts = Counter(
         caption(Art("my cat Tom, asleep", (), None, drawing(0)), "white", rng)[0]
@@ -127,9 +121,7 @@ def level(color: str) -> torch.Tensor:
 
 
 def test_compose_stands_on_the_colour_it_tells():
-    """(3, S, S) in [-1, 1]; the corners, which a disc leaves free, have the returned colour
-    exactly; all occur.
-    """
+    """(3, S, S) in [-1, 1]; the corners, free of a disc, have the returned colour; all occur."""
     pictures, colors = compose([PIZZA] * 100, 64, random.Random(0))
     assert pictures.shape == (100, 3, 64, 64) and pictures.dtype == torch.float32
     assert pictures.min() >= -1 and pictures.max() <= 1
@@ -140,9 +132,7 @@ def test_compose_stands_on_the_colour_it_tells():
 
 
 def test_compose_scales_and_moves_within_the_frame():
-    """A full square of art covers 75 to 95 % of the side and moves half of its way to each edge, so
-    all is in sight.
-    """
+    """A full square of art covers 75 to 95 % of the side, moves half-way to each edge, is whole."""
     square = PIZZA._replace(image=Image.new("RGBA", (128, 128), (0, 0, 255, 255)))
     sides, moved = [], []
     for pixels, color in zip(*compose([square] * 300, 64, random.Random(0))):
@@ -163,9 +153,7 @@ def test_place_blends_transparency():
 
 
 def test_place_puts_a_point_where_shift_says():
-    """A drawing's red centre, 8 of 128 pixels wide, lands at half the canvas plus shift, whatever
-    the scale.
-    """
+    """A drawing's red centre, 8 of 128 pixels, lands at half the canvas plus shift at any scale."""
     drawing = torch.zeros(1, 4, 128, 128)
     drawing[:, :, 60:68, 60:68] = torch.tensor([1.0, 0.0, 0.0, 1.0])[None, :, None, None]
     for scale, (dx, dy) in ((1.0, (0.0, 0.0)), (0.75, (0.125, -0.0625)), (0.95, (-0.1, 0.2))):
@@ -285,9 +273,7 @@ def test_held_out_pairs(committed):
 
 
 def test_committed_art_is_whole(committed):
-    """No (name, style) twice, every drawing 128 pixels at its longest and not empty, every name of
-    names.txt drawn.
-    """
+    """No (name, style) twice; each drawing 128 pixels long and not empty; every name drawn."""
     art, _, _ = committed
     assert len({(a.name, a.style) for a in art}) == len(art)
     assert {max(a.image.size) for a in art} == {128}
@@ -341,9 +327,7 @@ def test_cache_art():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    """Two iterators agree on latents, captions and the generator they hand over; another seed gives
-    other batches.
-    """
+    """Two iterators agree on latents, captions and generator; another seed gives other batches."""
     one, two, other = (
         list(islice(art_batches(numbered_cache(), 3, seed), 6)) for seed in (0, 0, 1)
     )
@@ -354,9 +338,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_start_is_skipping(batch):
-    """start = k gives what is left after k batches, also in the middle of an epoch and for a batch
-    above the data's size.
-    """
+    """start = k gives what is left after k batches, in mid-epoch and for a batch above the data."""
     whole = list(islice(art_batches(numbered_cache(), batch, 4), 8))
     for k in (1, 2, 5):
         assert all(
@@ -367,9 +349,7 @@ def test_start_is_skipping(batch):
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 20])
 def test_each_epoch_is_a_permutation(batch):
-    """Of m = 7 latents, examples 0-6, 7-13, ... of the run are each all seven, in different orders;
-    captions belong to them.
-    """
+    """Of m = 7 latents, each run of seven is all of them in a new order, captions with them."""
     shown = []
     for z0, captions, size_ids, _ in islice(
         art_batches(numbered_cache(), batch, 0), -(-28 // batch)
@@ -384,9 +364,7 @@ def test_each_epoch_is_a_permutation(batch):
 
 
 def test_latents_are_drawn_afresh():
-    """z0 = mean + std noise: the same drawing has another latent each epoch, with the cache's mean
-    and std in the long run.
-    """
+    """z0 = mean + std noise: new each epoch, with the cache's mean and std in the long run."""
     cache = numbered_cache(m=2, std=0.25)
     drawn = torch.cat([z0 for z0, *_ in islice(art_batches(cache, 2, 0), 400)])
     zero = drawn[drawn.mean(dim=(1, 2, 3)) < 0.5]
@@ -417,9 +395,7 @@ def test_batches_by_hand(batch):
 
 
 def test_ranks_share_the_batch_of_one():
-    """Three ranks with batch 2 have, one after the other, the rows of one process with batch 6:
-    latents, captions.
-    """
+    """Three ranks of batch 2 have, in turn, the rows of one of batch 6: latents, captions."""
     for start in (0, 4):
         ranks = zip(*(art_batches(numbered_cache(), 2, 0, start, rank, 3) for rank in range(3)))
         for whole, parts in islice(zip(art_batches(numbered_cache(), 6, 0, start), ranks), 5):

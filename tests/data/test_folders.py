@@ -46,9 +46,7 @@ def read(folder) -> list[tuple[str, str, int]]:
 
 
 def test_captions_in_txt_or_caption(tmp_path):
-    """Sorted; .txt before .caption; several lines are one caption; a BOM, capital suffixes, stray
-    and hidden files.
-    """
+    """Sorted; .txt before .caption; lines join; a BOM, capital suffixes, stray and hidden files."""
     put(
         tmp_path,
         {
@@ -211,9 +209,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_exif_rotation_is_respected():
-    """A picture stored lying with "rotate to stand" (orientation 6: 90 degrees clockwise) has its
-    top at the top.
-    """
+    """A picture stored lying with "rotate to stand" (orientation 6) has its top at the top."""
     upright = Image.new("RGB", (20, 40), "blue")
     upright.paste("red", (0, 0, 20, 10))
     exif = Image.Exif()
@@ -229,9 +225,7 @@ def test_exif_rotation_is_respected():
 
 
 def test_alpha_is_laid_on_white():
-    """Half-transparent black is grey, transparent is white, in RGBA as in a palette with
-    transparency.
-    """
+    """Half-transparent black is grey, transparent is white, in RGBA and in a palette alike."""
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
     image.putpixel((1, 0), (0, 0, 0, 0))
     assert [open_picture(png(image)).getpixel((x, 0)) for x in (0, 1)] == [
@@ -246,9 +240,7 @@ def test_alpha_is_laid_on_white():
 
 
 def test_bad_pictures_are_refused(monkeypatch):
-    """No picture, one cut off, one above Pillow's limit for decompression bombs: always a
-    ValueError.
-    """
+    """No picture, one cut off, one above Pillow's decompression-bomb limit: a ValueError."""
     whole = png(Image.effect_noise((64, 64), 50))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for data in (b"", b"no picture", whole[:1000], whole):
@@ -313,9 +305,7 @@ def test_buckets_need_a_multiple():
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Red tells how far right, green how far down: the level at the centre of a pixel, 0 to 255
-    over the picture.
-    """
+    """Red tells how far right, green how far down: a pixel centre's level, 0 to 255."""
     image = Image.new("RGB", (width, height))
     image.putdata(
         [
@@ -358,9 +348,7 @@ def test_size_ids_tell_the_cut(size, target):
 
 
 def test_size_ids_of_a_hand_made_picture():
-    """200 x 100 onto 64 x 64: scaled to 128 x 64, so top is 0 and left at most 64. Onto its own
-    aspect: no cut.
-    """
+    """200 x 100 onto 64 x 64: scaled to 128 x 64, top 0, left at most 64. Own aspect: no cut."""
     image = ramp(200, 100)
     ids = [crop(image, (64, 64), random.Random(i))[1] for i in range(500)]
     assert all(x[:3] == [100, 200, 0] and x[4:] == [64, 64] for x in ids)
@@ -615,9 +603,7 @@ def test_buckets_take_turns_at_random(cache):
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 30])
 def test_start_is_skipping(cache, batch):
-    """start = n gives what is left after n batches, wherever an epoch or a bucket stands; another
-    seed gives others.
-    """
+    """start = n gives what is left after n batches, in any epoch or bucket; seeds differ."""
     whole = list(islice(batches(cache, batch, 4), 30))
     for n in range(0, 28, 1 if batch == 4 else 9):
         assert all(
@@ -655,9 +641,7 @@ def test_latents_are_drawn_afresh(cache):
 
 
 def test_captions_are_dropped_as_often_as_asked(cache):
-    """drop = 0.25: a quarter of the captions is empty; by default none; what else is drawn does not
-    change.
-    """
+    """drop = 0.25: a quarter of the captions is empty; by default none; nothing else changes."""
     some, none = (list(islice(batches(cache, 8, 0, drop=drop), 200)) for drop in (0.25, 0.0))
     said = [text for _, captions, _, _ in some for text in captions]
     assert abs(said.count("") / len(said) - 0.25) < 0.03
@@ -669,9 +653,7 @@ def test_captions_are_dropped_as_often_as_asked(cache):
 
 
 def test_in_background_gives_the_same_items_and_errors():
-    """All items in their order and then the end; an error comes where the item that it prevents was
-    asked for.
-    """
+    """All items in order, then the end; an error comes where its item was asked for."""
     assert list(in_background(iter(range(20)))) == list(range(20))
 
     def broken():

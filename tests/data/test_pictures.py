@@ -1,6 +1,4 @@
-"""Pixels to pictures: rounding, the recipe inside the PNG, contact sheets, and reading a picture to
-start from.
-"""
+"""Pixels to pictures: rounding, the recipe in the PNG, contact sheets; and back, to start from."""
 
 import numpy as np
 import pytest
@@ -24,9 +22,7 @@ def test_to_images_rounds_to_the_nearest_level():
 
 
 def test_to_images_keeps_order_and_clamps():
-    """One image a row of the batch, channels as R, G, B, values outside [-1, 1] at the ends; half
-    precision too.
-    """
+    """One image a row, channels R, G, B, values outside [-1, 1] at the ends; half precision too."""
     pixels = torch.tensor([[5.0, -1.0, -5.0], [-1.0, 1.0, 0.0]])[:, :, None, None].expand(
         2, 3, 4, 6
     )
@@ -44,9 +40,7 @@ def test_to_images_keeps_order_and_clamps():
     "prompt", ["a slice of pizza", 'say "cheese", 100 %', "日本の寿司 🍣, café"]
 )
 def test_png_has_the_recipe_inside(tmp_path, prompt):
-    """The text chunk `parameters` comes back whole, its first line the prompt, also beyond Latin-1;
-    the picture is lossless.
-    """
+    """The text chunk `parameters` comes back whole, beyond Latin-1 too; the picture is lossless."""
     pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     image = to_images(pixels)[0]
     save_png(tmp_path / "x.png", image, f"{prompt}\nSteps: 4, Sampler: lcm")
@@ -74,9 +68,7 @@ def test_failed_png_leaves_the_old_one(tmp_path, monkeypatch):
     "count, columns, grid", [(1, 1, (1, 1)), (5, 3, (3, 2)), (6, 3, (3, 2)), (4, 6, (6, 1))]
 )
 def test_contact_sheet_size_and_places(count, columns, grid):
-    """`columns` cells a row, as many rows as needed; cell i holds image i unchanged, 8 pixels
-    between cells.
-    """
+    """`columns` cells a row; cell i holds image i unchanged, 8 pixels between cells."""
     images = [Image.new("RGB", (128, 64), (10 * i, 0, 200)) for i in range(count)]
     sheet = contact_sheet(images, ["label"] * count, columns)
     tall = 13 + 6

@@ -1,6 +1,4 @@
-"""Tar shards as a stream: each sample once an epoch whoever reads, a resumed stream goes on, damage
-is named.
-"""
+"""Tar shards as a stream: each sample once an epoch, a resumed stream goes on, damage is named."""
 
 import gzip
 import json
@@ -58,9 +56,7 @@ def numbers(samples) -> list[int]:
 
 @pytest.mark.parametrize("buffer", [0, 4, 1000])
 def test_an_epoch_is_a_permutation(tmp_path, buffer):
-    """Each of 35 samples once an epoch, in another order each epoch and with each seed, the same
-    one with the same.
-    """
+    """35 samples once an epoch each, in an order that epoch and seed change and repeat."""
     shards = write_shards(tmp_path)
     drawn = [
         numbers(islice(stream(shards, TARGETS, seed=s, buffer=buffer), 105)) for s in (0, 0, 1)
@@ -71,9 +67,7 @@ def test_an_epoch_is_a_permutation(tmp_path, buffer):
 
 
 def test_captions_of_all_kinds(tmp_path, capsys):
-    """.txt, .json with caption or text, and .txt before .json; names up to the first dot; strays
-    ignored.
-    """
+    """.txt, .json with caption or text, .txt first; names up to the first dot; strays ignored."""
     files = {
         "a.jpg": picture(0),
         "a.txt": b"one\n two",
@@ -105,9 +99,7 @@ def test_two_ranks_with_two_workers_see_each_sample_once(tmp_path):
 
 
 class Means(torch.nn.Module):
-    """In place of a VAE: the latent of a picture is its mean colour, four times, with a std of 1 /
-    8.
-    """
+    """In place of a VAE: a picture's latent is its mean colour, four times, with std 1 / 8."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,4 @@
-"""Model files: round trip, official prefixes, strict loading with one line that names file and
-keys; and the state of a run.
-"""
+"""Model files: round trip, official prefixes, strict loading; and the state of a run."""
 
 import dataclasses
 import json
@@ -99,9 +97,7 @@ def single_file(official_keys, family: str) -> dict[str, list[int]]:
     "family, config", [("sd15", sd15_config), ("sdxl", sdxl_config), ("ssd1b", ssd1b_config)]
 )
 def test_families_are_identified_by_their_header(tmp_path, official_keys, family, config):
-    """The official key lists, in a file of their full size that holds no data; the UNet alone,
-    under three prefixes.
-    """
+    """The official key lists as files of full size without data; the UNet under three prefixes."""
     shapes = single_file(official_keys, family)
     assert identify(header_file(tmp_path / "whole.safetensors", shapes)) == config()
     for prefix in (UNET, "diffusion_model.", ""):
@@ -193,9 +189,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("keys, message", FOREIGN, ids=[message for _, message in FOREIGN])
 def test_other_files_are_named(tmp_path, keys, message):
-    """What it is instead, in one line, from the header; nothing is guessed from a key that a family
-    happens to lack.
-    """
+    """What it is instead, in one line, from the header; nothing is guessed from a missing key."""
     path = header_file(tmp_path / "x.safetensors", keys())
     with pytest.raises(ValueError) as caught:
         identify(path)
@@ -207,9 +201,7 @@ def test_other_files_are_named(tmp_path, keys, message):
 
 
 def test_wild_spellings_load(tmp_path, contents, model):
-    """Other prefixes, CLIP-L without text_model., VAE attention as matrices under diffusers' names:
-    the same model.
-    """
+    """Other prefixes, CLIP-L without text_model., VAE attention as matrices: the same model."""
     tensors, metadata = contents
     wild = {}
     for key, value in tensors.items():
@@ -283,9 +275,7 @@ def test_values_that_cannot_be_used(tmp_path, contents, key, value, message):
 
 
 def test_round_trip_rounds_to_float16_and_nothing_else(model):
-    """Every tensor of UNet, VAE and text tower comes back as its float16 rounding, frozen, in
-    float32, under the same key.
-    """
+    """Each tensor comes back frozen, in float32, as its float16 rounding, under the same key."""
     loaded = load_model(model)
     for module, original in zip(loaded, (tiny_unet(), tiny_vae(), tiny_text())):
         state, expected = module.state_dict(), original.state_dict()
@@ -299,9 +289,7 @@ def test_round_trip_rounds_to_float16_and_nothing_else(model):
 
 
 def test_loaded_model_computes_what_the_saved_one_does(model):
-    """Text, UNet and VAE of the file give the outputs of the modules that were saved, up to float16
-    rounding of weights.
-    """
+    """Text, UNet and VAE of the file give the saved modules' outputs, up to float16 rounding."""
     unet, vae, text, _ = load_model(model)
     cond, z_t = (
         text.encode(["cat face"]),
@@ -318,9 +306,7 @@ def test_loaded_model_computes_what_the_saved_one_does(model):
 
 
 def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
-    """float16 values pass through float32 unchanged, so load and save is the identity on tensors
-    and config.
-    """
+    """float16 survives float32 unchanged: load and save is the identity on tensors and config."""
     unet, vae, text, config = load_model(model)
     save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
     (tensors, metadata), (again, metadata_again) = (
@@ -332,9 +318,7 @@ def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
 
 
 def test_two_text_towers_round_trip(tmp_path):
-    """SDXL's layout: both towers come back, under its official prefixes; saved again the file is
-    the same.
-    """
+    """SDXL's layout: both towers come back under official prefixes; saved again, the same file."""
     path = write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
     unet, vae, text, config = load_model(path)
     assert config == TWO_TOWERS
@@ -356,9 +340,7 @@ def test_two_text_towers_round_trip(tmp_path):
 
 
 def test_dtype_of_the_weights(model):
-    """`dtype` is that of every weight of UNet and text tower; the VAE stays float32, as SDXL's
-    must.
-    """
+    """`dtype` is that of all of UNet and text tower; the VAE stays float32, as SDXL's must."""
     unet, vae, text, _ = load_model(model, torch.bfloat16)
     assert {p.dtype for module in (unet, text) for p in module.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
@@ -373,9 +355,7 @@ def test_config_round_trip(model, family):
 
 
 def test_keys_have_the_official_prefixes(contents):
-    """The keys of a file by CompVis: model.diffusion_model., first_stage_model.,
-    cond_stage_model.transformer.text_model.
-    """
+    """The keys of a file by CompVis: first_stage_model., cond_stage_model.transformer., ..."""
     tensors, metadata = contents
     official = (
         "model.diffusion_model.input_blocks.0.0.weight",
@@ -392,9 +372,7 @@ def test_keys_have_the_official_prefixes(contents):
 
 @pytest.mark.parametrize("prefix, what", [(UNET, "UNet"), (VAE, "VAE")])
 def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
-    """Each problem is counted and its first keys are named, all in one line; nothing is loaded
-    leniently.
-    """
+    """Each problem is counted, its first keys named, all in one line; nothing is lenient."""
     tensors, metadata = dict(contents[0]), contents[1]
     keys = sorted(key for key in tensors if key.startswith(prefix))
     first, second, third = (key.removeprefix(prefix) for key in keys[:3])
@@ -410,9 +388,7 @@ def test_missing_extra_and_misshapen_keys(tmp_path, contents, prefix, what):
 @pytest.mark.parametrize("proj", ["q", "k", "v"])
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_text_tower_without_one_of_q_k_v(tmp_path, contents, proj, part):
-    """q, k and v are fused on load; a file without one of them, or with one of another width, gives
-    one line too.
-    """
+    """q, k and v are fused on load; a file without one, or with another width, gives one line."""
     tensors, metadata = dict(contents[0]), contents[1]
     key = f"{TEXT}encoder.layers.0.self_attn.{proj}_proj.{part}"
     value = tensors.pop(key)
@@ -422,9 +398,7 @@ def test_text_tower_without_one_of_q_k_v(tmp_path, contents, proj, part):
 
 
 def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
-    """What belongs to no part is named, not dropped in silence; buffers and leftovers of training
-    need no line.
-    """
+    """What belongs to no part is named, but buffers and leftovers of training need no line."""
     tensors = contents[0] | {
         "model_diffusion.out.2.weight": torch.zeros(1),
         UNET + "odd.weight": torch.zeros(1),
@@ -444,9 +418,7 @@ def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
 
 
 def test_no_config_and_a_config_of_another_version(tmp_path, contents):
-    """A checkpoint by someone else has no minilcm.config; a damaged or newer one is refused in one
-    line as well.
-    """
+    """Others' checkpoints have no minilcm.config; a damaged or newer one is refused in one line."""
     tensors, path = contents[0], tmp_path / "bad.safetensors"
     assert (
         "detected an unknown UNet (width 32, in 4, context 32, adm None, depths (0, 0, 1)"
@@ -512,9 +484,7 @@ def train_step(net, optimizer, i: int) -> None:
 
 
 def test_state_round_trip_is_bitwise(tmp_path):
-    """Weights, both Adam moments, its step count and the run's JSON come back bit for bit; the next
-    step is the same too.
-    """
+    """Weights, Adam's moments and count, the run's JSON: bit for bit; so is the next step."""
     net, optimizer = small_run(3)
     run = {"step": 3, "flags": {"lr": "0.01"}}
     save_state(
@@ -545,9 +515,7 @@ def test_state_round_trip_is_bitwise(tmp_path):
 
 
 def test_state_is_loaded_into_the_parameters_that_the_optimizer_holds(tmp_path):
-    """load_state fills tensors in place: optimizer, average and a compiled network go on holding
-    the right ones.
-    """
+    """load_state fills tensors in place: optimizer, average and compiled network keep theirs."""
     net, optimizer = small_run(2)
     save_state(
         tmp_path / "state.safetensors", state_tensors(dict(net.named_parameters()), optimizer), {}

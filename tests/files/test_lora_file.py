@@ -1,6 +1,4 @@
-"""LoRA files: bitwise round trips with lora_alpha != rank, names that come back, and one line for
-each kind of wrong file.
-"""
+"""LoRA files: bitwise round trips, lora_alpha != rank, names both ways, a line for a wrong file."""
 
 import json
 import math
@@ -59,9 +57,7 @@ def spoil(path, change) -> None:
 
 
 def test_float32_round_trip_is_bitwise(tmp_path):
-    """write_tau in float32, read_tau: same paths, same bits, and lora_alpha as float32 holds it,
-    for several ranks.
-    """
+    """write_tau in float32, read_tau: same paths, same bits, same lora_alpha, for several ranks."""
     tau = {
         path: (up, down, float(torch.tensor(lora_alpha)))
         for path, (up, down, lora_alpha) in mixed_tau().items()
@@ -80,9 +76,7 @@ def test_live_parameters_can_be_written(tmp_path):
 
 
 def test_float16_is_the_default_and_rounds_once(tmp_path):
-    """The file's tensors are float16, read back as float32 of exactly that rounding; a second round
-    trip changes nothing.
-    """
+    """The file has float16, read as that rounding in float32; a second trip changes nothing."""
     tau = mixed_tau()
     write_tau(tmp_path / "a.safetensors", tau, {})
     assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {
@@ -98,9 +92,7 @@ def test_float16_is_the_default_and_rounds_once(tmp_path):
 
 
 def test_a_missing_alpha_means_rank(lora):
-    """Files without `.alpha` have strength 1, so lora_alpha = rank, module by module (kohya's
-    rule).
-    """
+    """Without `.alpha` a LoRA has strength 1: lora_alpha = rank, by module (kohya's rule)."""
     spoil(
         lora, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(".alpha")]
     )
@@ -113,9 +105,7 @@ def test_a_missing_alpha_means_rank(lora):
 
 
 def test_keys_are_kohyas(lora):
-    """`lora_unet_` + path with underscores, three tensors a module; the header has kohya's rank and
-    alpha.
-    """
+    """`lora_unet_` + path with underscores, three tensors a module; kohya's rank and alpha."""
     tensors = load_file(lora)
     assert len(tensors) == 6 and tensors[f"{FLAT}.alpha"].ndim == 0
     assert tensors[f"{FLAT}.lora_down.weight"].shape == (1, 32, 3, 3) and tensors[
@@ -131,9 +121,7 @@ def test_keys_are_kohyas(lora):
 
 
 def test_recipe_is_in_the_header(tmp_path):
-    """What training recorded comes back by read_recipe, and lies under `minilcm.*`; ranks and
-    alphas are listed.
-    """
+    """What training recorded comes back by read_recipe from `minilcm.*`, with ranks and alphas."""
     recipe = {"objective": "lcm", "w": "7.5", "K": "50", "timestep_scaling": "10"}
     write_tau(tmp_path / "lora.safetensors", mixed_tau(), recipe)
     assert read_recipe(tmp_path / "lora.safetensors") == recipe
@@ -147,9 +135,7 @@ def test_recipe_is_in_the_header(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_a_bijection(family):
-    """Each adaptable module has one flattened name in LDM and one in diffusers spelling, and both
-    come back to it.
-    """
+    """Each module has one flattened name in LDM and one in diffusers spelling; both come back."""
     with torch.device("meta"):
         unet = UNet(family())
     paths = [path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -161,9 +147,7 @@ def test_names_are_a_bijection(family):
 
 @pytest.mark.parametrize("family", [sd15, ssd1b, sdxl])
 def test_diffusers_names_are_the_official_ones(official_lora_keys, family):
-    """The map equals the one tracked tensor by tensor through diffusers' own converter, norms and
-    embeddings too.
-    """
+    """The map equals the one tracked by tensors through diffusers' converter, norms too."""
     official = official_lora_keys[family.__name__]
     assert {path: to_diffusers_path(path, family()) for path in official} == official
 
@@ -173,9 +157,7 @@ def test_diffusers_names_are_the_official_ones(official_lora_keys, family):
     [(sd15, 278, 67_252_224), (ssd1b, 423, 104_902_656), (sdxl, 788, 196_751_360)],
 )
 def test_official_lcm_lora_keys(official_lora_keys, family, modules, parameters):
-    """Every key of the official file names a module that the LCM-LoRA's targets name, with the
-    shapes of rank 64.
-    """
+    """Every key of the official file names a target of the LCM-LoRA, with rank 64's shapes."""
     keys = official_lora_keys[f"lcm_{family.__name__}"]
     with torch.device("meta"):
         unet = UNet(family())
@@ -301,9 +283,7 @@ SPELLINGS = [  # each of public files, by grammar; and what it names
 
 @pytest.mark.parametrize("key, prefix, path, part", SPELLINGS)
 def test_spellings(key, prefix, path, part):
-    """Five grammars, UNet and text encoders: the module of SD1.5 (or its tower) and the part that
-    the key names.
-    """
+    """Five grammars, UNet and text: SD1.5's module (or tower) and the part that the key names."""
     got_prefix, module, got_part = split_key(key)
     flat = module.replace(".", "_")
     got = text_table().get(flat) if got_prefix else to_ldm_path(flat, sd15)
@@ -311,9 +291,7 @@ def test_spellings(key, prefix, path, part):
 
 
 def test_the_upsampler_of_the_lowest_level(tmp_path):
-    """`up_blocks_0_upsamplers_0_conv` is output_blocks.2.1 in SD1.5 but .2.2 in SDXL, where A1111
-    loses it.
-    """
+    """`up_blocks_0_upsamplers_0_conv` is output_blocks.2.1 in SD1.5, .2.2 in SDXL (A1111: lost)."""
     flat = "lora_unet_up_blocks_0_upsamplers_0_conv"
     for other, path in (
         ("down_blocks_0_attentions_0_proj_in", "output_blocks.2.1.conv"),
@@ -333,9 +311,7 @@ def test_the_upsampler_of_the_lowest_level(tmp_path):
 
 @pytest.mark.parametrize("style", ["diffusers", "ldm", "peft"])
 def test_styles_come_back(tmp_path, style):
-    """Each style written in float32, text encoder included, ranks and lora_alphas all different:
-    the same tau read.
-    """
+    """Each style in float32, text encoder too, ranks and lora_alphas different: the same tau."""
     tau = {
         path: (up, down, float(torch.tensor(lora_alpha)))
         for path, (up, down, lora_alpha) in mixed_tau().items()
@@ -347,9 +323,7 @@ def test_styles_come_back(tmp_path, style):
 
 
 def test_sdxl_is_written_in_ldm_names_and_says_so(tmp_path):
-    """Default names are G1 for SD1.x, G2 for SDXL; `ss_base_model_version` is what A1111 lists a
-    LoRA by.
-    """
+    """Default names are G1 for SD1.x, G2 for SDXL; `ss_base_model_version` is for A1111's list."""
     for path, width, key, base in (
         (
             "input_blocks.7.1.proj_in",
@@ -402,9 +376,7 @@ def test_a_tucker_core_is_multiplied_out(tmp_path):
 
 
 def test_peft_alpha_is_read(tmp_path):
-    """The header's lora_adapter_metadata, or adapter_config.json beside the file, tells lora_alpha;
-    rsLoRA's too.
-    """
+    """lora_adapter_metadata, or adapter_config.json beside it, tells lora_alpha; rsLoRA's too."""
     key = "mid_block.resnets.0.conv1"
     tensors = {
         f"{key}.lora_A.weight": torch.ones(4, 32, 3, 3),
@@ -436,8 +408,7 @@ def test_peft_alpha_is_read(tmp_path):
 
 
 def test_peft_patterns(tmp_path):
-    """alpha_pattern holds ends of names, at a dot, or regular expressions; the first that fits
-    counts. PEFT's rules.
+    """alpha_pattern holds ends of names at a dot, or expressions; the first that fits (PEFT).
 
     attn1.to_k: "to_k"; attn2.to_k: the first, though "to_k" fits too; conv1: "[02]" fits 0 and not
     1; to_q: none, and "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of alpha
@@ -482,9 +453,7 @@ def test_a_pattern_that_could_take_years_is_refused(tmp_path):
 
 
 def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path, capsys):
-    """PEFT's default alpha is 8, so rank 64 read as alpha 64 would be 8 times too strong: one
-    printed line.
-    """
+    """PEFT's default alpha is 8: rank 64 read as alpha 64 would be 8 times too strong; one line."""
     name = "base_model.model.mid_block.resnets.0.conv1"
     tensors = {
         f"{name}.lora_A.weight": torch.ones(4, 32, 3, 3),
@@ -511,9 +480,7 @@ def test_a_bare_peft_adapter_without_its_settings_says_what_it_assumes(tmp_path,
     ],
 )
 def test_other_adapters_are_refused_by_name(lora, key):
-    """LyCORIS' and PEFT's other kinds: one line with the kind and the key, though the rest of the
-    file is LoRA.
-    """
+    """LyCORIS' and PEFT's other kinds: one line with kind and key, though the rest is LoRA."""
     spoil(lora, lambda tensors: tensors.update({key: torch.zeros(2)}))
     assert re.search(
         rf"(LoHa|LoKr|DoRA|difference|IA3|GLoRA|OFT) is not LoRA.*{re.escape(key)}", one_line(lora)
@@ -549,9 +516,7 @@ def test_missing_file(tmp_path):
 
 
 def test_not_a_lora(tmp_path):
-    """A checkpoint is told where it belongs; any other safetensors file is named by its first key;
-    an empty one too.
-    """
+    """A checkpoint is told where it belongs; any other file is named by its first key, or empty."""
     assert "this is a checkpoint; pass it with --model" in one_line(
         write_model(tmp_path / "model.safetensors")
     )
@@ -625,9 +590,7 @@ def test_truncated_file(tmp_path, fraction):
     ],
 )
 def test_wrong_contents(lora, change, message):
-    """Modules unknown or half there, ranks that do not fit, values not finite: one line naming key
-    or path.
-    """
+    """Modules unknown or half there, ranks that do not fit, not finite: a line naming the key."""
 
     def apply(tensors):
         for key, value in change.items():

@@ -27,17 +27,14 @@ INSIDE = {  # a ResBlock: diffusers' name -> LDM's, flattened
 
 
 def comfyui_table(ldm_keys: dict[str, list[int]], to_diffusers: dict[str, str]) -> dict[str, str]:
-    """{flattened name: LDM module} of every module of a UNet, from its official keys, in both
-    spellings.
-    """
+    """{flattened name: LDM module} of every UNet module, from official keys, in both spellings."""
     modules = [key.removesuffix(".weight") for key in ldm_keys if key.endswith(".weight")]
     table = {path.replace(".", "_"): path for path in modules}
     return table | {to_diffusers[path].replace(".", "_"): path for path in modules}
 
 
 def a1111_name(flat: str) -> str:
-    """`down_blocks_1_attentions_0_proj_in` -> `input_blocks_4_1_proj_in`; what is no diffusers name
-    stays as it is.
+    """`down_blocks_1_attentions_0_proj_in` -> `input_blocks_4_1_proj_in`; other names stay.
 
     Three blocks a level: two layers and the downsampler, or three layers; the upsampler is in the
     third. It counts as that block's module 1 in the first level, 2 in others: right for SD1.x,
@@ -73,9 +70,7 @@ def a1111_table(ldm_keys: dict[str, list[int]], names: list[str]) -> dict[str, s
 
 
 def write_numbered(path, family, style: str | None) -> dict[str, int]:
-    """A LoRA of rank 1 for all of LCM-LoRA's modules, each `lora_up` filled with its number; {path:
-    number}.
-    """
+    """A LoRA of rank 1 for LCM-LoRA's modules, `lora_up` filled with its number; {path: number}."""
     with torch.device("meta"):
         unet = UNet(family())
     numbers = {target: i for i, target in enumerate(target_paths(unet))}
@@ -116,9 +111,7 @@ CASES = [  # family, style, how many modules, which of them A1111 loses
 def test_comfyui_and_a1111_find_the_modules(
     tmp_path, official_keys, official_lora_keys, family, style, modules, lost
 ):
-    """ComfyUI finds all, A1111 all but SDXL's lowest upsampler in diffusers' names: hence LDM's are
-    the default.
-    """
+    """ComfyUI finds all; A1111 all but SDXL's lowest upsampler in diffusers' names: hence LDM."""
     numbers = write_numbered(tmp_path / "lora.safetensors", family, style)
     names = read_names(tmp_path / "lora.safetensors")
     keys = official_keys[family.__name__]
@@ -132,9 +125,7 @@ def test_comfyui_and_a1111_find_the_modules(
 
 
 def test_a1111s_arithmetic_agrees_with_the_official_map(official_lora_keys):
-    """Over all modules of SD1.5's attention and residual blocks, norms too: the rule above is no
-    rule of our own.
-    """
+    """Over SD1.5's attention and residual blocks, norms too: the rule above is not our own."""
     for ldm, diffusers in official_lora_keys["sd15"].items():
         if re.match(r"(input|middle|output)_block", ldm) and ldm != "input_blocks.0.0":
             assert a1111_name(diffusers.replace(".", "_")) == ldm.replace(".", "_")

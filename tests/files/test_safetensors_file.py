@@ -7,9 +7,7 @@ from minilcm.files.safetensors_file import atomic, read_tensors, write_tensors
 
 
 def test_atomic_replaces_only_on_success(tmp_path):
-    """The target changes when the block ends, not before; an exception keeps the old file and
-    removes the temporary one.
-    """
+    """The target changes when the block ends; an exception keeps the old file, and no other."""
     path = tmp_path / "file.txt"
     with atomic(path) as part:
         part.write_text("one")
@@ -27,9 +25,7 @@ def test_atomic_replaces_only_on_success(tmp_path):
 
 
 def test_tensors_round_trip(tmp_path):
-    """Values, dtypes and metadata come back; a view that is not contiguous is written as what it
-    shows.
-    """
+    """Values, dtypes and metadata come back; a view that isn't contiguous, as what it shows."""
     square = torch.arange(9.0).reshape(3, 3)
     tensors = {"b": square.T, "a": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
     write_tensors(tmp_path / "x.safetensors", tensors, {"who": "me"})
@@ -59,9 +55,7 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     ],
 )
 def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
-    """Empty, too short, a header without end, an absurd header length, a zip: ValueError, one line,
-    with the path.
-    """
+    """Empty, too short, an endless or huge header, a zip: ValueError, one line, with the path."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:

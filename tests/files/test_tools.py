@@ -17,9 +17,7 @@ UNET = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A checkpoint and two LoRAs for it, a and b, of several ranks, lora_alpha != rank; b on
-    attention only.
-    """
+    """A checkpoint and two LoRAs for it, ranks mixed, lora_alpha != rank; b on attention only."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model.safetensors")
     write_tau(
@@ -42,9 +40,7 @@ def far(a, b) -> float:
 
 
 def test_combine_is_the_sum_of_deltas(files, tmp_path):
-    """combine a:0.8 b:-0.5 in float32 is 0.8 dW_a - 0.5 dW_b, module by module; averaging up and
-    down is not.
-    """
+    """combine a:0.8 b:-0.5 in float32 is 0.8 dW_a - 0.5 dW_b; averaging up and down is not."""
     out = tmp_path / "mix.safetensors"
     run(
         "combine",
@@ -65,9 +61,7 @@ def test_combine_is_the_sum_of_deltas(files, tmp_path):
 
 
 def test_merge_then_unmerge(files, tmp_path):
-    """merge changes the LoRA's weights as merge_into does and nothing else; unmerge restores to
-    float16 rounding.
-    """
+    """merge changes what merge_into does, nothing else; unmerge restores to float16 rounding."""
     model, merged, back = (
         files / "model.safetensors",
         tmp_path / "m.safetensors",
@@ -117,9 +111,7 @@ def test_blocks_of_rows_change_nothing(files, tmp_path, monkeypatch):
 
 
 def test_untouched_bytes(files, tmp_path):
-    """A merged file keeps every other tensor's bytes, its dtypes, shapes and order; odd dtypes pass
-    through.
-    """
+    """A merged file keeps other tensors' bytes, dtypes, shapes, order; odd dtypes pass through."""
     tensors = load_file(files / "model.safetensors") | {
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)
     }
@@ -165,9 +157,7 @@ def test_text_encoder_weights_are_merged_too(files, tmp_path):
 
 
 def test_extract_recovers_the_delta(files, tmp_path):
-    """extract(base, merge(base, a)) at a's rank is a's delta, in float32 files, in the same
-    modules.
-    """
+    """extract(base, merge(base, a)) at a's rank is a's delta, in float32 files, same modules."""
     model, merged, out = (
         files / "model.safetensors",
         tmp_path / "m.safetensors",
@@ -192,9 +182,7 @@ def test_extract_recovers_the_delta(files, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_reduce_rank_is_the_best(files, rank):
-    """The residual is that of Eckart-Young, sqrt(sum_{i>r} s_i^2), and equals the distance measured
-    directly.
-    """
+    """The residual is Eckart-Young's sqrt(sum_{i>r} s_i^2), and the distance measured directly."""
     tau = read_tau(files / "a.safetensors")
     small, residual = reduce_rank(tau, rank)
     for path, parts in tau.items():
@@ -221,9 +209,7 @@ def test_energy_keeps_just_enough(files):
 
 
 def test_resize_file(files, tmp_path, capsys):
-    """The printed residual of the whole is the distance of the written file; --against measures
-    another LoRA.
-    """
+    """The printed residual is the written file's distance; --against measures another LoRA."""
     out = tmp_path / "small.safetensors"
     run(
         "resize",
@@ -262,9 +248,7 @@ def test_info_and_diff(files, capsys):
 
 
 def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
-    """B and A in another basis, by SVD, add the same to the weights; a LoRA and twice it differ by
-    half.
-    """
+    """B and A in another basis, by SVD, add the same; a LoRA and twice it differ by half."""
     a, same, twice = (
         files / "a.safetensors",
         files / "same.safetensors",

@@ -692,9 +692,7 @@ def faulty_checkpoints() -> dict[str, Case]:
 
 
 def hostile_settings() -> dict[str, Case]:
-    """minilcm.config is JSON by whoever wrote the file: of another form or type, or of a network
-    without end.
-    """
+    """minilcm.config is anyone's JSON: of another form or type, or of an endless network."""
     good = json.loads(to_json(CONFIG))
 
     def changed(part: str, **fields) -> str:

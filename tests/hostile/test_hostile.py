@@ -1,5 +1,4 @@
-"""Damaged, foreign and malicious files: each ends in its one line, nothing is executed, and memory
-stays small.
+"""Damaged, foreign, malicious files: each ends in its one line, runs nothing, takes little room.
 
 With PYTHONPATH=.:tests:tests/files, `python tests/hostile/test_hostile.py list FOLDER` writes the
 files and prints each file's line; `fuzz N` mutates N headers and LoRA dictionaries; 20,000 take
@@ -76,9 +75,7 @@ def status(key: str) -> int:
 
 @contextmanager
 def fence(room: int):
-    """In the block the process gets at most `room` bytes more; what asks for more fails, and no
-    machine goes down.
-    """
+    """The process gets at most `room` bytes more; what asks for more fails, not the machine."""
     old = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + room, old[1]))
     try:
@@ -88,9 +85,7 @@ def fence(room: int):
 
 
 def refusal(reader, path: Path) -> str | None:
-    """The one line of a ValueError, or None if the file was read. Any other exception is a bug and
-    passes through.
-    """
+    """A ValueError's one line, or None if the file was read. Any other exception passes through."""
     try:
         with fence(4 * path.stat().st_size + (1 << 30)):
             reader(path)
@@ -175,9 +170,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", hostile_set())
 def test_hostile_set(folder, name):
-    """Each reader refuses the file with its one line, writes nothing, and opens no pickle under any
-    suffix.
-    """
+    """Each reader refuses the file in its one line, writes nothing, opens no pickle."""
     case = hostile_set()[name]
     for suffix in (
         (".safetensors", ".ckpt", ".pt", ".bin") if case.reader == "any" else (".safetensors",)
@@ -202,9 +195,7 @@ def test_every_refusal_has_its_files():
 
 
 def test_ssd1b_lora_fits_sdxl(tmp_path):
-    """The one pair that is accepted: by names and shapes nothing tells it from an SDXL LoRA with
-    fewer modules.
-    """
+    """The one pair accepted: names and shapes are those of an SDXL LoRA with fewer modules."""
     (tmp_path / "lora.safetensors").write_bytes(family_lora("ssd1b"))
     check_fit(meta_unet("sdxl"), read_tau(tmp_path / "lora.safetensors"))
 
@@ -275,9 +266,7 @@ BIG = {
 
 @pytest.mark.parametrize("name", BIG)
 def test_memory_of_big_claims(tmp_path, name):
-    """What a file claims is not allocated, and JSON does not swell beyond bounds; nor does time,
-    see pytest's limit.
-    """
+    """What a file claims is not allocated, and JSON does not swell memory or time."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(BIG[name]())
     for reader in (read_tau, load_model):
@@ -295,9 +284,7 @@ def test_memory_of_whole_files(tmp_path):
 
 
 def test_the_bound_catches_a_reader_that_trusts_the_header(tmp_path):
-    """Mutation: to allocate the shape that the header claims is seen, and at 4 TB stopped by the
-    fence.
-    """
+    """Mutation: to allocate what the header claims is seen, and at 4 TB stopped by the fence."""
     path = tmp_path / "x.safetensors"
 
     def trusting(path: Path) -> None:
@@ -373,9 +360,7 @@ def spoilt_bytes(draw, whole: bytes) -> Mutant:
 
 
 def other_json(draw, value):
-    """The value with some part of it, at any depth and also in JSON within text, replaced by any
-    JSON.
-    """
+    """The value with some part, at any depth and in JSON within text, replaced by any JSON."""
     if isinstance(value, str) and value[:2] == '{"':  # JSON of ours
         return json.dumps(other_json(draw, json.loads(value)))
     if not isinstance(value, dict | list) or not value or not draw(st.integers(0, 7)):
@@ -395,9 +380,7 @@ def field(entry, name: str):
 
 @st.composite
 def spoilt_json(draw, whole: bytes) -> Mutant:
-    """Entries renamed or dropped, their axes shuffled, their dtype another of that width, or any
-    part any JSON.
-    """
+    """Entries renamed or dropped, axes shuffled, dtypes swapped, or any part any JSON."""
     header, data = split(whole)
     header = json.loads(header)
     for _ in range(draw(st.integers(1, 3))):
@@ -424,9 +407,7 @@ def spoilt_json(draw, whole: bytes) -> Mutant:
 
 @st.composite
 def spoilt_tensors(draw, whole: bytes) -> Mutant:
-    """The dictionary with keys renamed, dropped or doubled, and values of other shapes, dtypes and
-    contents.
-    """
+    """The dictionary with keys renamed, dropped, doubled, and other shapes, dtypes, contents."""
     tensors = load(whole)
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(sorted(tensors)))
@@ -462,8 +443,7 @@ def spoilt_tensors(draw, whole: bytes) -> Mutant:
 
 
 def fuzz(folder: Path, count: int) -> tuple[Counter, float]:
-    """({reader, refused or read: how many}, the largest share of the memory allowed) of `count`
-    mutants.
+    """({reader, refused or read: count}, largest share of the memory allowed) of `count` mutants.
 
     The same mutants each time; any exception but the promised one passes through, shrunk to a small
     example.

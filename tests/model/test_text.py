@@ -3,8 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import REFERENCE
-from make_reference import about, filled
+from make_reference import REFERENCE, about, filled
 from safetensors.torch import load_file
 from tiny import TWO_TOWERS, tiny_text
 
@@ -45,9 +44,7 @@ def text(keys):
 
 
 def test_context_equals_transformers(text, reference):
-    """last_hidden_state (after the final norm) of transformers 5.24.0's CLIPTextModel, same
-    weights, to 1e-5.
-    """
+    """last_hidden_state of transformers 5.24.0's CLIPTextModel, same weights, to 1e-5."""
     context = text(reference["tokens"])
     torch.testing.assert_close(context, reference["last_hidden_state"], rtol=1e-5, atol=1e-5)
 
@@ -86,9 +83,7 @@ def both(keys):
 
 
 def test_sdxl_equals_transformers(both, reference):
-    """Penultimate states of both towers side by side, and bigG's projected pooled state; pads EOS
-    and 0; to 1e-5.
-    """
+    """Penultimate states side by side, and bigG's projected pooled state; pads EOS, 0; to 1e-5."""
     prompts = about(REFERENCE / "text.safetensors")["prompts"]
     assert torch.equal(both.tokenize(prompts, pad=0), reference["tokens_big"])
     context, vector = both.encode(prompts)
@@ -101,9 +96,7 @@ def test_sdxl_equals_transformers(both, reference):
 
 
 def test_size_ids(both):
-    """After the pooled text: (h, w), crop (0, 0), (h, w), each as 128 cosines then 128 sines of x
-    10000^(-i/128).
-    """
+    """After the pooled text: (h, w), crop, (h, w): 128 cosines, 128 sines of x 10000^(-i/128)."""
     _, vector = both.encode([""], size=(832, 1216))
     ids = torch.tensor([1216.0, 832.0, 0.0, 0.0, 1216.0, 832.0], dtype=torch.float64)
     args = ids[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
@@ -112,9 +105,7 @@ def test_size_ids(both):
 
 
 def test_sdxl_null_is_zeros_of_the_same_size(both):
-    """Context and pooled text are zero, the size ids are those of the prompt
-    (force_zeros_for_empty_prompt).
-    """
+    """Context and pooled text are zero, size ids the prompt's (force_zeros_for_empty_prompt)."""
     null_cond, cond = both.null_cond(2, (832, 1216)), both.encode(["a cat"], (832, 1216))
     assert null_cond.context.shape == (2, 77, 80) and not null_cond.context.any()
     assert not null_cond.vector[:, :48].any() and torch.equal(
@@ -123,9 +114,7 @@ def test_sdxl_null_is_zeros_of_the_same_size(both):
 
 
 def test_lora_lands_on_the_rows_it_names(both):
-    """A delta on v_proj of bigG changes rows 2/3 to 3/3 of in_proj, on text_projection the
-    transposed matrix.
-    """
+    """A delta on bigG's v_proj changes the last third of in_proj; text_projection is transposed."""
     text = copy.deepcopy(both)
     up, down = torch.randn(48, 2), torch.randn(2, 48)
     paths = (
@@ -144,9 +133,7 @@ def test_lora_lands_on_the_rows_it_names(both):
 
 
 def test_big_g_fits_the_tower(official_keys):
-    """Official keys and shapes of embedder 1, 694,659,841 parameters with logit_scale, are the
-    tower's.
-    """
+    """Official keys and shapes of embedder 1, 694,659,841 parameters: the tower's."""
     with torch.device("meta"):
         text = TextEncoder(sdxl_text())
     official = official_keys["big_g"]
@@ -160,9 +147,7 @@ def test_big_g_fits_the_tower(official_keys):
 
 
 def test_maps_are_inverse_over_clip_l(official_keys):
-    """All 196 weights of CLIP-L (position_ids is none): there and back is the identity, key by key,
-    row by row.
-    """
+    """All 196 weights of CLIP-L: there and back is the identity, key by key, row by row."""
     shapes = official_keys["clip_l"]
     state = {}
     for i, (key, shape) in enumerate(shapes.items()):
@@ -215,9 +200,7 @@ def test_missing_projection_is_an_error(keys):
 
 
 def test_padding(text):
-    """49406, the prompt, 49407, and 49407 up to 77, as SD1.x pads (open_clip's own tokenizer would
-    pad with 0).
-    """
+    """49406, the prompt, 49407, and 49407 up to 77, as SD1.x pads (open_clip pads with 0)."""
     ids = text.tokenize(["", "a cat"])
     assert ids.shape == (2, 77) and ids.dtype == torch.int64
     assert ids[0].tolist() == [49406] + [49407] * 76
@@ -257,9 +240,7 @@ def test_text_on_cuda_in_float16(fake_cuda):
 
 
 def test_with_sizes_replaces_the_size_ids(both, text):
-    """Row i of the vector is that of its own picture: as `encode` says for that size; SD1.x has
-    nothing to replace.
-    """
+    """Row i of the vector is its own picture's, as `encode` has it; SD1.x has none to replace."""
     sizes, prompts = [(832, 1216), (640, 512)], ["a cat", "a dog"]
     cond = with_sizes(both.encode(prompts), torch.tensor([[h, w, 0, 0, h, w] for w, h in sizes]))
     for i, size in enumerate(sizes):
@@ -271,9 +252,7 @@ def test_with_sizes_replaces_the_size_ids(both, text):
 
 
 def test_an_empty_caption_is_the_null_condition():
-    """As training drops captions: "" is what sampling has as null, zeros for two towers; the rest
-    is `encode`'s.
-    """
+    """As training drops captions: "" is sampling's null, zeros for two towers; else `encode`'s."""
     one, two = tiny_text(), tiny_text(0, TWO_TOWERS.text)
     for text in (one, two):
         cond, cats = text.encode_captions(["cat", "", "a cat"]), text.encode(["cat", "a cat"])

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import REFERENCE
-from make_reference import about, filled
+from make_reference import REFERENCE, about, filled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -56,9 +55,7 @@ def reference():
 
 
 def unet_of(kind):
-    """The reference's UNet: its weights are drawn from its key names, so this also compares the key
-    sets, strictly.
-    """
+    """The reference's UNet: weights drawn from its key names, so the key sets are compared too."""
     unet = UNet(KINDS[kind]).requires_grad_(False)
     unet.load_state_dict(filled(about(REFERENCE / "unet.safetensors")["keys"][kind]))
     return unet
@@ -73,18 +70,14 @@ def cond_of(kind, reference):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eps_hat_equals_diffusers(reference, kind):
-    """eps_hat of diffusers 0.42.1's UNet2DConditionModel with the same weights, at t = 37 and 801;
-    to 1e-5.
-    """
+    """eps_hat of diffusers 0.42.1's UNet2DConditionModel, same weights, t = 37 and 801; to 1e-5."""
     eps_hat = unet_of(kind)(reference["z_t"], reference["t"], cond_of(kind, reference))
     torch.testing.assert_close(eps_hat, reference[f"{kind}/eps_hat"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_batch_and_t(reference, kind):
-    """An image alone is the image in its batch, and t may be an int. (To 1e-5 in the reference's
-    values of order 1.)
-    """
+    """An image alone is the image in its batch, and t may be an int; to 1e-5."""
     unet, cond = unet_of(kind), cond_of(kind, reference)
     for i, t in enumerate((37, 801)):
         row = Cond(*(None if x is None else x[i : i + 1] for x in cond))
@@ -108,9 +101,7 @@ def test_other_sizes(reference):
     [("sd15", 859_520_964, 686), ("sdxl", 2_567_463_684, 1680), ("ssd1b", 1_331_334_404, 944)],
 )
 def test_official_keys(official_keys, family, parameters, tensors):
-    """Keys, shapes, parameter counts of v1-5-pruned-emaonly, sd_xl_base_1.0 and SSD-1B-A1111, on
-    the meta device.
-    """
+    """Keys, shapes, parameter counts of the three official UNets, on the meta device."""
     with torch.device("meta"):
         unet = UNet(FAMILIES[family]())
     assert {key: list(x.shape) for key, x in unet.state_dict().items()} == official_keys[family]
@@ -123,9 +114,7 @@ def test_official_keys(official_keys, family, parameters, tensors):
     [("sd15", 278, 67_252_224), ("sdxl", 788, 196_751_360), ("ssd1b", 423, 104_902_656)],
 )
 def test_lora_counts(family, modules, trainable):
-    """Modules and rank-64 parameters of the released LCM-LoRAs (2311.05556 table 1: 67.5M, 197M,
-    105M).
-    """
+    """Modules and rank-64 parameters of the released LCM-LoRAs (2311.05556 table 1)."""
     with torch.device("meta"):
         unet = UNet(FAMILIES[family]())
     assert len(target_paths(unet)) == modules
@@ -144,9 +133,7 @@ def test_emoji_size():
 
 @pytest.mark.parametrize("make", [sd15, sdxl, ssd1b, emoji])
 def test_norm_eps(make):
-    """GroupNorm eps is 1e-6 in front of a transformer and 1e-5 elsewhere, LayerNorm 1e-5, as in
-    CompVis' code.
-    """
+    """GroupNorm eps is 1e-6 before a transformer, else 1e-5; LayerNorm 1e-5, as CompVis has it."""
     with torch.device("meta"):
         unet = UNet(make())
     before_transformer = {m.norm for m in unet.modules() if isinstance(m, SpatialTransformer)}
@@ -158,9 +145,7 @@ def test_norm_eps(make):
 
 
 def test_heads():
-    """SD1.5 has 8 heads everywhere, so of width 40, 80, 160; SDXL has heads of width 64 everywhere,
-    so 10 and 20.
-    """
+    """SD1.5 has 8 heads everywhere, of width 40, 80, 160; SDXL has 10 and 20, of width 64."""
     for make, expected in (
         (sd15, {320: 8, 640: 8, 1280: 8}),
         (sdxl, {640: 10, 1280: 20}),
@@ -186,9 +171,7 @@ def test_timestep_embedding():
 
 
 def test_guidance_embedding_enters_before_the_time_mlp():
-    """A full LCM adds cond_proj(w_emb), no bias, to the sinusoids of t (diffusers' name and place);
-    0 is no change.
-    """
+    """A full LCM adds cond_proj(w_emb), no bias, to t's sinusoids, as diffusers; 0: no change."""
     torch.manual_seed(0)
     unet = UNet(
         UNetConfig(

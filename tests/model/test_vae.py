@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import REFERENCE
-from make_reference import about, filled
+from make_reference import REFERENCE, about, filled
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,9 +20,7 @@ def reference():
 
 
 def vae_of(kind, **changes):
-    """The reference's VAE: its weights are drawn from its key names, so this also compares the key
-    sets, strictly.
-    """
+    """The reference's VAE: weights drawn from its key names, so the key sets are compared too."""
     vae = VAE(VAEConfig(**vars(KINDS[kind]) | changes)).requires_grad_(False)
     vae.load_state_dict(filled(about(REFERENCE / "vae.safetensors")["keys"][kind]))
     return vae
@@ -31,9 +28,7 @@ def vae_of(kind, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_diffusers(reference, kind):
-    """Mean and std of q(z|x), and pixels of a latent, as diffusers 0.42.1's AutoencoderKL has them;
-    to 1e-5.
-    """
+    """Mean and std of q(z|x), a latent's pixels, as diffusers 0.42.1's AutoencoderKL; to 1e-5."""
     vae = vae_of(kind)
     mean, std = vae.moments(reference["pixels"])
     torch.testing.assert_close(mean, reference[f"{kind}/mean"], rtol=1e-5, atol=1e-5)
@@ -45,9 +40,7 @@ def test_equals_diffusers(reference, kind):
 
 
 def test_official_keys(official_keys):
-    """Keys, shapes and 83,653,863 parameters of SD1.5's first_stage_model on the meta device; f8,
-    scale 0.18215.
-    """
+    """Keys, shapes, 83,653,863 parameters of SD1.5's first_stage_model; f8, scale 0.18215."""
     with torch.device("meta"):
         vae = VAE()
     assert {key: list(x.shape) for key, x in vae.state_dict().items()} == official_keys["vae"]
@@ -58,9 +51,7 @@ def test_official_keys(official_keys):
 
 
 def test_scale_is_applied_inside(reference):
-    """z = scale * q(z|x) on the way in and z / scale on the way out (0.18215 in the config of
-    SD1.5).
-    """
+    """z = scale * q(z|x) on the way in, z / scale on the way out (SD1.5: 0.18215)."""
     plain, scaled = vae_of("f4"), vae_of("f4", scale=0.18215)
     for a, b in zip(plain.moments(reference["pixels"]), scaled.moments(reference["pixels"])):
         torch.testing.assert_close(b, 0.18215 * a)
@@ -74,9 +65,7 @@ def test_scale_is_applied_inside(reference):
 
 
 def test_encode_draws_from_its_generator(reference):
-    """encode is mean + std * n with n the generator's next normal numbers: reproducible, and new at
-    the next call.
-    """
+    """encode is mean + std * n with the generator's next n: reproducible, new at the next call."""
     vae, g = vae_of("f4", scale=0.5), torch.Generator().manual_seed(7)
     first, second = vae.encode(reference["pixels"], g), vae.encode(reference["pixels"], g)
     mean, std = 0.5 * reference["f4/mean"], 0.5 * reference["f4/std"]
@@ -88,9 +77,7 @@ def test_encode_draws_from_its_generator(reference):
 
 
 def test_log_variance_is_clamped(reference):
-    """log variance is held to [-30, 20], as LDM's DiagonalGaussianDistribution does, so that std
-    cannot overflow.
-    """
+    """log variance is held to [-30, 20], as in LDM: std cannot overflow."""
     vae = vae_of("f4")
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias[:4], vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = (
@@ -104,9 +91,7 @@ def test_log_variance_is_clamped(reference):
 
 
 def test_vae_on_cuda_in_float16(fake_cuda):
-    """A dry run with float16 weights on cuda and a CPU generator: latents and pixels come back
-    float32 on cuda.
-    """
+    """Dry run, float16 weights on cuda, CPU generator: latents and pixels are float32 on cuda."""
     vae = fake_cuda(lambda: VAE(KINDS["f8"]), torch.float16)
     z0 = vae.encode(torch.randn(2, 3, 32, 48, device="cuda"), torch.Generator())
     assert (z0.device.type, z0.dtype, z0.shape) == ("cuda", torch.float32, (2, 4, 4, 6))
@@ -120,9 +105,7 @@ def test_vae_on_cuda_in_float16(fake_cuda):
 
 @pytest.mark.parametrize("h, w", [(8, 8), (20, 8), (21, 33), (5, 40)])
 def test_tiles_are_a_partition_of_one(monkeypatch, h, w):
-    """With a decoder that looks at one latent only, tiles blended are the whole, at every pixel and
-    any size.
-    """
+    """A decoder that looks at one latent only: blended tiles are the whole, at any size."""
     vae = vae_of("f4")
     calls = []
 

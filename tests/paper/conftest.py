@@ -1,6 +1,4 @@
-"""In the place of the shipped model, LCM-LoRA and judge: tiny ones, taught nothing, so that all
-runs in seconds.
-"""
+"""Tiny, untaught stand-ins for the shipped model, LCM-LoRA and judge: all runs in seconds."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""The paper's questions: what each works out in closed form, its rule at the thresholds, and a
-report that misses nothing.
-"""
+"""The paper's questions: closed forms, rules at their thresholds, a report that misses nothing."""
 
 import json
 import shutil
@@ -27,9 +25,7 @@ from paper import (
 
 
 def test_overlap_of_column_spaces():
-    """1 for a delta that writes where the other does, 0 for one that does not, by energy between;
-    then the norms.
-    """
+    """1 for a delta that writes where the other does, 0 elsewhere, between by energy; the norms."""
     up = torch.eye(6)[:, :2]  # writes to rows 0 and 1
     a = {"x": (up, torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), 2.0)}
     for rows, expected in (([0, 1], 1.0), ([4, 5], 0.0), ([0, 5], 9 / 25), ([1, 2], 16 / 25)):
@@ -110,16 +106,12 @@ def test_failures():
 
 
 def test_correlation_by_chance():
-    """For many pairs a normal of deviation 1 / sqrt(n - 1), whose size is above 2.576 of it once in
-    a hundred.
-    """
+    """For many pairs a normal of std 1 / sqrt(n - 1), in size above 2.576 std once in a hundred."""
     assert combination.correlation_by_chance(200) == pytest.approx(2.576 / 199**0.5, rel=0.1)
 
 
 def test_the_gaussian_case():
-    """DDIM's error falls as 1 / n, DPM-Solver++ is nearer; LCM in skips of 20 is worth 50 steps of
-    DDIM, of 100 ten.
-    """
+    """DDIM's error falls as 1 / n, DPM-Solver++'s is less; LCM in skips of 20 is DDIM in 50."""
     far = solver.gaussian()
     ddim, lcm_step = far["DDIM"], far["lcm, one step"]
     assert ddim["16"] / ddim["32"] == pytest.approx(2, rel=0.25)
@@ -143,9 +135,7 @@ def test_truncated():
 
 
 def test_every_row_says_what_it_is():
-    """A guided step costs two evaluations; only solvers are rivals at equal evaluations, not the
-    teacher.
-    """
+    """A guided step costs two evaluations; only solvers are rivals at equal evaluations."""
     rows = {label: steps.about(label, draw) for label, (draw, _) in steps.samplers((1, 4)).items()}
     assert rows["LCM-LoRA 4"] == {"sampler": "LCM-LoRA", "solver": False, "evaluations": 4}
     assert rows["DDIM 4"] == {"sampler": "DDIM", "solver": True, "evaluations": 8}
@@ -157,9 +147,7 @@ def test_every_row_says_what_it_is():
 
 
 def test_a_choice_of_the_recipe_changes_one_thing():
-    """From the baseline, whose w is the shipped LCM-LoRA's; the full LCM changes all that makes it
-    full.
-    """
+    """From the baseline, whose w is the shipped LCM-LoRA's, to the full LCM and all it changes."""
     start = training.Recipe()
     rows = recipe.choices(start)
     changed = {

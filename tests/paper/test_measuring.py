@@ -1,6 +1,4 @@
-"""What the paper's questions share: prompts, pictures from fixed seeds, short training runs, and
-what is kept.
-"""
+"""What the questions share: prompts, pictures from fixed seeds, short training runs, a cache."""
 
 import json
 
@@ -77,9 +75,7 @@ def test_a_part_is_made_once(tmp_path, monkeypatch):
 
 
 def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
-    """A part that was read from the cache counts with what it took when it was made; one made now
-    counts once.
-    """
+    """A part read from the cache counts with what it took when made; one made now counts once."""
 
     def measure(budget):
         setup.spent["kept from another day"] = 1000.0
@@ -99,9 +95,7 @@ def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch
 
 
 def test_changed_leaves_no_trace():
-    """Inside: other weights and sum_i lambda_i tau_i, as merge_into makes them. After it, or an
-    error, all bits.
-    """
+    """Inside: other weights and sum_i lambda_i tau_i. After it, or an error: all bits as before."""
     unet, vector = setup.shipped().unet, setup.shipped_lora()
     before = {k: x.clone() for k, x in unet.state_dict().items()}
     base = pictures.Base("moved", {k: x + 1e-3 for k, x in before.items()})
@@ -178,9 +172,7 @@ def test_the_trajectory_is_the_guided_teachers():
 
 
 def test_what_is_measured_has_a_row_a_prompt_and_a_column_a_seed(monkeypatch):
-    """Each picture is held against the name of its own prompt, and its style against the base's
-    four.
-    """
+    """Each picture is held against its own prompt's name, its style against the base's four."""
     x = pictures.pictures(PROMPTS, (0, 2, 4), pictures.FOUR)
     assert x["right"].shape == x["sharpness"].shape == (2, 3) and x["features"].shape[:2] == (2, 3)
     judge = setup.shipped().judge
@@ -236,9 +228,7 @@ def test_a_recipe_is_what_it_says():
 
 
 def test_the_averaged_target_lags_behind(monkeypatch):
-    """target_ema = 0 is the student itself, as without an average; 0.95 gives other losses once it
-    has moved.
-    """
+    """target_ema = 0 is the student itself, as without an average; 0.95 soon gives other losses."""
     monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
 
     def losses(target_ema: float | None) -> list[float]:
@@ -334,9 +324,7 @@ def test_styles_keep_what_they_should(style):
 
 
 def test_a_shadow_does_not_come_back_on_the_other_side():
-    """papercut of a square that touches the right and lower edges: nothing at the left and at the
-    top.
-    """
+    """papercut of a square at the right and lower edges: nothing at the left and at the top."""
     image = Image.new("RGBA", (64, 64))
     image.paste((200, 40, 40, 255), (32, 32, 64, 64))
     alpha = styles.PROCESSED["papercut"][1](image).getchannel("A")

@@ -1,5 +1,4 @@
-"""Reference tensors by other people's code: `python tests/reference/make_reference.py` writes the
-four files beside it.
+"""Reference tensors by other people's code: run this file to write the four files beside it.
 
     samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
     unet.safetensors      diffusers' UNet2DConditionModel in four small shapes
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
+REFERENCE = Path(__file__).resolve().parent
 STEPS = (1, 2, 4, 8, 10, 50)
 PROMPTS = ("", "a slice of pizza", "cat face, noto style, on a red background")
 
@@ -104,7 +103,7 @@ def save(name: str, tensors: dict[str, Tensor], facts: dict) -> None:
     for key, x in tensors.items():
         if x.is_floating_point() and not x.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite")
-    path = HERE / name
+    path = REFERENCE / name
     temporary = path.with_suffix(".tmp")
     # One entry, because safetensors does not keep the order of several: the same tensors give the
     # same bytes.
@@ -125,9 +124,7 @@ def save(name: str, tensors: dict[str, Tensor], facts: dict) -> None:
 
 
 def fill_module(module: torch.nn.Module, to_ldm) -> dict[str, list[int]]:
-    """Fill another library's module under LDM names, by to_ldm(name, shape) -> (name, shape);
-    returns {name: shape}.
-    """
+    """Fill another library's module under LDM names: to_ldm(name, shape) -> (name, shape)."""
     keys = {}
     state = {}
     for name, x in module.state_dict().items():
@@ -149,9 +146,7 @@ def fill_module(module: torch.nn.Module, to_ldm) -> dict[str, list[int]]:
 
 
 def make_samplers() -> None:
-    """z0 that diffusers' schedulers reach from z_T, and the timesteps they stop at, as its
-    pipelines run them.
-    """
+    """z0 that diffusers' schedulers reach from z_T, and the timesteps they stop at."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
     schedule = dict(
@@ -230,9 +225,7 @@ UNET_ENDS = {
 
 
 def unet_to_ldm(module: str, res_blocks: int, up_attention: list[bool]) -> str:
-    """diffusers' path of a module to LDM's. res_blocks: a level, going down; up_attention[b]:
-    up_blocks.b attends.
-    """
+    """diffusers' module path to LDM's. res_blocks: per level; up_attention[b]: does up b attend?"""
     if module in UNET_ENDS:
         return UNET_ENDS[module]
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", module):
@@ -258,9 +251,7 @@ def unet_to_ldm(module: str, res_blocks: int, up_attention: list[bool]) -> str:
 
 
 def unet_kinds() -> dict[str, dict]:
-    """Arguments of UNet2DConditionModel. Its attention_head_dim is, for these models, the *number*
-    of heads.
-    """
+    """UNet2DConditionModel's arguments. Its attention_head_dim is here the *number* of heads."""
     down, cross_down = "DownBlock2D", "CrossAttnDownBlock2D"
     up, cross_up = "UpBlock2D", "CrossAttnUpBlock2D"
     common = dict(
@@ -360,9 +351,7 @@ VAE_NAMES = (
 
 
 def vae_to_ldm(name: str, shape: tuple[int, ...], levels: int) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of a VAE tensor in LDM: decoder.up counts by resolution, the attention is 1x1
-    convolutions.
-    """
+    """Name and shape of a VAE tensor in LDM: decoder.up by resolution, attention as 1x1 convs."""
     name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     for theirs, ldm in VAE_NAMES:
@@ -404,9 +393,7 @@ def make_vae() -> None:
 
 @torch.no_grad()
 def make_text() -> None:
-    """Small text encoders: CLIP-L's shape with the final norm (SD1.5), one layer earlier without
-    (SDXL); and bigG's.
-    """
+    """Small text encoders: CLIP-L as in SD1.5 and in SDXL (a layer less, no final norm); bigG."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -1,6 +1,4 @@
-"""What is measured at a save: zero for the exact answer and for nothing else, on Gaussian data; the
-log; the plot.
-"""
+"""What is measured at a save, zero for the exact answer only, on Gaussian data; log; plot."""
 
 import json
 
@@ -59,16 +57,12 @@ def trajectory(teacher, schedule):
 
 @pytest.fixture(scope="module")
 def perfect(gaussian, schedule):
-    """The student whose f is the teacher's 50 steps of DDIM guided by W: the fixed point of
-    lcd_loss.
-    """
+    """The student whose f is the teacher's 50 DDIM steps guided by W: lcd_loss's fixed point."""
     return affine_student(schedule, *fixed_point(gaussian, M_W))
 
 
 def wrong_students(gaussian, schedule):
-    """f of another scale, f distilled with w off by one, f of an unguided teacher, and no f: the
-    denoiser.
-    """
+    """f of another scale, of w off by one, of an unguided teacher, and no f: the denoiser."""
     p, q = fixed_point(gaussian, M_W)
     return {
         "scale": affine_student(schedule, p, 1.02 * q),
@@ -82,9 +76,7 @@ def wrong_students(gaussian, schedule):
 
 
 def test_fixed_noise_is_the_same_at_every_save_and_batch():
-    """Image i has seed i: as sample.py draws it, whatever the batch; the noise that follows is not
-    z_T again.
-    """
+    """Image i has seed i, as sample.py draws it in any batch; the noise that follows is not z_T."""
     z_T, generators = noise(range(SHAPE[0]), SHAPE[1:])
     for i in range(len(z_T)):
         g = torch.Generator().manual_seed(i)
@@ -97,9 +89,7 @@ def test_fixed_noise_is_the_same_at_every_save_and_batch():
 
 
 def test_loss_by_index_is_lcd_loss_at_the_index(gaussian, schedule, teacher, perfect):
-    """Each number is lcd_loss at that n with the same generator; zero at the fixed point; twice the
-    same.
-    """
+    """Each number is lcd_loss at n with the same generator; zero at the fixed point; repeatable."""
     z0 = M + gaussian.s * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     args = z0, COND, NULL_COND, schedule
     student = wrong_students(gaussian, schedule)["scale"]
@@ -163,8 +153,7 @@ def test_loss_by_band_is_the_variance_of_the_noise(gaussian, schedule):
 
 
 def test_guided_trajectory_is_the_teachers_ddim(gaussian, schedule, trajectory, teacher):
-    """51 points: z_T, then every point of guided DDIM, each the closed step for N(M_W, s^2), last
-    sample_ddim's z0.
+    """51 points: z_T, then guided DDIM, closed steps for N(M_W, s^2); last, sample_ddim's z0.
 
     (z_t - alpha m_w) / (z_start - alpha m_w) = (alpha' alpha s^2 + sigma' sigma) / V.
     """
@@ -228,9 +217,7 @@ def test_self_consistency_is_between_neighbours(gaussian, schedule, trajectory):
 
 
 def test_the_ode_itself_is_nearly_consistent(gaussian, schedule, trajectory):
-    """The exact f of the ODE differs from 50 steps of DDIM by their error: between the fixed point
-    and the denoiser.
-    """
+    """The exact f differs from 50 DDIM steps by their error: less than the denoiser does."""
     data = gaussian._replace(m=M_W)
 
     def ode(z_t, t, cond, w):
@@ -280,9 +267,7 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
 
 
 def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedule):
-    """Data that is one point, s = 0: f is the point from everywhere, noise or not; the unguided
-    point is w 0.9 off.
-    """
+    """Data that is one point, s = 0: f is the point from everywhere; unguided, w 0.9 off."""
     point = gaussian._replace(s=0.0)
 
     def teacher(z_t, t, cond, w):
@@ -327,9 +312,7 @@ def test_columns_of_the_sheet(gaussian, schedule, trajectory, perfect):
 
 
 def test_sheet_has_a_row_a_prompt_and_a_column_a_label(monkeypatch):
-    """Picture of column j for prompt i is at row i, column j, and is labelled by both, each on a
-    line of its own.
-    """
+    """Prompt i's picture j is at row i, column j, labelled by both, each on its own line."""
     columns = {
         f"c{j}": torch.stack([torch.full((4, 8, 8), 0.1 * (3 * i + j)) for i in range(2)])
         for j in range(3)
@@ -355,9 +338,7 @@ def test_sheet_has_a_row_a_prompt_and_a_column_a_label(monkeypatch):
 
 @pytest.mark.parametrize("rank, lora_alpha", [(1, 1.0), (3, 1.5), (4, 8.0), (16, 2.0)])
 def test_delta_norms_are_those_of_the_whole_delta(rank, lora_alpha):
-    """||dW||_F of merge.delta over a block's modules, Linear and conv (1x1 and 3x3), lora_alpha !=
-    rank.
-    """
+    """||dW||_F of merge.delta over a block's modules, Linear and conv, lora_alpha != rank."""
     tau = random_tau(tiny_unet(), 5, rank, lora_alpha)
     assert {down.ndim for _, down, _ in tau.values()} == {2, 4}
     assert {down.shape[2:] for _, down, _ in tau.values() if down.ndim == 4} == {(1, 1), (3, 3)}
@@ -389,9 +370,7 @@ def test_delta_norms_are_those_of_the_whole_delta(rank, lora_alpha):
 
 
 def test_delta_norms_start_at_zero():
-    """B = 0 at the start of training: exactly 0 in every block, no NaN; the parameters stay
-    trainable.
-    """
+    """B = 0 at the start: exactly 0 in every block, no NaN; the parameters stay trainable."""
     unet = tiny_unet()
     add_lora(unet, 4)
     tau = get_tau(unet)
@@ -421,9 +400,7 @@ def record(step: int, **more) -> dict:
 
 
 def test_log_round_trip(tmp_path):
-    """What was appended is read: by step, indices as int, names of blocks as they were; one line of
-    JSON each.
-    """
+    """What was appended is read: by step, int indices, blocks' names; one line of JSON each."""
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         append_metrics(path, record(step))
@@ -478,9 +455,7 @@ def test_a_spoiled_log_is_refused(tmp_path, line):
 
 
 def test_plot_writes_a_picture(tmp_path, capsys):
-    """python -m minilcm plot RUN: six panels as RUN/plot.png; a log without measures gives one; an
-    old plot goes.
-    """
+    """plot RUN: six panels as RUN/plot.png; a log without measures gives one; an old plot goes."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e .[plot]")
     log, out = tmp_path / "metrics.jsonl", tmp_path / "plot.png"
     append_metrics(log, {"step": 1, "loss": 0.5})

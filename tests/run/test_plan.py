@@ -1,6 +1,4 @@
-"""The plan: bytes by part from shapes alone, against counts known in closed form and against the
-real step.
-"""
+"""The plan: bytes by part, from shapes, against closed-form counts and the real step."""
 
 import re
 
@@ -23,9 +21,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_live_bytes_in_closed_form():
-    """What is made counts from its making to its end; views, work in place and what was there
-    before do not.
-    """
+    """What is made counts from making to end; not views, work in place, or what was there."""
     x = torch.zeros(1000)
     with LiveBytes() as live:
         a = x + 1  # 4,000 bytes
@@ -47,9 +43,7 @@ def test_live_bytes_in_closed_form():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [4, None])
 def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
-    """The peak of what a step makes, on fake tensors, is the peak of the same step on real ones, to
-    1 %.
-    """
+    """The peak of a step on fake tensors is the peak of the same step on real ones, to 1 %."""
     objective, unet = Objective(kind, rank, checkpointing=checkpointing), tiny_unet()
     nets, cond = (
         make_networks(objective, unet, F32),
@@ -89,9 +83,7 @@ def test_norms_are_wide_on_a_card():
 
 
 def test_checkpointing_and_batch_move_activations_only():
-    """Twice the batch takes about twice the activations, checkpointing less of them; nothing else
-    changes.
-    """
+    """Twice the batch: about twice the activations, checkpointing less; nothing else changes."""
     wide, small, double = (
         step_bytes(Objective("lcm", 4, checkpointing=c), CONFIG, Step(b, 64, "cpu", F32))[0]
         for c, b in ((False, 4), (True, 4), (False, 8))
@@ -141,9 +133,7 @@ def test_parts_in_closed_form(config):
 
 
 def test_vae_and_text():
-    """Weights in float32; encoding grows with the area, decoding in tiles of 64 latents with the
-    picture alone.
-    """
+    """Weights in float32; encoding grows with area; decoding, in tiles of 64, with pictures."""
     (vae, text, small, _), (vae2, text2, large, tile), (*_, tiles) = (
         vae_and_text_bytes(TWO_TOWERS, size) for size in (128, 256, 1024)
     )

@@ -1,5 +1,4 @@
-"""Two gloo processes with batch b are one with batch 2b: DDP for a LoRA, FSDP2 for all weights; and
-a rank lost.
+"""Two gloo processes of batch b are one of batch 2b: DDP for a LoRA, FSDP2 for all; a rank lost.
 
 Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of two otherwise than
 two of one.

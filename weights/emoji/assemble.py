@@ -1,5 +1,4 @@
-"""Put the trained autoencoder and text tower and a fresh UNet into one file, from which train.py
-starts.
+"""Put the trained autoencoder and text tower and a fresh UNet into one file for train.py.
 
     python -m weights.emoji.assemble --vae runs/vae/vae.safetensors \\
         --text runs/text/text.safetensors --names 300 --out runs/start.safetensors
@@ -27,9 +26,7 @@ HERE = Path(__file__).parent
 
 
 def fresh_unet(seed: int) -> UNet:
-    """Random weights; the last layer of each residual branch and of the UNet is zero, as in LDM:
-    every branch starts shut.
-    """
+    """Random weights; each residual branch's and the UNet's last layer is zero, as in LDM."""
     torch.manual_seed(seed)
     unet = UNet(emoji())
     last = [m.out_layers[3] for m in unet.modules() if isinstance(m, ResBlock)]

@@ -1,5 +1,4 @@
-"""Train a small CLIP on the art and its captions, for its text tower, which then conditions the
-UNet.
+"""Train a small CLIP on the art and its captions, for its text tower, which conditions the UNet.
 
     python -m weights.emoji.train_clip --out runs/text --names 300 --steps 2500
 
@@ -48,9 +47,7 @@ def encode_text(clip: open_clip.CLIP, text: TextEncoder, ids: Tensor) -> Tensor:
 
 
 def degrade(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, blur and noise each picture a little, as an autoencoder and few sampling steps do: (b,
-    3, H, W).
-    """
+    """Shift, blur and noise pictures a little, as autoencoder and few steps do: (b, 3, H, W)."""
     b, draw = len(x), dict(generator=generator, device=x.device)
     u = torch.rand(b, 4, **draw)
     theta = torch.zeros(b, 2, 3, device=x.device)
@@ -100,9 +97,7 @@ def main() -> None:
         return [-1 if word is None else every.index(word) for word, every in lists]
 
     def lessons(art: list, looks: int, seed: int) -> tuple[Tensor, Tensor, list[str], list]:
-        """(pixels (m, 3, S, S) uint8, what is true of them (m, 3): name, style, colour, as numbers;
-        colours; art).
-        """
+        """(pixels (m, 3, S, S) uint8, (name, style, colour) (m, 3) as numbers; colours; art)."""
         pixels, on = pool_of(art, SIZE, looks, seed, args.device)
         shown = [a for a in art for _ in range(looks)]
         true = [numbers((a.name, a.style, c)) for a, c in zip(shown, on)]

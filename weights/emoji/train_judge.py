@@ -37,9 +37,7 @@ SIZE = 128
 
 @torch.no_grad()
 def decoded(vae: VAE, pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Every third picture (m, 3, S, S) uint8 through the autoencoder, its latents noised by up to
-    `strength`.
-    """
+    """Every third picture (m, 3, S, S) uint8 through the VAE, its latents noised by `strength`."""
     pixels, device = pixels.clone(), generator.device
     for part in pixels[::3].split(64):
         with autocast(device, forward_dtype(device.type)):

@@ -1,5 +1,4 @@
-"""Train the autoencoder on all four sets: f8, pictures of 128x128, latents 4x16x16, as Stable
-Diffusion's.
+"""Train the autoencoder on all four sets: f8, 128x128 to 4x16x16, like Stable Diffusion's.
 
     python -m weights.emoji.train_vae --out runs/vae --steps 5000
     python -m weights.emoji.train_vae --out runs/decoder --steps 2000 --adversarial 0.2 \\
@@ -45,9 +44,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: VAE, pixels: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(L1 + edge L1 + 1e-4 KL(q(z|x) || N(0, 1)), each a mean over elements; the decoded picture;
-    its mean latents).
-    """
+    """(L1 + edge L1 + 1e-4 KL(q(z|x) || N(0, 1)), means over elements; picture; mean latents)."""
     mean, std = vae.moments(pixels)
     x = vae.decode(mean + std * eps)
     l1 = (x - pixels).abs().mean() + sum(
@@ -66,9 +63,7 @@ def read_vae(path: Path) -> VAE:
 
 
 def grow(vae: VAE, small: VAE) -> VAE:
-    """Start from an autoencoder of half the size: only the new level, at full resolution, keeps its
-    random weights.
-    """
+    """Start from an autoencoder of half the size: only the new level keeps its random weights."""
     state = {}
     for key, value in small.state_dict().items():
         match = re.match(r"(.*\.(?:down|up)\.)(\d+)(\..*)", key)
@@ -109,9 +104,7 @@ def against(loss: Tensor, adversarial: Tensor, last: Tensor, weight: float) -> T
 
 @torch.no_grad()
 def judged(vae: VAE, pixels: Tensor) -> tuple[float, float, float]:
-    """(PSNR in dB over the 8-bit range, sharpness against the art's, std of the latents) of
-    decode(encode_mean(x)).
-    """
+    """(PSNR in dB, sharpness against the art's, std of the latents) of decode(encode_mean(x))."""
     z = torch.cat([vae.encode_mean(p) for p in pixels.split(32)])
     x = torch.cat([vae.decode(part).clamp(-1, 1) for part in z.split(32)])
     sharp = sharpness(x).mean() / sharpness(pixels).mean()
