@@ -105,9 +105,8 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
             lost + rest.double().square().sum().item(),
             norm + whole.double().square().sum().item(),
         )
-    say(
-        "resize to 16: printed residual against the direct one, worst", worst, 6e-5
-    )  # four digits are printed
+    # four digits are printed
+    say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)
     in_all = float(re.search(r"in all .* = (\S+)", printed)[1])
     say(
         f"resize to 16: printed in all {in_all:.4f}, against the direct one",

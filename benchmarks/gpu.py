@@ -60,9 +60,8 @@ OBJECTIVE = Objective("lcm", rank=64, checkpointing=True)
 COLUMNS = ("section", "model", "by", "batch", "seconds", "GB", "remark")
 
 Result = tuple[float | None, float | None, str]  # (seconds, GB, remark)
-Sampler = tuple[
-    Callable[[], Tensor], Callable[[Tensor], Tensor]
-]  # () -> z0 (b, 4, h, w); z0 -> pixels (b, 3, H, W)
+# () -> z0 (b, 4, h, w); z0 -> pixels (b, 3, H, W)
+Sampler = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Bench(NamedTuple):
@@ -144,9 +143,8 @@ def matrix_product(bench: Bench, *_) -> Result:
 
 
 def copy(bench: Bench, *_) -> Result:
-    x = torch.randn(
-        2 ** (20 if bench.tiny else 30), device=bench.device
-    )  # 4 GiB: no cache holds them
+    # 4 GiB: no cache holds them
+    x = torch.randn(2 ** (20 if bench.tiny else 30), device=bench.device)
     y = torch.empty_like(x)
     seconds = measure(bench, lambda: y.copy_(x))[0]
     return seconds, None, f"{2e-12 * x.nbytes / seconds:.3g} TB/s, read and written"
@@ -193,9 +191,8 @@ def by_minilcm(
         )
 
         def network(z_t: Tensor, t: int, cond: Cond) -> Tensor:
-            return compiled(
-                z_t, torch.full((batch,), t, device=bench.device), cond
-            )  # an int would be compiled in
+            # an int would be compiled in
+            return compiled(z_t, torch.full((batch,), t, device=bench.device), cond)
 
     def sample() -> Tensor:
         z_T, generators = noise(batch, config)

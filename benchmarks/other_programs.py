@@ -489,9 +489,8 @@ def sdcpp(folder: Path) -> Iterator[Fact]:
     picture = by_minilcm(both)
 
     def run(*job) -> tuple[Tensor, str]:
-        with ProcessPoolExecutor(
-            1, get_context("spawn")
-        ) as pool:  # C++ that may take its process down
+        # C++ that may take its process down
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(draw_sdcpp, *job).result()
 
     merged, _ = run(both, None, "AUTO")

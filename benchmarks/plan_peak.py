@@ -73,16 +73,14 @@ def job(argv: list[str]) -> None:
         lambda *_: {}
     )
     diagnostics.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
-    train.islice = lambda batches, _: itertools.islice(
-        batches, 1
-    )  # one fixed batch instead of eight
+    # one fixed batch instead of eight
+    train.islice = lambda batches, _: itertools.islice(batches, 1)
     train.main(train.parse(argv))
     process = resident("VmHWM")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the high-water mark starts at what is resident now
+    # the high-water mark starts at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     shutil.rmtree(argv[argv.index("--out") + 1])
     train.main(train.parse(argv))

@@ -51,9 +51,8 @@ from tests.tiny import load_tau
 
 W, RANK, LORA_ALPHA, LR = 7.5, 64, 8.0, 1e-4
 
-LossFn = Callable[
-    [Tensor, Tensor, Tensor, torch.Generator], Tensor
-]  # (z0, cond, null_cond, generator) -> scalar
+# (z0, cond, null_cond, generator) -> scalar
+LossFn = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def read_unet(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -31,9 +31,8 @@ def measure(budget: Budget) -> dict:
         }
 
     def intervals(found: dict[str, dict]) -> dict:
-        both = {
-            way: (x["right"], in_style(x, REAL)) for way, x in found.items()
-        }  # any of the four new sets
+        # any of the four new sets
+        both = {way: (x["right"], in_style(x, REAL)) for way, x in found.items()}
         return {
             way: {k: interval(v, groups=groups) for k, v in zip(("right", "style"), x)}
             for way, x in both.items()

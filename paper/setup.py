@@ -39,9 +39,8 @@ SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 W = 3.0  # the paper's w: the guidance distilled into the shipped LCM-LoRA, and the model's own
 NAMES = 64  # the first of the model's: of the prompts, and of all that is trained here
 
-spent: dict[
-    Path, float
-] = {}  # seconds that each kept part took that this section used, whenever it was made
+# seconds that each kept part took that this section used, whenever it was made
+spent: dict[Path, float] = {}
 spent_now: list[float] = []  # of those made by this section
 
 

@@ -80,9 +80,8 @@ def measure(budget: Budget) -> dict:
         held_out_art(None, looks=8),
     )
     sharp, content = art["sharpness"].mean().item(), [CATEGORY[p.name] for p in prompts]
-    by_content = {
-        c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)
-    }  # which prompts
+    # which prompts
+    by_content = {c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)}
     numbers = {"prompts": len(prompts), "seeds": len(budget.seeds), "rows": {}}
     numbers["art"] = {"right": art["right"].mean().item(), "sharpness": sharp}
     for label, (draw, vectors) in {"DDIM 50": (TEACHER, []), **rows}.items():

@@ -137,12 +137,8 @@ PROCESSED = {  # style: (kind of change, function)
     "slim": ("shape", slim),
     "swirl": ("shape", swirl),
 }
-REAL = {
-    "blob": "shape",
-    "gradient": "texture",
-    "glyph": "line",
-    "monotone": "line",
-}  # style: kind of change
+# style: kind of change
+REAL = {"blob": "shape", "gradient": "texture", "glyph": "line", "monotone": "line"}
 KINDS = {name: kind for name, (kind, _) in PROCESSED.items()} | REAL
 
 

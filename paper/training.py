@@ -71,9 +71,8 @@ def style_vectors(budget: Budget) -> dict[str, Vector]:
 
 
 class Trained(NamedTuple):
-    at: dict[
-        int, Vector | Base
-    ]  # {step: a LoRA's tau, or all weights}, at the recipe's marks and its end
+    # {step: a LoRA's tau, or all weights}, at the recipe's marks and its end
+    at: dict[int, Vector | Base]
     loss: Tensor  # (steps,)
 
     @property

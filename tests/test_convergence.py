@@ -44,9 +44,8 @@ class AffineNet(nn.Module):
         n = ((t - 19) // 20).clamp(min=0)  # at t = 0 f does not look at eps_hat
         centred = z_t.flatten(1) - m * SCHEDULE.alpha[t, None]  # (b, 1)
         x0 = self.proj_in(torch.cat([centred, torch.full_like(centred, m)], dim=1))  # (b, 50)
-        return eps_from_x0(
-            z_t, x0.gather(1, n[:, None])[:, :, None, None], t, SCHEDULE
-        )  # (b, 1, 1, 1)
+        # (b, 1, 1, 1)
+        return eps_from_x0(z_t, x0.gather(1, n[:, None])[:, :, None, None], t, SCHEDULE)
 
 
 def train(networks, parameters, steps, lr, k=20, w=W, guard=contextlib.nullcontext) -> None:
@@ -167,9 +166,8 @@ def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W)
     """The same for a LoRA; three(student, teacher), as train.py makes them, are its networks."""
     net = AffineNet()
     before = net.proj_in.weight.clone()
-    parameters = add_lora(
-        net, rank=2, generator=torch.Generator().manual_seed(0)
-    )  # can be any change of the weight
+    # can be any change of the weight
+    parameters = add_lora(net, rank=2, generator=torch.Generator().manual_seed(0))
     student = callable_of(net)
 
     def teacher(z_t, t, cond, w):

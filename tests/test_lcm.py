@@ -81,9 +81,8 @@ def test_guidance_embedding_golden():
     e = guidance_embedding(torch.tensor([7.5, 0.0]))
     assert e.shape == (2, 256)
     golden = {0: -0.8512359, 1: 0.8421312, 127: 0.6816387, 128: -0.5247833, 255: 0.7316889}
-    assert {i: e[0, i].item() for i in golden} == pytest.approx(
-        golden, abs=2e-4
-    )  # float32 angles up to 7500
+    # float32 angles up to 7500
+    assert {i: e[0, i].item() for i in golden} == pytest.approx(golden, abs=2e-4)
     assert e[1].tolist() == [0] * 128 + [1] * 128
     angle = 7500 * np.exp(-np.log(10000) * np.arange(128) / 127)
     np.testing.assert_allclose(
@@ -262,11 +261,8 @@ def test_lcd_loss_vanishes_at_the_fixed_point(gaussian, schedule):
                 )
                 > 5e-3
             )
-    for m in (
-        M,
-        M + (W - 1) * (M - M_NULL),
-        M_NULL + W * (M - M_NULL),
-    ):  # no guidance; w - 1; w taken for the scale
+    # no guidance; w - 1; w taken for the scale
+    for m in (M, M + (W - 1) * (M - M_NULL), M_NULL + W * (M - M_NULL)):
         wrong = affine_student(schedule, *fixed_point(gaussian, m))
         assert gaussian_loss(gaussian, schedule, wrong, every) > 5e-3
 

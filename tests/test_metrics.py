@@ -104,9 +104,8 @@ def test_accuracy():
     names, styles = ["cat face", "rocket", "rocket", "pizza"], ["light", "dark", "light", "dark"]
     right, none = accuracy(HandMadeJudge(), pixels, names)
     assert right.tolist() == [True, False, True, False] and none is None
-    assert (
-        accuracy(HandMadeJudge(), pixels, names, styles)[1].tolist() == [False] * 4
-    )  # "neither" is likeliest
+    # "neither" is likeliest
+    assert accuracy(HandMadeJudge(), pixels, names, styles)[1].tolist() == [False] * 4
     of_two = accuracy(HandMadeJudge(), pixels, names, styles, ["light", "dark"])[1]
     assert of_two.tolist() == [True, False, False, True]
 

@@ -620,9 +620,8 @@ def test_mistakes_give_one_line_and_no_file(bad_files, tmp_path, flags, message)
         sample.main(sample.parse([*base, *(x.format(f=bad_files, t=tmp_path) for x in flags)]))
     text = str(caught.value)
     assert message in text and "\n" not in text
-    assert not isinstance(caught.value, SystemExit) or isinstance(
-        caught.value.code, str
-    )  # a text: exit code 1
+    # a text: exit code 1
+    assert not isinstance(caught.value, SystemExit) or isinstance(caught.value.code, str)
     assert files_there() == before
 
 

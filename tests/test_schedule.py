@@ -87,9 +87,8 @@ def test_x0_and_eps_of_gaussian_data(schedule, gaussian, t):
     z_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(t))
     exact_eps, exact_x0 = gaussian.eps(z_t.double(), t), gaussian.x0(z_t.double(), t)
     x0 = x0_from_eps(z_t, exact_eps, t, schedule)
-    torch.testing.assert_close(
-        x0.double(), exact_x0, rtol=0, atol=1e-5
-    )  # float32 error, times up to 14.6
+    # float32 error, times up to 14.6
+    torch.testing.assert_close(x0.double(), exact_x0, rtol=0, atol=1e-5)
     torch.testing.assert_close(
         eps_from_x0(z_t, exact_x0, t, schedule).double(), exact_eps, rtol=0, atol=1e-5
     )

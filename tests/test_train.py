@@ -123,9 +123,8 @@ def test_two_steps(files, tmp_path, objective, capsys):
         assert {(down.shape[0], lora_alpha) for _, down, lora_alpha in tau.values()} == {
             {"style": (3, 2.0), "lcm": (4, 6.0), "attention": (2, 2.0)}[objective]
         }
-        assert all(
-            up.any() for up, _, _ in tau.values()
-        )  # B started at zero; gradients flowed into each
+        # B started at zero; gradients flowed into each
+        assert all(up.any() for up, _, _ in tau.values())
         expected = {
             "objective": OBJECTIVES[objective][1],
             "steps": "2",
@@ -333,9 +332,8 @@ def test_base_is_frozen_and_teacher_is_the_lora_off(files, tmp_path, monkeypatch
             return base(z_t, t, cond)
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", spy)
-    monkeypatch.setattr(
-        train, "forward_dtype", lambda device: torch.float32
-    )  # bfloat16 would round the base
+    # bfloat16 would round the base
+    monkeypatch.setattr(train, "forward_dtype", lambda device: torch.float32)
     run(files, tmp_path, "lcm", 3, "--lr", "1")
     first, last = calls[:3], calls[6:9]
     names = ["student", "teacher", "target"]
@@ -649,9 +647,8 @@ def test_a_loss_that_is_not_finite_stops_before_saving(files, tmp_path, monkeypa
         loss = lcd_loss(*args, **kwargs)
         count.append(loss.requires_grad)
         if sum(count) == 3 and loss.requires_grad:
-            return (
-                loss * float("nan") if what == "loss" else loss + (0 * loss).sqrt()
-            )  # sqrt'(0) = inf, times 0
+            # sqrt'(0) = inf, times 0
+            return loss * float("nan") if what == "loss" else loss + (0 * loss).sqrt()
         return loss
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", spoiled)

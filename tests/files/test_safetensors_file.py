@@ -11,9 +11,8 @@ def test_atomic_replaces_only_on_success(tmp_path):
     path = tmp_path / "file.txt"
     with atomic(path) as part:
         part.write_text("one")
-        assert (
-            not path.exists() and part.parent == tmp_path
-        )  # the same folder, so that renaming is atomic
+        # the same folder, so that renaming is atomic
+        assert not path.exists() and part.parent == tmp_path
     assert path.read_text() == "one"
     with pytest.raises(KeyError), atomic(path) as part:
         part.write_text("half of tw")

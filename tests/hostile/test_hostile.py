@@ -100,13 +100,11 @@ def measured(reader, path: Path) -> tuple[str | None, float]:
     """(refusal, the highest rise of the resident set while reading, as a share of `allowed`)."""
     gc.collect(0)
     gc.disable()  # what an earlier test left must not be freed meanwhile: it would hide as much,
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # and so would what was freed but is still resident: malloc gives it out again
+    # and so would what was freed but is still resident: malloc gives it out again
+    ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the high-water mark starts at what is resident now
+        # the high-water mark starts at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         line = refusal(reader, path)
         return line, (status("VmHWM") - before) / allowed(path)

@@ -155,9 +155,8 @@ def test_maps_are_inverse_over_clip_l(official_keys):
     there = clip_l_to_open_clip(state)
     weights = {key: x for key, x in state.items() if key != "embeddings.position_ids"}
     back = open_clip_to_clip_l(there)
-    assert (
-        len(shapes) == 197 and len(there) == 196 - 2 * 2 * 12
-    )  # q, k, v become one, weight and bias, 12 layers
+    # q, k, v become one, weight and bias, 12 layers
+    assert len(shapes) == 197 and len(there) == 196 - 2 * 2 * 12
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], x) for key, x in weights.items())
     again = clip_l_to_open_clip(back)

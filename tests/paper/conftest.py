@@ -14,9 +14,8 @@ from minilcm.metrics import Judge
 from paper import rank, setup
 from paper.styles import KINDS
 
-NAMES = (
-    (ROOT / "weights/emoji/names.txt").read_text().splitlines()[: setup.NAMES + 1]
-)  # one more than the paper's
+# one more than the paper's
+NAMES = (ROOT / "weights/emoji/names.txt").read_text().splitlines()[: setup.NAMES + 1]
 
 
 @pytest.fixture(scope="session", autouse=True)

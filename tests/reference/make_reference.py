@@ -41,9 +41,8 @@ def toy_eps(z_t: Tensor, t: int | Tensor) -> Tensor:
     Roughly what a network trained on data of unit variance would say, so that samplers stay of
     order 1.
     """
-    s = (
-        torch.as_tensor(t, device=z_t.device).to(z_t.dtype).reshape(-1, 1, 1, 1) / 1000
-    )  # (b or 1, 1, 1, 1)
+    # (b or 1, 1, 1, 1)
+    s = torch.as_tensor(t, device=z_t.device).to(z_t.dtype).reshape(-1, 1, 1, 1) / 1000
     channel = torch.arange(z_t.shape[1], device=z_t.device, dtype=z_t.dtype).reshape(1, -1, 1, 1)
     # A pixel with its neighbours in channel, row and column.
     mixed = 0.8 * z_t + 0.4 * z_t.roll(1, 1) - 0.3 * z_t.roll(1, 2) + 0.2 * z_t.roll(-1, 3)
@@ -153,9 +152,8 @@ def make_samplers() -> None:
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000
     )
     z_T = draw(generators())  # (2, 4, 8, 8)
-    z_init = 0.8 * torch.randn(
-        2, 4, 8, 8, generator=torch.Generator().manual_seed(2)
-    )  # the clean latent of img2img
+    # the clean latent of img2img
+    z_init = 0.8 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     tensors = {"z_T": z_T, "img2img/z_init": z_init, "img2img/noise": z_T.clone()}
 
     for strength in (1.0, 0.8, 0.5):
@@ -183,9 +181,8 @@ def make_samplers() -> None:
             tensors[f"{key}/{steps}/z0"] = z_t
             tensors[f"{key}/{steps}/timesteps"] = scheduler.timesteps.clone()
 
-    ddim = dict(
-        **schedule, clip_sample=False, set_alpha_to_one=False
-    )  # eta is an argument of step, 0 by default
+    # eta is an argument of step, 0 by default
+    ddim = dict(**schedule, clip_sample=False, set_alpha_to_one=False)
     run("ddim_trailing", lambda: DDIMScheduler(**ddim, timestep_spacing="trailing", steps_offset=0))
     run("ddim_leading", lambda: DDIMScheduler(**ddim, timestep_spacing="leading", steps_offset=1))
     dpmpp = dict(
@@ -400,9 +397,8 @@ def make_text() -> None:
     bos, eos, length = 49406, 49407, 77
     tokenizer = SimpleTokenizer()
     rows = [[bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    tokens = torch.tensor(
-        [row + [eos] * (length - len(row)) for row in rows]
-    )  # (3, 77), padded with eos
+    # (3, 77), padded with eos
+    tokens = torch.tensor([row + [eos] * (length - len(row)) for row in rows])
 
     config = CLIPTextConfig(
         vocab_size=49408,
@@ -440,9 +436,8 @@ def make_text() -> None:
     keys_big = fill_module(
         model, lambda name, shape: ("big." + name.removeprefix("text_model."), shape)
     )
-    tokens = torch.tensor(
-        [row + [eos] + [0] * (length - 1 - len(row)) for row in rows]
-    )  # padded with 0
+    # padded with 0
+    tokens = torch.tensor([row + [eos] + [0] * (length - 1 - len(row)) for row in rows])
     out = model(tokens, output_hidden_states=True)
     tensors |= {
         "tokens_big": tokens,

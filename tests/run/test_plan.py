@@ -115,9 +115,8 @@ def test_parts_in_closed_form(config):
     )
     assert fewer < trained and few["LoRA"] == 4 * fewer and few["average"] == 0
     narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, Step(1, 64, "cpu", F32))
-    assert (
-        2 * base < narrow["UNet"] < 3 * base
-    )  # embeddings, norms and first and last layer are wide
+    # embeddings, norms and first and last layer are wide
+    assert 2 * base < narrow["UNet"] < 3 * base
     full, all_of_it = step_bytes(
         Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16)
     )

@@ -18,12 +18,8 @@ import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SETS = {
-    "noto": "noto",
-    "twemoji": "twemoji",
-    "fluent": "fluent-emoji-flat",
-    "emojione": "emojione",
-}  # style: package
+# style: package
+SETS = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat", "emojione": "emojione"}
 CATEGORIES = [
     "Activities",
     "Animals & Nature",

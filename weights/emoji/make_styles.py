@@ -89,9 +89,8 @@ def main() -> None:
         if args.pictures:
             of_one_style = [a for a in seen if a.style == "noto"]
             chosen = of_one_style[:: max(1, len(of_one_style) // args.pictures)][: args.pictures]
-            colors = [
-                c for c in COLORS if c != "white"
-            ]  # white lines and rims are nothing on white
+            # white lines and rims are nothing on white
+            colors = [c for c in COLORS if c != "white"]
             for i, a in enumerate(chosen):
                 image, color = draw(a.image), colors[i % len(colors)]
                 on_ground = Image.alpha_composite(

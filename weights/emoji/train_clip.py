@@ -40,9 +40,8 @@ def make_clip() -> open_clip.CLIP:
 def encode_text(clip: open_clip.CLIP, text: TextEncoder, ids: Tensor) -> Tensor:
     """Unit text vectors (b, e): the tower's output at the first EOS, projected."""
     end = (ids == EOS).int().argmax(dim=1)
-    tokens = text(
-        ids[:, : int(end.max()) + 1]
-    )  # nothing behind the last EOS is needed: attention is causal
+    # nothing behind the last EOS is needed: attention is causal
+    tokens = text(ids[:, : int(end.max()) + 1])
     return F.normalize(tokens[torch.arange(len(ids)), end] @ clip.text_projection, dim=-1)
 
 
