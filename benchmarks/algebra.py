@@ -117,17 +117,8 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
 
 def extract(folder: Path, base: Path, tau: Tau) -> None:
     out = folder / "extracted.safetensors"
-    run(
-        "extract",
-        base,
-        folder / "merged.safetensors",
-        "--rank",
-        64,
-        "-o",
-        out,
-        "--dtype",
-        "float32",
-    )
+    how = "--rank", 64, "--dtype", "float32"
+    run("extract", base, folder / "merged.safetensors", "-o", out, *how)
     got = read_tau(out)
     assert got.keys() == tau.keys()
     worst = 0.0

@@ -37,18 +37,8 @@ RUNS = {
         ["--objective", "lcm", "--full", "--batch", "32"],
     ],
     "sd15": [
-        ["--objective", "lcm", "--rank", "64", "--batch", "1", "--size", "512"],
-        [
-            "--objective",
-            "lcm",
-            "--rank",
-            "64",
-            "--batch",
-            "2",
-            "--size",
-            "256",
-            "--no-checkpointing",
-        ],
+        "--objective lcm --rank 64 --batch 1 --size 512".split(),
+        "--objective lcm --rank 64 --batch 2 --size 256 --no-checkpointing".split(),
     ],
 }
 
@@ -118,16 +108,8 @@ def main(name: str, folder: Path) -> None:
     print(f"{'flags':72} {'plan':>8} {'allocator':>9} {'process':>17} {'run':>17}")
     for i, flags in enumerate(RUNS[name]):
         argv = [*flags, "--model", str(model)]
-        run = [
-            "--data",
-            str(pictures),
-            "--out",
-            str(folder / f"run{i}"),
-            "--steps",
-            "2",
-            "--looks",
-            "1",
-        ]
+        run = ["--data", str(pictures), "--out", str(folder / f"run{i}")]
+        run += "--steps 2 --looks 1".split()
         plan = planned(argv)
         for allocator, environment in {
             "as it is": {},

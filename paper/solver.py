@@ -24,8 +24,7 @@ from .training import short, train
 
 def measure(budget: Budget) -> dict:
     numbers = {"along": {}, "distance": {}, "gaussian": gaussian()}
-    # how far f is from the end of the teacher's trajectory, along it: a short run's, and the
-    # shipped one's
+    # how far f is from the end of the teacher's trajectory, along it: short runs, the shipped one
     some = prompts_of("all", min(64, budget.few))
     path = teacher_path(some, 2 * budget.seed)
     stages = {str(step): vector for step, vector in train(short(budget)).at.items()} | {

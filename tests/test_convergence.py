@@ -84,8 +84,7 @@ def fixed_point(k: int) -> tuple[np.ndarray, np.ndarray]:
         (a, s), (a_end, s_end) = (
             (alpha_bar[i] ** 0.5, (1 - alpha_bar[i]) ** 0.5) for i in (t, t_end)
         )
-        # guided noise: eps = sigma (z - alpha m_w) / V with m_w = m + w (m - m_null), as both have
-        # the same V
+        # guided noise (both have one V): eps = sigma (z - alpha m_w) / V, m_w = m + w (m - m_null)
         m_w, slope = M + W * (M - M_NULL), s / (a**2 * S**2 + s**2)
         # DDIM_n(z) = alpha' (z - sigma eps) / alpha + sigma' eps = A z + B
         A = a_end / a * (1 - s * slope) + s_end * slope
@@ -158,8 +157,7 @@ def test_a_target_with_gradient_does_not(monkeypatch):
     assert not distil(with_gradient) < FAR
 
 
-# ---- an LCM-LoRA, in skips of k = 200; teacher and target are the same network with LoRA off and
-# on
+# ---- an LCM-LoRA, in skips of k = 200; teacher and target are one network, LoRA off and on
 
 
 def distil_lora(three=lambda student, teacher: (student, teacher, student), w=W) -> float:

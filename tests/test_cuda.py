@@ -302,25 +302,10 @@ def test_sample(files, tmp_path, sampler):
 
     def picture(device: str, dtype: str, number=itertools.count()) -> np.ndarray:
         out = tmp_path / f"{next(number)}.png"
-        argv = [
-            "cat face",
-            "--model",
-            str(files / "model.safetensors"),
-            "--lora",
-            str(files / "lora.safetensors"),
-        ]
-        argv += [
-            "--sampler",
-            sampler,
-            "--steps",
-            "4",
-            "--device",
-            device,
-            "--dtype",
-            dtype,
-            "--out",
-            str(out),
-        ]
+        argv = ["cat face", *f"--steps 4 --sampler {sampler}".split()]
+        argv += ["--device", device, "--dtype", dtype, "--out", str(out)]
+        argv += ["--model", str(files / "model.safetensors")]
+        argv += ["--lora", str(files / "lora.safetensors")]
         sample.main(sample.parse(argv))
         return np.array(Image.open(out)).astype(int)
 

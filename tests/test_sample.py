@@ -139,16 +139,8 @@ def test_the_picture_is_the_pipeline_by_hand(draw, files):
 
 def test_files_and_what_they_say(draw):
     """Names sort in the order of drawing; the PNG's text is prompt, negative and recipe."""
-    pictures = draw(
-        "pizza",
-        "Cat face, on a pink background",
-        "--count",
-        "2",
-        "--seed",
-        "41",
-        "--negative",
-        "rocket",
-    )
+    flags = "--count 2 --seed 41 --negative rocket".split()
+    pictures = draw("pizza", "Cat face, on a pink background", *flags)
     assert list(pictures) == [
         "0000_pizza_seed41.png",
         "0001_pizza_seed42.png",

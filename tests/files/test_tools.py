@@ -158,25 +158,12 @@ def test_text_encoder_weights_are_merged_too(files, tmp_path):
 
 def test_extract_recovers_the_delta(files, tmp_path):
     """extract(base, merge(base, a)) at a's rank is a's delta, in float32 files, same modules."""
-    model, merged, out = (
-        files / "model.safetensors",
-        tmp_path / "m.safetensors",
-        tmp_path / "e.safetensors",
-    )
+    base, merged, out = (tmp_path / f"{name}.safetensors" for name in ("base", "merged", "out"))
+    model = files / "model.safetensors"
     tensors, metadata = load_file(model), read_header(model)[1]
-    save_file({k: v.float() for k, v in tensors.items()}, tmp_path / "base.safetensors", metadata)
-    run("merge", tmp_path / "base.safetensors", files / "a.safetensors", "-o", merged)
-    run(
-        "extract",
-        tmp_path / "base.safetensors",
-        merged,
-        "--rank",
-        "4",
-        "-o",
-        out,
-        "--dtype",
-        "float32",
-    )
+    save_file({k: v.float() for k, v in tensors.items()}, base, metadata)
+    run("merge", base, files / "a.safetensors", "-o", merged)
+    run("extract", base, merged, "--rank", "4", "-o", out, "--dtype", "float32")
     assert far(read_tau(out), read_tau(files / "a.safetensors")) < 1e-4
 
 
@@ -211,25 +198,12 @@ def test_energy_keeps_just_enough(files):
 def test_resize_file(files, tmp_path, capsys):
     """The printed residual is the written file's distance; --against measures another LoRA."""
     out = tmp_path / "small.safetensors"
-    run(
-        "resize",
-        files / "a.safetensors",
-        "--rank",
-        2,
-        "-o",
-        out,
-        "--dtype",
-        "float32",
-        "--against",
-        files / "b.safetensors",
-    )
+    a, b = files / "a.safetensors", files / "b.safetensors"
+    run("resize", a, "--rank", 2, "-o", out, "--dtype", "float32", "--against", b)
     printed = capsys.readouterr().out
-    direct = distance(read_tau(out), read_tau(files / "a.safetensors"))
+    direct = distance(read_tau(out), read_tau(a))
     assert f"total ||dW - dW'|| / ||dW|| = {direct:.4f}" in printed and "rank 4 -> 2" in printed
-    assert (
-        f"{distance(read_tau(files / 'b.safetensors'), read_tau(files / 'a.safetensors')):.4f}"
-        in printed
-    )
+    assert f"{distance(read_tau(b), read_tau(a)):.4f}" in printed
 
 
 def test_info_and_diff(files, capsys):
@@ -307,15 +281,7 @@ def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
             "one of the arguments --rank --energy is required",
         ),
         (
-            [
-                "extract",
-                "{f}/model.safetensors",
-                "{f}/model.safetensors",
-                "--rank",
-                "2",
-                "-o",
-                "{t}/o",
-            ],
+            "extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o".split(),
             "do not differ",
         ),
         (["unknown"], "invalid choice: 'unknown'"),

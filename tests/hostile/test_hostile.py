@@ -98,9 +98,10 @@ def refusal(reader, path: Path) -> str | None:
 
 def measured(reader, path: Path) -> tuple[str | None, float]:
     """(refusal, the highest rise of the resident set while reading, as a share of `allowed`)."""
+    # what an earlier test left must not be freed meanwhile: it would hide as much; and so would
+    # what was freed but is still resident: malloc gives it out again
     gc.collect(0)
-    gc.disable()  # what an earlier test left must not be freed meanwhile: it would hide as much,
-    # and so would what was freed but is still resident: malloc gives it out again
+    gc.disable()
     ctypes.CDLL(None).malloc_trim(0)
     try:
         # the high-water mark starts at what is resident now

@@ -14,8 +14,7 @@ from minilcm.model.unet import Cond, UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b}
 
-# The four small UNets of make_reference.py: what diffusers says by block types and layer counts, in
-# our words
+# The four small UNets of make_reference.py, which tells diffusers block types and layer counts
 COMMON = dict(channels=(32, 64, 64), context_dim=48, groups=8)
 KINDS = {
     "sd": UNetConfig(

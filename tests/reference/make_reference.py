@@ -104,8 +104,8 @@ def save(name: str, tensors: dict[str, Tensor], facts: dict) -> None:
             raise ValueError(f"{name}: {key} is not finite")
     path = REFERENCE / name
     temporary = path.with_suffix(".tmp")
-    # One entry, because safetensors does not keep the order of several: the same tensors give the
-    # same bytes.
+    # One entry: safetensors does not keep the order of several, and the same tensors must give
+    # the same bytes.
     save_file(
         {k: x.contiguous() for k, x in tensors.items()},
         temporary,

@@ -147,21 +147,8 @@ def test_sd15_from_its_name(capsys, monkeypatch):
     is the total, in the last line, and fits or does not.
     """
     monkeypatch.chdir(ROOT)
-    argv = [
-        "--objective",
-        "lcm",
-        "--rank",
-        "64",
-        "--model",
-        "sd15",
-        "--batch",
-        "1",
-        "--size",
-        "128",
-        "--plan",
-        "4",
-    ]
-    train.main(train.parse(argv))
+    flags = "--objective lcm --rank 64 --model sd15 --batch 1 --size 128 --plan 4"
+    train.main(train.parse(flags.split()))
     lines = capsys.readouterr().out.splitlines()
     assert (
         "67,252,224 parameters to train, batch 1 x 128x128, bfloat16, checkpointing on" in lines[0]

@@ -38,33 +38,14 @@ def files(tmp_path_factory):
 def start(
     files: Path, out: Path, world: int, batch: int, steps: int, *flags: str
 ) -> subprocess.Popen:
-    argv = [
-        *flags,
-        "--batch",
-        batch,
-        "--steps",
-        steps,
-        "--looks",
-        1,
-        "--device",
-        "cpu",
-        "--lr",
-        "0.001",
-        "--out",
-        out,
-    ]
-    argv += ["--model", files / "model.safetensors", "--data", files / "art"]
-    runner = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        world,
-    ]
+    argv = [*flags, "--batch", batch, "--steps", steps]
+    argv += "--looks 1 --device cpu --lr 0.001".split()
+    argv += ["--model", files / "model.safetensors", "--data", files / "art", "--out", out]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
+    command = [sys.executable, *(runner if world > 1 else []), __file__, *argv]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*map(str, [*(runner if world > 1 else runner[:1]), __file__, *argv])],
+        [*map(str, command)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

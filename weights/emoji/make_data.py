@@ -57,8 +57,7 @@ def main(node_modules: Path) -> None:
     emojibase = json.loads((node_modules / "emojibase-data/en/data.json").read_text())
     by_code = {e["hexcode"].lower().replace("-fe0f", ""): e for e in emojibase}
 
-    # emojione is in the package without Unicode's categories and code points: the other three sets
-    # name the icons
+    # the other three sets name emojione's icons, which come without categories and code points
     names, code = {}, {}
     for style in ["noto", "twemoji", "fluent"]:
         folder = node_modules / "@iconify-json" / SETS[style]

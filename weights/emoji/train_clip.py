@@ -109,8 +109,7 @@ def main() -> None:
     clip, text = make_clip().to(args.device), TextEncoder(TEXT).to(args.device)
     if args.init:
         clip.load_state_dict(read_tensors(args.init)[0], strict=False)
-    # one set of text weights, seen through our encoder: the tower that will condition the UNet is
-    # the one trained
+    # one set of text weights: the tower that will condition the UNet is the one trained
     for name, _ in text.tower.named_parameters():
         module, _, leaf = name.rpartition(".")
         setattr(text.tower.get_submodule(module), leaf, clip.get_parameter(name))
