@@ -30,12 +30,11 @@ Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat
 
 
 def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) at the integer timestep t, with c_skip(0) = 1 and c_out(0) = 0. 2310.04378
-    section 3 and code.
+    """(c_skip, c_out) at the integer timestep t: (1, 0) at t = 0. 2310.04378 section 3 and code.
 
-    s grows so fast that the two switch over between t = 0 and the first point of the grid: at t =
-    19 c_skip is 7e-6, so f is x0 everywhere but at t = 0. Unlike Consistency Models (2303.01469 eq.
-    5) c_out has no factor sigma_data: c_skip + c_out^2 = 1.
+    s grows so fast that the two switch over between t = 0 and the first point of the grid: c_skip
+    is 7e-6 at t = 19, so f is x0 everywhere but at t = 0. c_out has no factor sigma_data, unlike
+    that of Consistency Models (2303.01469 eq. 5): c_skip + c_out^2 = 1.
     """
     s = T_SCALE * torch.as_tensor(t, dtype=torch.float32)
     # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = 10 t
@@ -113,16 +112,15 @@ def lcd_loss(
     k: int = T // GRID,
     together: bool = False,
 ) -> Tensor:
-    """Latent consistency distillation, Algorithm 1 of 2310.04378, on clean latents z0 (b, c, h, w);
-    -> scalar.
+    """Latent consistency distillation, Algorithm 1 of 2310.04378: z0 (b, c, h, w) -> scalar.
 
     One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For
-    LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient. n (b,), w
-    (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the pair is (t, t
-    - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999, but one DDIM
-    step of that length is a coarser teacher; with k = 1 the signal would have to travel through 999
-    hops. `together`: the teacher gets cond and null_cond (b rows each) in one batch of 2b, which
-    takes more memory and is faster on a GPU.
+    LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient.
+    n (b,), w (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the
+    pair is (t, t - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999,
+    but one DDIM step of that length is a coarser teacher; with k = 1 the signal would have to
+    travel through 999 hops. `together`: the teacher gets cond and null_cond (b rows each) in one
+    batch of 2b, which takes more memory and is faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
     t_start = train_grid().to(z0.device)[n]
@@ -130,13 +128,12 @@ def lcd_loss(
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)
-    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}); first, so that checkpointing recomputes with LoRA
-    # on
+    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}), first: checkpointing recomputes with LoRA on
     f_start = f_theta(z_start, student(z_start, t_start, cond, w), t_start, schedule)
 
     with torch.no_grad():
-        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and (1 +
-        # w) - w = 1, so guiding eps gives exactly this z
+        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and
+        # (1 + w) - w = 1, so guiding eps gives exactly this z
         if together:
             twice = (torch.cat([x, x]) for x in (z_start, t_start))
             eps_cond, eps_null = (

@@ -22,9 +22,7 @@ Tau = dict[str, tuple[Tensor, Tensor, float]]
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear with a low-rank term; `scale` multiplies it (0: off), on top of lora_alpha /
-    rank.
-    """
+    """An nn.Linear with a low-rank term, times lora_alpha / rank and `scale` (0: off)."""
 
     def adapt(self, rank: int, lora_alpha: float) -> None:
         self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0

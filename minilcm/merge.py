@@ -52,8 +52,8 @@ def add_delta_(
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter.
 
-    B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank, s_i =
-    lora_alpha_i / r_i. Raises ValueError if the taus' shapes differ at a path, or the lists'
+    B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank,
+    s_i = lora_alpha_i / r_i. Raises ValueError if the taus' shapes differ at a path, or the lists'
     lengths.
     """
     if len(taus) != len(lambdas):
@@ -176,12 +176,11 @@ def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tens
 def reduce_rank(
     tau: Tau, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tau, dict[str, float]]:
-    """The best tau of a lower rank (Eckart-Young), and what it loses: {path: ||dW - dW'||_F /
-    ||dW||_F}.
+    """The best tau of a lower rank (Eckart-Young); {path: what it loses, ||dW - dW'|| / ||dW||}.
 
     `rank`: at most this rank in each module; `energy`: the lowest rank that keeps this share of the
-    sum of squared singular values. Exact up to float32; B = U sqrt(S), A = sqrt(S) V^T, lora_alpha
-    = rank.
+    sum of squared singular values. Exact up to float32, in Frobenius norms;
+    B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
     """
     small, residual = {}, {}
     for path, (up, down, lora_alpha) in tau.items():

@@ -39,8 +39,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule() -> Schedule:
-    """Stable Diffusion's "scaled linear" schedule (Rombach et al. 2022, configs of
-    CompVis/stable-diffusion).
+    """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs.
 
     betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64
     differs by 4.7e-7.
@@ -51,18 +50,14 @@ def make_schedule() -> Schedule:
 
 
 def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """z_t from clean latents z0 (b, c, h, w) and noise eps of its shape; t an int or (b,). DDPM
-    (2006.11239) eq. 4.
-    """
+    """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,)."""
     alpha, sigma = schedule.at(t, z0)
     # z_t = alpha z0 + sigma eps
     return alpha * z0 + sigma * eps
 
 
 def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """The network's estimate of z0, in float32: at t = 999 an error of eps_hat grows by sigma/alpha
-    = 14.6.
-    """
+    """The network's estimate of z0, float32: at t = 999 an error of eps_hat grows 14.6 times."""
     alpha, sigma = schedule.at(t, z_t)
     # x0 = (z_t - sigma eps_hat) / alpha
     return (z_t.float() - sigma * eps_hat.float()) / alpha
@@ -76,9 +71,7 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
 
 
 def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
-    """Weight of the eps-loss at t (b,): min(SNR, gamma) / SNR, SNR = alpha^2 / sigma^2. Min-SNR
-    (2303.09556) eq. 8.
-    """
+    """Min-SNR (2303.09556) eq. 8: weight min(SNR, gamma) / SNR of the eps-loss at t (b,)."""
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma) ** 2  # (b,)
     return snr.clamp(max=gamma) / snr

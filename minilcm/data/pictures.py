@@ -151,8 +151,9 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 def draw_sheet(
     columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]
 ) -> Image.Image:
-    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}; decode: (1, c, h, w) ->
-    (1, 3, H, W).
+    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}.
+
+    decode: (1, c, h, w) -> (1, 3, H, W).
     """
     pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]

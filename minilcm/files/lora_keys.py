@@ -42,8 +42,9 @@ REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any of the five spellings -> (prefix in tau, module as spelled, "up" | "down" |
-    "mid" | "alpha").
+    """A key in any of the five spellings -> (prefix in tau, module as spelled, part).
+
+    part: "up" | "down" | "mid" | "alpha"
     """
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight

@@ -119,10 +119,10 @@ def byte_pairs(prompt: str) -> list[int]:
 class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
-    SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "". SDXL
-    (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm, (b, 77, 768 +
-    1280); vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each, (b, 2816); null
-    is zeros for text.
+    SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "".
+    SDXL (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm,
+    (b, 77, 768 + 1280); vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each,
+    (b, 2816); null is zeros for text.
     """
 
     def __init__(self, cfg: TextConfig = TextConfig()):

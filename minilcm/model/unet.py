@@ -1,5 +1,4 @@
-"""The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key
-names.
+"""Stable Diffusion's UNet eps_theta(z_t, t, c), all families, under the official LDM key names.
 
                     SD1.5                                 SDXL (SSD-1B without the starred)
 time_embed          t -> 320 -> 1280                      the same

@@ -161,8 +161,9 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of q(z|x), scaled: pixels (b, 3, H, W) in [-1, 1] -> two of (b, 4, H/f,
-        W/f), float32.
+        """Mean and std of q(z|x), scaled: pixels (b, 3, H, W) -> two of (b, 4, H/f, W/f), float32.
+
+        pixels are in [-1, 1].
         """
         mean, log_var = (
             self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))

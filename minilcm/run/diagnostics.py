@@ -269,9 +269,7 @@ def consistency_along_trajectory(
 def few_steps(
     network: Network, like: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int
 ) -> Tensor:
-    """z0 (b, c, h, w), of the shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b -
-    1.
-    """
+    """z0 (b, c, h, w), shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b - 1."""
     eps_fn, seeds = bind(network, cond, w), range(len(like))
     return generate(
         eps_fn, seeds, like.shape[1:], "lcm", steps, device=like.device, schedule=schedule
