@@ -52,9 +52,9 @@ def measure(budget: Budget) -> dict:
 
 
 def gaussian(m: float = 0.7, s: float = 0.5) -> dict:
-    """Where the answer is known: data N(m, s^2), whose ODE ends at m + s (z - alpha m) /
-    sqrt(alpha^2 s^2 + sigma^2).
+    """Where the answer is known: data N(m, s^2).
 
+    Its ODE ends at m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2).
     RMS over z ~ N(0, 1) of each solver's end minus the exact one. What distillation leads to, as
     tests/test_convergence shows, is f = one step of DDIM from each skip to the next, down to t = 0:
     so many skips of k, in one evaluation.

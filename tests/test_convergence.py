@@ -28,8 +28,7 @@ CLOSE, FAR = 1e-3, 0.05  # the answer itself is about 2
 class AffineNet(nn.Module):
     """eps_hat of x0 = u[n] (z_t - alpha m) + v[n] m, n the grid index of t; cond is the number m.
 
-    As made it is the exact network of N(m, S^2). u and v are the columns of one Linear's weight
-    (50, 2).
+    As made it is the exact network of N(m, S^2). u and v are the columns of a Linear (50, 2).
     """
 
     def __init__(self):

@@ -124,10 +124,10 @@ def test_ddim_is_invertible_for_constant_eps(schedule64):
 
 
 def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
-    """Down and up again by DDIM, data N(m, s^2): y - m, y = z/alpha, shrinks by s^2 (S-S')^2 /
-    ((s^2+S^2)(s^2+S'^2)).
+    """Down and up again by DDIM, data N(m, s^2): what shrinks y - m, y = z / alpha.
 
-    S = sigma/alpha. Closed form; 1.45e-4 for 700 -> 680 -> 700 with s = 0.5.
+    By s^2 (S - S')^2 / ((s^2 + S^2) (s^2 + S'^2)), S = sigma / alpha. Closed form;
+    1.45e-4 for 700 -> 680 -> 700 with s = 0.5.
     """
     z = noise().double()
     down = ddim_step(z, gaussian.x0(z, 700), gaussian.eps(z, 700), 680, schedule64)
@@ -279,8 +279,8 @@ def mean_cond(m):
 def test_guidance_moves_the_mean(gaussian, t):
     """Gaussians of one variance: N(.7, s^2) guided from N(-.2, s^2), w = 7.5, has eps of mean 7.45.
 
-    m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w: m_null + 8.5 (m_c -
-    m_null) is the same.
+    m_w = m_c + w (m_c - m_null), and the ecosystem's guidance scale is 1 + w:
+    m_null + 8.5 (m_c - m_null) is the same.
     """
     z_t = noise()
     eps_fn = guided_eps(

@@ -223,8 +223,9 @@ def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
 
 
 def test_average_is_of_the_weights_and_is_what_is_written(files, tmp_path):
-    """--average MU: after the first step average = 0.1 start + 0.9 weights (mu grows as (step + 1)
-    / (step + 10)); the state keeps both, the result has the average.
+    """--average MU: after the first step average = 0.1 start + 0.9 weights.
+
+    mu grows as (step + 1) / (step + 10); the state keeps both, the result has the average.
     """
     run(files, tmp_path, "full", 1, "--average", "0.9", "--lr", "0.1")
     start = load_model(files / "model.safetensors")[0].state_dict()

@@ -411,8 +411,8 @@ def test_peft_patterns(tmp_path):
     """alpha_pattern holds ends of names at a dot, or expressions; the first that fits (PEFT).
 
     attn1.to_k: "to_k"; attn2.to_k: the first, though "to_k" fits too; conv1: "[02]" fits 0 and not
-    1; to_q: none, and "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of alpha
-    sqrt(r). Text encoders have their own.
+    1; to_q: none, and "o_q" ends at no dot. rsLoRA's scale alpha / sqrt(r) is an alpha of
+    alpha sqrt(r). Text encoders have their own.
     """
     attn = "unet.mid_block.attentions.0.transformer_blocks.0"
     expected = {f"{attn}.attn1.to_k": 2.0, f"{attn}.attn2.to_k": 3.0, f"{attn}.attn1.to_q": 8.0}

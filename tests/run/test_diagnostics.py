@@ -242,8 +242,9 @@ def test_the_ode_itself_is_nearly_consistent(gaussian, schedule, trajectory):
 
 
 def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajectory, perfect):
-    """Distance 0 in one step; 2 and 4 steps add noise, whose part is known: z0 <- p_t + q_t (alpha
-    z0 + sigma eps).
+    """Distance 0 in one step; 2 and 4 steps add noise, whose part is known.
+
+    z0 <- p_t + q_t (alpha z0 + sigma eps)
 
     Students that are wrong are as far off in one step as their p and q say.
     """
