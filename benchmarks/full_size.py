@@ -113,6 +113,63 @@ def load(module, state: dict[str, Tensor], rename=lambda key: key) -> None:
     module.eval()
 
 
+# ---- the networks as diffusers and transformers describe them
+
+
+XL = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    cross_attention_dim=2048,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+UNETS = {
+    "sd15": dict(cross_attention_dim=768, attention_head_dim=8),
+    "sdxl": XL,
+    "ssd1b": XL
+    | dict(
+        transformer_layers_per_block=[1, [2, 2], [4, 4]],
+        mid_block_type="UNetMidBlock2D",
+        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1],
+    ),
+}
+VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    scaling_factor=0.18215,
+)
+# the modules of an LCM-LoRA, by the ends of their names
+LAYERS = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
+
+
+def clip_config(width: int, layers: int, **more):
+    """Of CLIP-L's kind: quick GELU, padded with EOS, unless `more` says otherwise."""
+    from transformers import CLIPTextConfig
+
+    config = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=width,
+        hidden_act="quick_gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
+    return CLIPTextConfig(**config | more)
+
+
 @torch.no_grad()
 def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The others: diffusers' converters, networks and LoRA loader; transformers; open_clip."""
@@ -129,25 +186,11 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
         convert_ldm_vae_checkpoint,
         convert_open_clip_checkpoint,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     x, out = inputs(family), {}
     tensors, _ = read_tensors(model)
-    config = dict(
-        vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407
-    )
-    clip_l = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            hidden_act="quick_gelu",
-            projection_dim=768,
-            pad_token_id=49407,
-            **config,
-        )
-    )
+    clip_l = CLIPTextModel(clip_config(768, 12))
     state = convert_ldm_clip_checkpoint(dict(tensors))
     strip = next(iter(clip_l.state_dict())).startswith("text_model.")
     load(clip_l, state, (lambda k: k) if strip else (lambda k: k.removeprefix("text_model.")))
@@ -156,24 +199,9 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     if family == "sd15":
         context, vector = states.last_hidden_state, torch.zeros(1, 1)
     else:
-        big = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_hidden_layers=32,
-                num_attention_heads=20,
-                hidden_act="gelu",
-                projection_dim=1280,
-                pad_token_id=0,
-                **config,
-            )
-        )
-        load(
-            big,
-            convert_open_clip_checkpoint(
-                big, dict(tensors), prefix="conditioner.embedders.1.model."
-            ),
-        )
+        big = CLIPTextModelWithProjection(clip_config(1280, 32, hidden_act="gelu", pad_token_id=0))
+        prefix = "conditioner.embedders.1.model."
+        load(big, convert_open_clip_checkpoint(big, dict(tensors), prefix=prefix))
         states_big = big(ours["tokens_big"], output_hidden_states=True)
         context = torch.cat([states.hidden_states[-2], states_big.hidden_states[-2]], dim=-1)
         time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
@@ -183,37 +211,9 @@ def by_others(family: str, model: Path, lora: Path, ours: dict[str, Tensor]) -> 
     out["context"], out["vector"] = context, vector
     del clip_l
 
-    xl = dict(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        use_linear_projection=True,
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    small = dict(
-        transformer_layers_per_block=[1, [2, 2], [4, 4]],
-        mid_block_type="UNetMidBlock2D",
-        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1],
-    )
-    configs = {
-        "sd15": dict(cross_attention_dim=768, attention_head_dim=8),
-        "sdxl": xl,
-        "ssd1b": xl | small,
-    }
-    unet = UNet2DConditionModel(**configs[family])
+    unet = UNet2DConditionModel(**UNETS[family])
     load(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        scaling_factor=0.18215 if family == "sd15" else 0.13025,
-    )
+    vae = AutoencoderKL(**VAE | ({} if family == "sd15" else {"scaling_factor": 0.13025}))
     load(vae, convert_ldm_vae_checkpoint(dict(tensors), vae.config))
     del tensors
     gc.collect()

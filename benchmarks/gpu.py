@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.full_size import LAYERS
 from minilcm.files.identify import Config, sd15_config, sdxl_config, ssd1b_config
 from minilcm.lcm import sample_lcm
 from minilcm.model.text import N_TOKENS
@@ -318,13 +319,7 @@ def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
     from peft import LoraConfig
 
     unet = build(bench, bench.forward, lambda: diffusers_unet(config.unet))
-    targets = (
-        "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
-        "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
-    )
-    unet.add_adapter(
-        LoraConfig(r=OBJECTIVE.rank, lora_alpha=OBJECTIVE.rank, target_modules=targets.split())
-    )
+    unet.add_adapter(LoraConfig(r=OBJECTIVE.rank, lora_alpha=OBJECTIVE.rank, target_modules=LAYERS))
     for x in unet.parameters():
         if x.requires_grad:
             x.data = x.data.float()

@@ -41,7 +41,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
-from benchmarks.full_size import HERE, PROMPT, SIDE, make_files
+from benchmarks.full_size import (
+    HERE,
+    LAYERS,
+    PROMPT,
+    SIDE,
+    UNETS,
+    VAE,
+    clip_config,
+    make_files,
+)
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import sample_lcm
@@ -61,29 +70,6 @@ class Fact(NamedTuple):
 # ---- networks of the others
 
 
-XL = dict(
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-VAE = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    scaling_factor=0.18215,
-)
-LAYERS = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
-    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
-).split()
 TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
 
 
@@ -92,28 +78,16 @@ def diffusers_unet(family: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            **{"sd15": dict(cross_attention_dim=768, attention_head_dim=8), "sdxl": XL}[family]
-        )
+        unet = UNet2DConditionModel(**UNETS[family])
     return unet.to_empty(device="cpu").requires_grad_(False)
 
 
 def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
     """A text encoder, likewise. `flat`: transformers 5's CLIPTextModel has no `text_model.`"""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        projection_dim=width,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
     with torch.device("meta"):
-        text = (CLIPTextModel if flat else CLIPTextModelWithProjection)(config)
+        text = (CLIPTextModel if flat else CLIPTextModelWithProjection)(clip_config(width, layers))
     return text.to_empty(device="cpu").requires_grad_(False)
 
 

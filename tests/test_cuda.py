@@ -20,6 +20,7 @@ from tiny import (
     CONFIG,
     TWO_TOWERS,
     load_tau,
+    noise,
     random_tau,
     tiny_text,
     tiny_unet,
@@ -79,12 +80,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def conds(b: int) -> tuple[Cond, Cond]:
-    return Cond(noise(10, b, 77, 128)), Cond(noise(11, 1, 77, 128).expand(b, -1, -1))
+    return Cond(noise(10, (b, 77, 128))), Cond(noise(11, (1, 77, 128)).expand(b, -1, -1))
 
 
 def far(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -111,7 +108,7 @@ def far_apart(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 )
 def test_unet(nets, dtype, most):
     """eps_hat of the emoji UNet at three timesteps, in each format, is the CPU's in float32."""
-    z_t, t, (cond, _) = noise(0, 3, 4, 16, 16), torch.tensor([999, 500, 0]), conds(3)
+    z_t, t, (cond, _) = noise(0, (3, 4, 16, 16)), torch.tensor([999, 500, 0]), conds(3)
     unet = copy.deepcopy(nets[DEVICE][0]).to(dtype)
     got = unet(z_t.to(DEVICE), t.to(DEVICE), cond.to(DEVICE))
     assert (got.device.type, got.dtype) == (DEVICE, dtype)
@@ -121,7 +118,10 @@ def test_unet(nets, dtype, most):
 def test_unet_with_two_towers():
     """SDXL in small: the second tower's vector goes in, and heads have one width."""
     unet = tiny_unet(0, TWO_TOWERS.unet)
-    z_t, cond = noise(0, 2, 4, 16, 16), Cond(noise(1, 2, 77, 80), noise(2, 2, TWO_TOWERS.unet.adm))
+    z_t, cond = (
+        noise(0, (2, 4, 16, 16)),
+        Cond(noise(1, (2, 77, 80)), noise(2, (2, TWO_TOWERS.unet.adm))),
+    )
     expected = unet(z_t, 500, cond)
     assert far(unet.to(DEVICE)(z_t.to(DEVICE), 500, cond.to(DEVICE)), expected) < 1e-4
 
@@ -130,7 +130,7 @@ def test_vae(nets):
     """A drawn latent, its pixels, and pixels by tiles."""
     (here, there), pixels = (
         (nets[device][1] for device in (HERE, DEVICE)),
-        noise(3, 2, 3, 128, 128).clamp(-1, 1),
+        noise(3, (2, 3, 128, 128)).clamp(-1, 1),
     )
     z0, got = (
         vae.encode(pixels.to(device), torch.Generator().manual_seed(0))
@@ -204,7 +204,7 @@ def one_step(device: str, objective: Objective, half: torch.dtype = torch.float3
     optimizer = torch.optim.AdamW(named.values(), lr=1e-3, weight_decay=0.0, fused=True)
     cond, null_cond = (x.to(device) for x in conds(3))
     generator = torch.Generator().manual_seed(5)
-    loss = loss_of(objective, nets, noise(4, 3, 4, 16, 16).to(device), cond, null_cond, generator)
+    loss = loss_of(objective, nets, noise(4, (3, 4, 16, 16)).to(device), cond, null_cond, generator)
     loss.backward()
     gradients = {name: x.grad.clone() for name, x in named.items()}
     before = {name: x.detach().clone() for name, x in named.items()}

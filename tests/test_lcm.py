@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from make_reference import STEPS, draw, generators, toy_eps
+from tiny import noise
 from torch import nn
 
 from minilcm import lcm
@@ -26,11 +27,6 @@ from minilcm.lora import add_lora, get_tau, lora_off
 from minilcm.model.unet import Cond, UNet, UNetConfig, emoji
 from minilcm.schedule import add_noise, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step, guided_eps, sample_ddim
-
-
-def noise(seed=0, shape=(2, 4, 8, 8)):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- the consistency function
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from make_reference import STEPS, toy_eps
+from tiny import noise
 
 from minilcm.model.unet import Cond
 from minilcm.schedule import Schedule, x0_from_eps
@@ -15,11 +16,6 @@ from minilcm.solver import (
     sample_ddim,
     sample_dpmpp_2m,
 )
-
-
-def noise(seed=0, shape=(2, 4, 8, 8)):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- grids
 

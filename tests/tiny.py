@@ -112,6 +112,10 @@ def load_tau(model: torch.nn.Module, tau: Tau) -> None:
             layer.lora_up.weight.copy_(up), layer.lora_down.weight.copy_(down)
 
 
+def noise(seed: int = 0, shape: tuple[int, ...] = (2, 4, 8, 8)) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def drawing(seed: int) -> Image.Image:
     """A disc with a square in it on transparent ground, like an emoji."""
     image = Image.new("RGBA", (64, 64))
