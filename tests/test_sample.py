@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -505,87 +506,75 @@ def bad_files(files):
 
 
 MISTAKES = [
-    ([], "no prompt; try: python sample.py"),
-    (["pizza", "--sampler", "euler"], "invalid choice: 'euler'"),
-    (["pizza", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
+    ("", "no prompt; try: python sample.py"),
+    ("pizza --sampler euler", "invalid choice: 'euler'"),
+    ("pizza --model {f}/none.safetensors", "none.safetensors: no such file"),
     (
-        ["pizza", "--model", "{f}/cut_model.safetensors"],
+        "pizza --model {f}/cut_model.safetensors",
         "cut_model.safetensors: file is damaged or incomplete",
     ),
     (
-        ["pizza", "--model", "{f}/lcm.safetensors"],
+        "pizza --model {f}/lcm.safetensors",
         "lcm.safetensors: this is a LoRA file; pass it with --lora",
     ),
-    (["pizza", "--model", "{f}/words.txt"], "words.txt: not a safetensors file"),
-    (["--list", "--model", "{f}/none.safetensors"], "none.safetensors: no such file"),
-    (["pizza", "--lora", "{f}/none.safetensors"], "none.safetensors: no such file"),
-    (["pizza", "--lora", "{f}/none.safetensors:0.5"], "none.safetensors: no such file"),
+    ("pizza --model {f}/words.txt", "words.txt: not a safetensors file"),
+    ("--list --model {f}/none.safetensors", "none.safetensors: no such file"),
+    ("pizza --lora {f}/none.safetensors", "none.safetensors: no such file"),
+    ("pizza --lora {f}/none.safetensors:0.5", "none.safetensors: no such file"),
+    ("pizza --lora {f}/cut_lcm.safetensors", "cut_lcm.safetensors: file is damaged or incomplete"),
     (
-        ["pizza", "--lora", "{f}/cut_lcm.safetensors"],
-        "cut_lcm.safetensors: file is damaged or incomplete",
-    ),
-    (
-        ["pizza", "--lora", "{f}/model.safetensors"],
+        "pizza --lora {f}/model.safetensors",
         "model.safetensors: this is a checkpoint; pass it with --model",
     ),
+    ("pizza --lora {f}/other_lora.safetensors", "other_lora.safetensors: made for another model: "),
     (
-        ["pizza", "--lora", "{f}/other_lora.safetensors"],
-        "other_lora.safetensors: made for another model: ",
-    ),
-    (
-        ["pizza", "--lora", "{f}/lcm.safetensors:abc"],
+        "pizza --lora {f}/lcm.safetensors:abc",
         "'abc' is not a number; give FILE:LAMBDA, for example",
     ),
-    (["pizza", "--lora", "{f}/lcm.safetensors:"], "'' is not a number"),
-    (["pizza", "--lora", "{f}/lcm.safetensors:nan"], "'nan' is not a number"),
-    (["pizza", "--lora", "{f}/lcm.safetensors:inf"], "'inf' is not a number"),
-    (["pizza", "--lora", ""], "is a folder"),
-    (["pizza", "--image", "{f}/none.png"], "none.png: "),
-    (["pizza", "--image", "{f}/words.txt"], "words.txt: not a readable picture"),
-    (["pizza", "--image", "{f}"], ": not a readable picture"),
-    (["pizza", "--image", "{f}/picture.png", "--sampler", "ddim"], "--image needs --sampler lcm"),
+    ("pizza --lora {f}/lcm.safetensors:", "'' is not a number"),
+    ("pizza --lora {f}/lcm.safetensors:nan", "'nan' is not a number"),
+    ("pizza --lora {f}/lcm.safetensors:inf", "'inf' is not a number"),
+    ("pizza --lora ''", "is a folder"),
+    ("pizza --image {f}/none.png", "none.png: "),
+    ("pizza --image {f}/words.txt", "words.txt: not a readable picture"),
+    ("pizza --image {f}", ": not a readable picture"),
+    ("pizza --image {f}/picture.png --sampler ddim", "--image needs --sampler lcm"),
     (
-        ["pizza", "--image", "{f}/picture.png", "--strength", "0"],
+        "pizza --image {f}/picture.png --strength 0",
         "--strength is 0.0; give a number from 0.02 to 1",
     ),
-    (["pizza", "--image", "{f}/picture.png", "--strength", "1.5"], "--strength is 1.5"),
-    (["pizza", "--image", "{f}/picture.png", "--strength", "nan"], "--strength is nan"),
-    (
-        ["pizza", "--image", "{f}/picture.png", "--strength", "0.1", "--steps", "6"],
-        "steps is 6; give 1 to 5",
-    ),
-    (["pizza", "--size", "40x32"], "--size 40x32: give WxH in multiples of 16, for example 32x32"),
-    (["pizza", "--size", "32x40"], "--size 32x40"),
-    (["pizza", "--size", "abc"], "--size abc"),
-    (["pizza", "--size", "32"], "--size 32"),
-    (["pizza", "--size", "0x0"], "--size 0x0"),
-    (["pizza", "--size", "-32x32"], "expected one argument"),
-    (["pizza", "--steps", "0"], "steps is 0; give 1 to 50"),
-    (["pizza", "--steps", "-1"], "steps is -1; give 1 to 50"),
-    (["pizza", "--steps", "51"], "steps is 51; give 1 to 50"),
-    (["pizza", "--steps", "1001", "--sampler", "ddim"], "steps is 1001; give 1 to 1000"),
-    (["pizza", "--steps", "0", "--sampler", "dpmpp"], "steps is 0; give 1 to 1000"),
-    (["pizza", "--steps", "four"], "invalid int value: 'four'"),
-    (["pizza", "--count", "0"], "--count is 0; give 1 or more"),
-    (["pizza", "--seed", "x"], "invalid int value: 'x'"),
-    (["pizza", "--guidance", "strong"], "invalid float value: 'strong'"),
-    (["pizza", "--guidance", "nan"], "--guidance is nan"),
-    (["pizza", "--dtype", "int8"], "invalid choice: 'int8'"),
-    (["pizza", "--device", "tpu"], "invalid choice: 'tpu'"),
-    (["pizza", "rocket", "--out", "{t}/x.png"], "is one file for 2 pictures; give a folder: DIR/"),
-    (
-        ["pizza", "--count", "2", "--out", "{t}/x.png"],
-        "is one file for 2 pictures; give a folder: DIR/",
-    ),
-    (["pizza", "--out", "{f}/words.txt"], "words.txt"),
-    (["pizza", "--out", "{f}/words.txt/x/"], "words.txt"),
-    (["pizza", "--out", "{f}/words.txt/x.png"], "words.txt"),
-    (["pizza", "--out", "{f}/folder.png"], "folder.png"),
-    (["pizza", "--sheet", "{f}/words.txt/sheet.png"], "words.txt"),
-    (["pizza", "--out", "x.jpg"], "--out x.jpg: pictures are written as .png"),
-    (["pizza", "--sheet", "{t}/sheet.jpg"], "give a file that ends in .png"),
-    (["pizza", "--stepz", "4"], "unrecognized arguments: --stepz"),
-    (["pizza \udcff"], "surrogates not allowed"),
+    ("pizza --image {f}/picture.png --strength 1.5", "--strength is 1.5"),
+    ("pizza --image {f}/picture.png --strength nan", "--strength is nan"),
+    ("pizza --image {f}/picture.png --strength 0.1 --steps 6", "steps is 6; give 1 to 5"),
+    ("pizza --size 40x32", "--size 40x32: give WxH in multiples of 16, for example 32x32"),
+    ("pizza --size 32x40", "--size 32x40"),
+    ("pizza --size abc", "--size abc"),
+    ("pizza --size 32", "--size 32"),
+    ("pizza --size 0x0", "--size 0x0"),
+    ("pizza --size -32x32", "expected one argument"),
+    ("pizza --steps 0", "steps is 0; give 1 to 50"),
+    ("pizza --steps -1", "steps is -1; give 1 to 50"),
+    ("pizza --steps 51", "steps is 51; give 1 to 50"),
+    ("pizza --steps 1001 --sampler ddim", "steps is 1001; give 1 to 1000"),
+    ("pizza --steps 0 --sampler dpmpp", "steps is 0; give 1 to 1000"),
+    ("pizza --steps four", "invalid int value: 'four'"),
+    ("pizza --count 0", "--count is 0; give 1 or more"),
+    ("pizza --seed x", "invalid int value: 'x'"),
+    ("pizza --guidance strong", "invalid float value: 'strong'"),
+    ("pizza --guidance nan", "--guidance is nan"),
+    ("pizza --dtype int8", "invalid choice: 'int8'"),
+    ("pizza --device tpu", "invalid choice: 'tpu'"),
+    ("pizza rocket --out {t}/x.png", "is one file for 2 pictures; give a folder: DIR/"),
+    ("pizza --count 2 --out {t}/x.png", "is one file for 2 pictures; give a folder: DIR/"),
+    ("pizza --out {f}/words.txt", "words.txt"),
+    ("pizza --out {f}/words.txt/x/", "words.txt"),
+    ("pizza --out {f}/words.txt/x.png", "words.txt"),
+    ("pizza --out {f}/folder.png", "folder.png"),
+    ("pizza --sheet {f}/words.txt/sheet.png", "words.txt"),
+    ("pizza --out x.jpg", "--out x.jpg: pictures are written as .png"),
+    ("pizza --sheet {t}/sheet.jpg", "give a file that ends in .png"),
+    ("pizza --stepz 4", "unrecognized arguments: --stepz"),
+    ("'pizza \udcff'", "surrogates not allowed"),
 ]
 
 
@@ -599,17 +588,10 @@ def test_mistakes_give_one_line_and_no_file(bad_files, tmp_path, flags, message)
         )
 
     before = files_there()
-    base = [
-        "--model",
-        str(bad_files / "model.safetensors"),
-        "--device",
-        "cpu",
-        "--out",
-        f"{tmp_path}/out/",
-    ]
-    base += ["--lora", str(bad_files / "lcm.safetensors")]
+    base = "--device cpu --model {f}/model.safetensors --lora {f}/lcm.safetensors --out {t}/out/ "
+    argv = [x.format(f=bad_files, t=tmp_path) for x in shlex.split(base + flags)]
     with pytest.raises((SystemExit, ValueError, OSError)) as caught:
-        sample.main(sample.parse([*base, *(x.format(f=bad_files, t=tmp_path) for x in flags)]))
+        sample.main(sample.parse(argv))
     text = str(caught.value)
     assert message in text and "\n" not in text
     # a text: exit code 1
@@ -639,14 +621,8 @@ def test_as_a_command(bad_files, tmp_path, monkeypatch):
 
 def test_in_a_shell(bad_files, tmp_path):
     """A whole process, elsewhere: one line on stderr, no traceback, exit 1, no file."""
-    argv = [
-        "pizza",
-        "--model",
-        bad_files / "model.safetensors",
-        "--lora",
-        bad_files / "lcm.safetensors",
-    ]
-    argv += ["--device", "cpu", "--out", bad_files / "words.txt"]
+    argv = ["pizza", "--device", "cpu", "--out", bad_files / "words.txt"]
+    argv += ["--model", bad_files / "model.safetensors", "--lora", bad_files / "lcm.safetensors"]
     done = subprocess.run(
         [sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True, cwd=tmp_path
     )

@@ -688,111 +688,53 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "required: --objective"),
-        (["--objective", "lcm"], "--rank --full is required"),
+        ("", "required: --objective"),
+        ("--objective lcm", "--rank --full is required"),
+        ("--objective lcm --rank 2 --w 2:14", "--w is 2:14: an LCM-LoRA has no input for w"),
+        ("--objective lcm --full --w 14:2", "--w is 14:2; give a number, or LOW:HIGH"),
+        ("--objective lcm --full --w high", "--w is high; give a number, or LOW:HIGH"),
+        ("--objective lcm --rank 2 --accumulate 0", "--accumulate is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --average 1", "--average is 1.0; give a number between 0 and 1"),
+        ("--objective lcm --full --rank 2", "not allowed with"),
+        ("--objective gan --rank 2", "invalid choice: 'gan'"),
+        ("--objective lcm --rank two", "invalid int value: 'two'"),
+        ("--objective lcm --rank 0", "rank is 0; give 1 or more"),
+        ("--objective lcm --rank -1", "rank is -1; give 1 or more"),
+        ("--objective lcm --rank 33", "rank is 33, but the weight of"),
+        ("--objective lcm --rank 2 --data {f}/empty", "empty: no pictures; add some"),
+        ("--objective lcm --rank 2 --data {f}/bare", "cat.png: no caption; put its text into"),
+        ("--objective lcm --rank 2 --data {f}/broken", "pictures can be read, first: "),
+        ("--objective lcm --rank 2 --data none.tar", "none.tar: no such file"),
+        ("--objective lcm --rank 2 --data {f}/broken.tar", "broken.tar: not a .tar file"),
+        ("--objective lcm --rank 2 --workers 0", "--workers is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --steps 0", "--steps is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --alpha 0", "--alpha is 0.0; give a number above 0"),
+        ("--objective lcm --rank 2 --k 1000", "--k is 1000; give a number of timesteps below 1000"),
+        ("--objective lcm --rank 2 --batch 0", "--batch is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --looks 0", "--looks is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --save-every 0", "--save-every is 0; give 1 or more"),
+        ("--objective lcm --rank 2 --lr -1", "--lr is -1.0; give 0 or more"),
+        ("--objective lcm --rank 2 --seed -1", "--seed is -1, "),
+        ("--objective lcm --rank 2 --size 40", "--size is 40; give a multiple of 16"),
+        ("--objective lcm --rank 2 --size 0", "--size is 0; give a multiple of 16"),
+        ("--objective lcm --rank 2 --device tpu", "invalid choice: 'tpu'"),
+        ("--objective lcm --rank 2 --stepz 3", "unrecognized arguments: --stepz"),
+        ("--objective lcm --rank 2 --model none.safetensors", "none.safetensors: no such file"),
+        ("--objective lcm --rank 2 --data none", "none: no such folder"),
         (
-            ["--objective", "lcm", "--rank", "2", "--w", "2:14"],
-            "--w is 2:14: an LCM-LoRA has no input for w",
-        ),
-        (
-            ["--objective", "lcm", "--full", "--w", "14:2"],
-            "--w is 14:2; give a number, or LOW:HIGH",
-        ),
-        (
-            ["--objective", "lcm", "--full", "--w", "high"],
-            "--w is high; give a number, or LOW:HIGH",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--accumulate", "0"],
-            "--accumulate is 0; give 1 or more",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--average", "1"],
-            "--average is 1.0; give a number between 0 and 1",
-        ),
-        (["--objective", "lcm", "--full", "--rank", "2"], "not allowed with"),
-        (["--objective", "gan", "--rank", "2"], "invalid choice: 'gan'"),
-        (["--objective", "lcm", "--rank", "two"], "invalid int value: 'two'"),
-        (["--objective", "lcm", "--rank", "0"], "rank is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "-1"], "rank is -1; give 1 or more"),
-        (["--objective", "lcm", "--rank", "33"], "rank is 33, but the weight of"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--data", "{files}/empty"],
-            "empty: no pictures; add some",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--data", "{files}/bare"],
-            "cat.png: no caption; put its text into",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--data", "{files}/broken"],
-            "pictures can be read, first: ",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--data", "none.tar"], "none.tar: no such file"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--data", "{files}/broken.tar"],
-            "broken.tar: not a .tar file",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--workers", "0"], "--workers is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "2", "--steps", "0"], "--steps is 0; give 1 or more"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--alpha", "0"],
-            "--alpha is 0.0; give a number above 0",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--k", "1000"],
-            "--k is 1000; give a number of timesteps below 1000",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--batch", "0"], "--batch is 0; give 1 or more"),
-        (["--objective", "lcm", "--rank", "2", "--looks", "0"], "--looks is 0; give 1 or more"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--save-every", "0"],
-            "--save-every is 0; give 1 or more",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--lr", "-1"], "--lr is -1.0; give 0 or more"),
-        (["--objective", "lcm", "--rank", "2", "--seed", "-1"], "--seed is -1, "),
-        (
-            ["--objective", "lcm", "--rank", "2", "--size", "40"],
-            "--size is 40; give a multiple of 16",
-        ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--size", "0"],
-            "--size is 0; give a multiple of 16",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--objective", "lcm", "--rank", "2", "--stepz", "3"], "unrecognized arguments: --stepz"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--model", "none.safetensors"],
-            "none.safetensors: no such file",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--data", "none"], "none: no such folder"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--data", "{files}/model.safetensors"],
+            "--objective lcm --rank 2 --data {f}/model.safetensors",
             "model.safetensors: no such folder",
         ),
-        (
-            ["--objective", "lcm", "--rank", "2", "--model", "{files}/art/noto.tar"],
-            "noto.tar: not a safetensors file",
-        ),
-        (["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors"], "exists"),
-        (
-            ["--objective", "lcm", "--rank", "2", "--out", "{files}/model.safetensors/x"],
-            "Not a directory",
-        ),
+        ("--objective lcm --rank 2 --model {f}/art/noto.tar", "noto.tar: not a safetensors file"),
+        ("--objective lcm --rank 2 --out {f}/model.safetensors", "exists"),
+        ("--objective lcm --rank 2 --out {f}/model.safetensors/x", "Not a directory"),
     ],
 )
 def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
     """Each mistake ends in one line that holds the value, before any file is written."""
-    base = [
-        "--data",
-        str(files / "art"),
-        "--model",
-        str(files / "model.safetensors"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    base += ["--steps", "1", "--device", "cpu"]
-    assert message in refused([*(base if argv else []), *(x.format(files=files) for x in argv)])
+    base = "--data {f}/art --model {f}/model.safetensors --out {t}/out --steps 1 --device cpu "
+    line = base + argv if argv else ""
+    assert message in refused([x.format(f=files, t=tmp_path) for x in line.split()])
     assert not list((tmp_path / "out").glob("*"))
 
 

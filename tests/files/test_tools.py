@@ -243,54 +243,32 @@ def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
     "argv, message",
     [
         (
-            ["merge", "{f}/model.safetensors", "{f}/a.safetensors", "-o", "{f}/model.safetensors"],
+            "merge {f}/model.safetensors {f}/a.safetensors -o {f}/model.safetensors",
             "is one of the inputs",
         ),
         (
-            [
-                "merge",
-                "{f}/model.safetensors",
-                "{f}/a.safetensors",
-                "-o",
-                "{f}/a.safetensors",
-                "--force",
-            ],
+            "merge {f}/model.safetensors {f}/a.safetensors -o {f}/a.safetensors --force",
             "is one of the inputs",
         ),
         (
-            ["combine", "{f}/a.safetensors", "-o", "{f}/b.safetensors"],
+            "combine {f}/a.safetensors -o {f}/b.safetensors",
             "b.safetensors: exists; give another -o, or --force",
         ),
-        (["combine", "{f}/a.safetensors:x", "-o", "{t}/o"], "'x' is not a number"),
-        (["merge", "{f}/a.safetensors", "{f}/a.safetensors", "-o", "{t}/o"], "this is a LoRA file"),
-        (
-            ["merge", "{f}/model.safetensors", "{f}/model.safetensors", "-o", "{t}/o"],
-            "this is a checkpoint",
-        ),
-        (
-            ["merge", "{f}/no.safetensors", "{f}/a.safetensors", "-o", "{t}/o"],
-            "no.safetensors: no such file",
-        ),
-        (
-            ["resize", "{f}/a.safetensors", "--rank", "0", "-o", "{t}/o"],
-            "--rank is 0; give 1 or more",
-        ),
-        (["resize", "{f}/a.safetensors", "--energy", "1.5", "-o", "{t}/o"], "--energy is 1.5"),
-        (
-            ["resize", "{f}/a.safetensors", "-o", "{t}/o"],
-            "one of the arguments --rank --energy is required",
-        ),
-        (
-            "extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o".split(),
-            "do not differ",
-        ),
-        (["unknown"], "invalid choice: 'unknown'"),
+        ("combine {f}/a.safetensors:x -o {t}/o", "'x' is not a number"),
+        ("merge {f}/a.safetensors {f}/a.safetensors -o {t}/o", "this is a LoRA file"),
+        ("merge {f}/model.safetensors {f}/model.safetensors -o {t}/o", "this is a checkpoint"),
+        ("merge {f}/no.safetensors {f}/a.safetensors -o {t}/o", "no.safetensors: no such file"),
+        ("resize {f}/a.safetensors --rank 0 -o {t}/o", "--rank is 0; give 1 or more"),
+        ("resize {f}/a.safetensors --energy 1.5 -o {t}/o", "--energy is 1.5"),
+        ("resize {f}/a.safetensors -o {t}/o", "one of the arguments --rank --energy is required"),
+        ("extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o", "do not differ"),
+        ("unknown", "invalid choice: 'unknown'"),
     ],
 )
 def test_mistakes_give_one_line_and_no_file(files, tmp_path, argv, message):
     """R3, R19 and wrong flags: one line, nothing written."""
     before = {p: p.read_bytes() for p in files.iterdir()}
     with pytest.raises((SystemExit, ValueError)) as caught:
-        run(*(x.format(f=files, t=tmp_path) for x in argv))
+        run(*(x.format(f=files, t=tmp_path) for x in argv.split()))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [] and before == {p: p.read_bytes() for p in files.iterdir()}
