@@ -101,10 +101,8 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
         whole, rest = delta(*parts), delta(*parts) - delta(*got[path])
         residual = float(re.search(rf"(\S+)  rank \d+ -> 16  {re.escape(path)}$", printed, re.M)[1])
         worst = max(worst, abs(residual - (rest.double().norm() / whole.double().norm()).item()))
-        lost, norm = (
-            lost + rest.double().square().sum().item(),
-            norm + whole.double().square().sum().item(),
-        )
+        lost += rest.double().square().sum().item()
+        norm += whole.double().square().sum().item()
     # four digits are printed
     say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)
     in_all = float(re.search(r"in all .* = (\S+)", printed)[1])

@@ -82,10 +82,8 @@ def by_minilcm(family: str, model: Path, lora: Path) -> dict[str, Tensor]:
     cond = text.encode([PROMPT], (1024, 1024))
     out["tokens"] = text.tokenize([PROMPT])
     out["tokens_big"] = text.tokenize([PROMPT], pad=0)
-    out["context"], out["vector"] = (
-        cond.context,
-        cond.vector if cond.vector is not None else torch.zeros(1, 1),
-    )
+    out["context"] = cond.context
+    out["vector"] = cond.vector if cond.vector is not None else torch.zeros(1, 1)
     out["eps_hat"] = unet(x["z_t"], 500, cond)
     tau = read_tau(lora)
     merge_into(unet, tau, 0.7)

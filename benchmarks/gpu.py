@@ -78,10 +78,11 @@ def config_of(model: str, tiny: bool) -> Config:
     config = EMOJI if model == "emoji" else FAMILIES[model]
     if not tiny or model == "emoji":
         return replace(config, size=32) if tiny else config
-    u, first = (
-        config.unet,
-        lambda levels: tuple(tuple(min(d, 1) for d in level) for level in levels),
-    )
+    u = config.unet
+
+    def first(levels: tuple) -> tuple:
+        return tuple(tuple(min(d, 1) for d in level) for level in levels)
+
     channels = tuple(c // 5 for c in u.channels)
     unet = replace(u, channels=channels, down=first(u.down), up=first(u.up), middle=u.middle and 1)
     return replace(config, unet=unet, vae=replace(config.vae, channels=(32, 64, 64, 64)), size=64)

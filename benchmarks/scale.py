@@ -48,8 +48,7 @@ def wire(full: bool, trained: int, teacher: int, n: int) -> float:
     share = (n - 1) / n
     if not full:
         return 2 * share * trained  # gradients of the LoRA, all-reduced
-    # the student's weights, there and back; the target's; the teacher's, for cond and null;
-    # the student's gradients
+    # the student's weights, there and back; the target's; the teacher's, twice; the gradients
     return share * (2 * trained + trained + 2 * teacher + trained)
 
 

@@ -2,14 +2,8 @@
 
 from matplotlib.figure import Figure
 
-BLUE, LIGHT, ORANGE, GREEN, RED, GREY = (
-    "#1f5fa8",
-    "#7fb2e5",
-    "#e07b00",
-    "#2e8b57",
-    "#c0392b",
-    "0.55",
-)
+BLUE, LIGHT, ORANGE = "#1f5fa8", "#7fb2e5", "#e07b00"
+GREEN, RED, GREY = "#2e8b57", "#c0392b", "0.55"
 SAMPLERS = {
     "LCM-LoRA": (BLUE, "o-"),
     "LCM sampler, no LoRA": (GREY, "s-"),

@@ -115,10 +115,8 @@ def verdict(n: dict) -> str:
     if every case that is surely worse is flagged, and no good one; in part if every bad one.
     """
     bad = [c for c in n["cases"].values() if c["against good"][2] < 0]
-    missed, alarms = (
-        any(not c["flagged"] for c in bad),
-        any(c["flagged"] for c in n["cases"].values() if c["control"]),
-    )
+    missed = any(not c["flagged"] for c in bad)
+    alarms = any(c["flagged"] for c in n["cases"].values() if c["control"])
     return "did not hold" if missed or not bad else "held in part" if alarms else "held"
 
 

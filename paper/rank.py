@@ -37,10 +37,8 @@ def measure(budget: Budget) -> dict:
     largest = trained[ranks[-1]]
     teacher = pictures(prompts, budget.seeds, TEACHER)
     top = pictures(prompts, budget.seeds, FOUR, [(largest, 1.0)])
-    numbers, config = (
-        {"prompts": len(prompts), "trained": {}, "truncated": {}, "layers": {}},
-        shipped().config,
-    )
+    numbers = {"prompts": len(prompts), "trained": {}, "truncated": {}, "layers": {}}
+    config = shipped().config
 
     def quality(vector: Vector) -> dict:
         path = CACHE / "lora-for-its-size.safetensors"

@@ -74,11 +74,9 @@ def measure(budget: Budget) -> dict:
     rows = samplers(counts)
     teacher = pictures(prompts, budget.seeds, TEACHER)
     four = pictures(prompts, budget.seeds, FOUR, [(shipped_lora(), 1.0)])
-    held, groups, art = (
-        torch.tensor([p.held_out for p in prompts]),
-        pairs(prompts),
-        held_out_art(None, looks=8),
-    )
+    held = torch.tensor([p.held_out for p in prompts])
+    groups = pairs(prompts)
+    art = held_out_art(None, looks=8)
     sharp, content = art["sharpness"].mean().item(), [CATEGORY[p.name] for p in prompts]
     # which prompts
     by_content = {c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)}

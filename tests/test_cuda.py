@@ -118,20 +118,16 @@ def test_unet(nets, dtype, most):
 def test_unet_with_two_towers():
     """SDXL in small: the second tower's vector goes in, and heads have one width."""
     unet = tiny_unet(0, TWO_TOWERS.unet)
-    z_t, cond = (
-        noise(0, (2, 4, 16, 16)),
-        Cond(noise(1, (2, 77, 80)), noise(2, (2, TWO_TOWERS.unet.adm))),
-    )
+    z_t = noise(0, (2, 4, 16, 16))
+    cond = Cond(noise(1, (2, 77, 80)), noise(2, (2, TWO_TOWERS.unet.adm)))
     expected = unet(z_t, 500, cond)
     assert far(unet.to(DEVICE)(z_t.to(DEVICE), 500, cond.to(DEVICE)), expected) < 1e-4
 
 
 def test_vae(nets):
     """A drawn latent, its pixels, and pixels by tiles."""
-    (here, there), pixels = (
-        (nets[device][1] for device in (HERE, DEVICE)),
-        noise(3, (2, 3, 128, 128)).clamp(-1, 1),
-    )
+    here, there = (nets[device][1] for device in (HERE, DEVICE))
+    pixels = noise(3, (2, 3, 128, 128)).clamp(-1, 1)
     z0, got = (
         vae.encode(pixels.to(device), torch.Generator().manual_seed(0))
         for vae, device in ((here, HERE), (there, DEVICE))

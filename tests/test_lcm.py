@@ -324,11 +324,9 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
 
         return call
 
-    student, teacher, target = (
-        record("student", toy_eps),
-        record("teacher", gaussian.eps),
-        record("target", toy_eps),
-    )
+    student = record("student", toy_eps)
+    teacher = record("teacher", gaussian.eps)
+    target = record("target", toy_eps)
     z0, n = noise(), torch.zeros(2, dtype=torch.int64)
     args = z0, None, None, schedule
     loss = drawn_loss(student, teacher, target, *args, 0, n=n)
@@ -420,10 +418,8 @@ def test_gradient_flows_through_the_student_only(schedule):
     The target is the student's own parameter here, as it is for LCM-LoRA; nothing outside lcd_loss
     stops its gradient.
     """
-    scale, teacher_scale = (
-        torch.tensor(0.9, requires_grad=True),
-        torch.tensor(1.1, requires_grad=True),
-    )
+    scale = torch.tensor(0.9, requires_grad=True)
+    teacher_scale = torch.tensor(1.1, requires_grad=True)
     seen = []
 
     def student(z_t, t, cond, w):
@@ -732,10 +728,8 @@ def test_distillation_on_cuda(fake_cuda):
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float32), make_schedule()
     add_lora(unet, 4, 2.0)
     student, teacher = lora_networks(unet)
-    z0, cond = (
-        torch.randn(2, 4, 16, 16, device="cuda"),
-        Cond(torch.randn(2, 77, 128, device="cuda")),
-    )
+    z0 = torch.randn(2, 4, 16, 16, device="cuda")
+    cond = Cond(torch.randn(2, 77, 128, device="cuda"))
     loss = drawn_loss(student, teacher, student, z0, cond, cond, schedule, 0, (3.0, 12.0))
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
     assert loss.requires_grad  # the backward pass itself needs a real device

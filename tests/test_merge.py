@@ -115,10 +115,8 @@ def test_combine_is_not_the_average_of_the_factors(path):
     factors. `combine` is free of them.
     """
     net = small_net()
-    one, two = (
-        random_tau(net, 1, 3, 4.0, size=1.0)[path],
-        random_tau(net, 2, 3, 2.0, size=1.0)[path],
-    )
+    one = random_tau(net, 1, 3, 4.0, size=1.0)[path]
+    two = random_tau(net, 2, 3, 2.0, size=1.0)[path]
     l1, l2 = 0.8, 1.0
     c1, c2 = (l1 * one[2] / 3) ** 0.5, (l2 * two[2] / 3) ** 0.5
     averaged = exact_delta(c1 * one[0] + c2 * two[0], c1 * one[1] + c2 * two[1], 3.0)

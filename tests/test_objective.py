@@ -10,11 +10,9 @@ from minilcm.model.unet import Cond, UNet
 from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks
 
 F32 = torch.float32
-Z_T, T_, W = (
-    torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-    torch.tensor([999, 19]),
-    torch.tensor([2.0, 9.0]),
-)
+Z_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+T_ = torch.tensor([999, 19])
+W = torch.tensor([2.0, 9.0])
 
 
 def cond() -> Cond:

@@ -24,10 +24,8 @@ def test_hinge():
 def test_adversarial_gradient_has_weight_times_the_others_size(weight):
     """At `last`: grad = g1 + weight |g1| / |g2| g2, whatever the two losses' own scales."""
     last = torch.tensor([1.0, 2.0], requires_grad=True)
-    one, other = (
-        (last * torch.tensor([3.0, 4.0])).sum(),
-        100 * (last * torch.tensor([4.0, -3.0])).sum(),
-    )
+    one = (last * torch.tensor([3.0, 4.0])).sum()
+    other = 100 * (last * torch.tensor([4.0, -3.0])).sum()
     (gradient,) = torch.autograd.grad(against(one, other, last, weight), last)
     expected = torch.tensor([3.0, 4.0]) + weight * torch.tensor([4.0, -3.0])
     torch.testing.assert_close(gradient, expected)

@@ -105,10 +105,8 @@ def test_same_seed_same_bytes_alone_or_among_others(draw, sampler, dtype):
     """Two runs give the same files; picture i of six (two prompts, three each) has the bytes of a
     run of its prompt alone with --seed seed + i; all six differ.
     """
-    prompts, flags = (
-        ("cat face", "a rocket"),
-        ("--sampler", sampler, "--dtype", dtype, "--steps", "3"),
-    )
+    prompts = ("cat face", "a rocket")
+    flags = ("--sampler", sampler, "--dtype", dtype, "--steps", "3")
     six = draw(*prompts, "--count", "3", "--seed", "7", *flags)
     assert six == draw(*prompts, "--count", "3", "--seed", "7", *flags)
     assert len(set(six.values())) == 6

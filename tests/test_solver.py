@@ -300,11 +300,9 @@ def test_guidance_keeps_images_apart(gaussian):
 def test_guidance_costs_one_call(gaussian):
     """w = 0: a batch of b without null; w > 0: one of 2b. Ho & Salimans (2207.12598) eq. 6."""
     calls, z_t = [], noise()
-    unet, cond, null_cond = (
-        gaussian_unet(gaussian, calls),
-        mean_cond([0.7, 0.7]),
-        mean_cond([0.0, 0.0]),
-    )
+    unet = gaussian_unet(gaussian, calls)
+    cond = mean_cond([0.7, 0.7])
+    null_cond = mean_cond([0.0, 0.0])
     plain = guided_eps(unet, cond, None, 0.0)(z_t, 499)
     torch.testing.assert_close(plain, gaussian.eps(z_t.double(), 499).float(), rtol=0, atol=1e-5)
     guided_eps(unet, cond, null_cond, 1.0)(z_t, 499)

@@ -390,10 +390,8 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
 def test_full_training_writes_the_average(files, tmp_path):
     """model.safetensors is the running average of the weights: after a step 0.1 old + 0.9 new."""
     run(files, tmp_path, "full", 1, "--lr", "1")
-    state, old = (
-        read_tensors(latest_state(tmp_path))[0],
-        load_model(files / "model.safetensors")[0].state_dict(),
-    )
+    state = read_tensors(latest_state(tmp_path))[0]
+    old = load_model(files / "model.safetensors")[0].state_dict()
     written = load_model(tmp_path / "model.safetensors")[0].state_dict()
     for key, value in written.items():
         torch.testing.assert_close(

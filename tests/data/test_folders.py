@@ -431,11 +431,9 @@ def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
     """A second call decodes and encodes nothing; a changed picture, another VAE, other targets or
     one look more only themselves. A changed caption or a copy of a picture costs nothing.
     """
-    pictures, vae, cache = (
-        folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)]),
-        CountingVAE(),
-        tmp_path / "cache",
-    )
+    pictures = folder_of(tmp_path / "in", [(40, 40), (41, 40), (80, 40)])
+    vae = CountingVAE()
+    cache = tmp_path / "cache"
 
     def encoded(vae_id="vae", targets=TARGETS, looks=1) -> int:
         before = vae.encoded

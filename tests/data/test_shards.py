@@ -167,12 +167,9 @@ def test_skip_is_the_position(tmp_path, buffer, monkeypatch):
                 and torch.equal(a[2], b[2])
                 and a[3] == b[3]
             )
-    decoded, read, decode, members = (
-        [],
-        [],
-        minilcm.data.shards.open_picture,
-        minilcm.data.shards.members,
-    )
+    decoded, read = [], []
+    decode = minilcm.data.shards.open_picture
+    members = minilcm.data.shards.members
     monkeypatch.setattr(
         minilcm.data.shards, "open_picture", lambda data: decoded.append(1) or decode(data)
     )

@@ -28,11 +28,9 @@ from minilcm.files.safetensors_file import read_tensors
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 from minilcm.run.state import load_state, save_state, state_tensors
 
-UNET, VAE, TEXT = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.transformer.text_model.",
-)
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT = "cond_stage_model.transformer.text_model."
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +212,8 @@ def test_wild_spellings_load(tmp_path, contents, model):
             ("attn_1.proj_out.", "to_out.0."),
         ):
             if ours in key:
-                key, value = (
-                    key.replace(ours, "attn_1." + theirs),
-                    value[:, :, 0, 0] if value.ndim == 4 else value,
-                )
+                key = key.replace(ours, "attn_1." + theirs)
+                value = value[:, :, 0, 0] if value.ndim == 4 else value
         wild[key] = (
             value[:, :, 0, 0]
             if key.endswith(("proj_in.weight", "proj_out.weight")) and value.ndim == 4
@@ -291,10 +287,8 @@ def test_round_trip_rounds_to_float16_and_nothing_else(model):
 def test_loaded_model_computes_what_the_saved_one_does(model):
     """Text, UNet and VAE of the file give the saved modules' outputs, up to float16 rounding."""
     unet, vae, text, _ = load_model(model)
-    cond, z_t = (
-        text.encode(["cat face"]),
-        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-    )
+    cond = text.encode(["cat face"])
+    z_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs = [
             (cond.context, tiny_text().encode(["cat face"]).context),
@@ -309,10 +303,8 @@ def test_saving_what_was_loaded_gives_the_same_file(model, tmp_path):
     """float16 survives float32 unchanged: load and save is the identity on tensors and config."""
     unet, vae, text, config = load_model(model)
     save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
-    (tensors, metadata), (again, metadata_again) = (
-        read_tensors(model),
-        read_tensors(tmp_path / "again.safetensors"),
-    )
+    tensors, metadata = read_tensors(model)
+    again, metadata_again = read_tensors(tmp_path / "again.safetensors")
     assert tensors.keys() == again.keys() and metadata == metadata_again
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
 

@@ -62,18 +62,14 @@ def test_combine_is_the_sum_of_deltas(files, tmp_path):
 
 def test_merge_then_unmerge(files, tmp_path):
     """merge changes what merge_into does, nothing else; unmerge restores to float16 rounding."""
-    model, merged, back = (
-        files / "model.safetensors",
-        tmp_path / "m.safetensors",
-        tmp_path / "u.safetensors",
-    )
+    model = files / "model.safetensors"
+    merged = tmp_path / "m.safetensors"
+    back = tmp_path / "u.safetensors"
     run("merge", model, f"{files}/a.safetensors:0.7", files / "b.safetensors", "-o", merged)
-    before, after, tau_a, tau_b = (
-        load_file(model),
-        load_file(merged),
-        read_tau(files / "a.safetensors"),
-        read_tau(files / "b.safetensors"),
-    )
+    before = load_file(model)
+    after = load_file(merged)
+    tau_a = read_tau(files / "a.safetensors")
+    tau_b = read_tau(files / "b.safetensors")
     keys = {f"{UNET}{path}.weight" for path in tau_a}
     assert {
         k for k in before if not torch.equal(before[k], after[k])
@@ -123,10 +119,8 @@ def test_untouched_bytes(files, tmp_path):
         "-o",
         tmp_path / "out.safetensors",
     )
-    (a, _), (b, _) = (
-        read_header(tmp_path / "odd.safetensors"),
-        read_header(tmp_path / "out.safetensors"),
-    )
+    a, _ = read_header(tmp_path / "odd.safetensors")
+    b, _ = read_header(tmp_path / "out.safetensors")
     assert a == b
     one, two = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("odd", "out"))
     for key, entry in a.items():
@@ -223,11 +217,9 @@ def test_info_and_diff(files, capsys):
 
 def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
     """B and A in another basis, by SVD, add the same; a LoRA and twice it differ by half."""
-    a, same, twice = (
-        files / "a.safetensors",
-        files / "same.safetensors",
-        files / "twice.safetensors",
-    )
+    a = files / "a.safetensors"
+    same = files / "same.safetensors"
+    twice = files / "twice.safetensors"
     rank = max(down.shape[0] for _, down, _ in read_tau(a).values())
     run("resize", a, "--rank", rank, "-o", same, "--dtype", "float32")
     run("combine", f"{a}:2", "-o", twice, "--dtype", "float32")

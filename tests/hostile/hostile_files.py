@@ -131,14 +131,10 @@ def malformed() -> dict[str, Case]:
         return of(**{name: entry()})
 
     twice = json.dumps({"a": entry()})[:-1] + ", " + json.dumps({"a": entry()})[1:]
-    size, in_bytes = (
-        r"expected [\d,]+ bytes, found [\d,]+",
-        r"header: a is F32 \[.*\] in -?\d+ bytes",
-    )
-    no_number, gap = (
-        "header: a has a shape or offset that is not a number",
-        "the tensors overlap or leave a gap",
-    )
+    size = r"expected [\d,]+ bytes, found [\d,]+"
+    in_bytes = r"header: a is F32 \[.*\] in -?\d+ bytes"
+    no_number = "header: a has a shape or offset that is not a number"
+    gap = "the tensors overlap or leave a gap"
     files = {
         "too long": (of(a=entry()) + b"\0", size),
         "huge header": (
@@ -238,11 +234,9 @@ def bad_loras() -> dict[str, Case]:
         for k, v in peft_lora().items()
         for x in ("default", "second")
     }
-    half, fit, twice = (
-        f"{flat} has only one of lora_down and lora_up",
-        f"{flat} up {{}} does not fit down {{}}",
-        "twice",
-    )
+    half = f"{flat} has only one of lora_down and lora_up"
+    fit = f"{flat} up {{}} does not fit down {{}}"
+    twice = "twice"
     small, fits, finite = torch.ones(2, 32, 1, 1), "does not fit", "has values that are not finite"
     changes = {
         "R13 LoHa": (
@@ -482,10 +476,8 @@ def channels(config: UNetConfig, n: int) -> Shapes:
 
 
 def foreign_checkpoints() -> dict[str, Case]:
-    ours, theirs = (
-        "; supported: SD1.x, SDXL base, SSD-1B",
-        "; supported are SD1.x, SDXL base and SSD-1B single files",
-    )
+    ours = "; supported: SD1.x, SDXL base, SSD-1B"
+    theirs = "; supported are SD1.x, SDXL base and SSD-1B single files"
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
     facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, "
@@ -593,10 +585,8 @@ def faulty(change: Callable[[dict[str, Tensor]], dict]) -> bytes:
 
 
 def faulty_checkpoints() -> dict[str, Case]:
-    query, token = (
-        TEXT + "encoder.layers.0.self_attn.q_proj.weight",
-        TEXT + "embeddings.token_embedding.weight",
-    )
+    query = TEXT + "encoder.layers.0.self_attn.q_proj.weight"
+    token = TEXT + "embeddings.token_embedding.weight"
     quant, fp8, nan = VAE + "quant_conv.weight", torch.float8_e4m3fn, torch.nan
     ours, norm, one = "input_blocks.1.0.in_layers.2.weight", BIG_G + "ln_final.bias", torch.ones(1)
     scale = PLACE.replace("weight", "{}")

@@ -197,10 +197,8 @@ def test_guidance_embedding_enters_before_the_time_mlp():
 
 def test_cond():
     """cat stacks rows of both parts, to converts both; a missing vector stays missing."""
-    a, b = (
-        Cond(torch.zeros(1, 7, 48), torch.zeros(1, 72)),
-        Cond(torch.ones(2, 7, 48), torch.ones(2, 72)),
-    )
+    a = Cond(torch.zeros(1, 7, 48), torch.zeros(1, 72))
+    b = Cond(torch.ones(2, 7, 48), torch.ones(2, 72))
     both = a.cat(b)
     assert both.context.shape == (3, 7, 48) and both.vector[:, 0].tolist() == [0, 1, 1]
     assert Cond(a.context).cat(Cond(b.context)).vector is None

@@ -80,11 +80,9 @@ def test_log_variance_is_clamped(reference):
     """log variance is held to [-30, 20], as in LDM: std cannot overflow."""
     vae = vae_of("f4")
     vae.quant_conv.weight.zero_()
-    vae.quant_conv.bias[:4], vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = (
-        0.25,
-        1000.0,
-        -1000.0,
-    )
+    vae.quant_conv.bias[:4] = 0.25
+    vae.quant_conv.bias[4:6] = 1000.0
+    vae.quant_conv.bias[6:] = -1000.0
     mean, std = vae.moments(reference["pixels"])
     assert (mean == 0.25).all()
     assert std[0, :, 0, 0].tolist() == pytest.approx([math.exp(10)] * 2 + [math.exp(-15)] * 2)

@@ -45,10 +45,8 @@ def test_live_bytes_in_closed_form():
 def test_activations_are_those_of_the_real_step(kind, checkpointing, rank):
     """The peak of a step on fake tensors is the peak of the same step on real ones, to 1 %."""
     objective, unet = Objective(kind, rank, checkpointing=checkpointing), tiny_unet()
-    nets, cond = (
-        make_networks(objective, unet, F32),
-        tiny_text().encode(["cat face", "rocket", "pizza"]),
-    )
+    nets = make_networks(objective, unet, F32)
+    cond = tiny_text().encode(["cat face", "rocket", "pizza"])
     z0, null_cond = torch.randn(3, 4, 16, 16), tiny_text().null_cond(3)
     with LiveBytes() as live:
         loss_of(objective, nets, z0, cond, null_cond, torch.Generator()).backward()

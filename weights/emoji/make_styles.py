@@ -26,10 +26,8 @@ HERE = Path(__file__).parent
 
 def blueprint(image: Image.Image) -> Image.Image:
     """White where colour or outline changes, deep blue inside."""
-    rgb, alpha = (
-        np.asarray(image.convert("RGB"), np.float32),
-        np.asarray(image.getchannel("A"), np.float32),
-    )
+    rgb = np.asarray(image.convert("RGB"), np.float32)
+    alpha = np.asarray(image.getchannel("A"), np.float32)
     planes = np.dstack([rgb * (alpha[..., None] / 255), alpha])  # (H, W, 4)
     dy, dx = np.gradient(planes, axis=(0, 1))
     line = np.clip(np.sqrt(dx**2 + dy**2).max(axis=2) / 24, 0, 1)  # (H, W)

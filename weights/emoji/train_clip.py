@@ -83,11 +83,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    names, styles, colors = (
-        (HERE / "names.txt").read_text().splitlines()[: args.names],
-        list(STYLES),
-        list(COLORS),
-    )
+    names = (HERE / "names.txt").read_text().splitlines()[: args.names]
+    styles = list(STYLES)
+    colors = list(COLORS)
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt", names)
 
     def numbers(words: tuple[str | None, ...]) -> list[int]:
