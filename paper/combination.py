@@ -48,7 +48,7 @@ def measure(budget: Budget) -> dict:
         ):
             sheet[label] = found[way]["z0"][:: max(1, len(prompts) // 6), 0][:6]
     save_sheet("combination", sheet, [""] * 6, budget)
-    rows, plain = list(numbers["styles"].values()), held_out_art(None, looks=8)
+    rows, plain = list(numbers["styles"].values()), held_out_art(None, 2 * budget.looks)
     read = {
         word: mean(row[f"{x} in art"] for row in rows)
         for word, x in (("styles", "found"), ("names", "right"))

@@ -76,7 +76,7 @@ def measure(budget: Budget) -> dict:
     four = pictures(prompts, budget.seeds, FOUR, [(shipped_lora(), 1.0)])
     held = torch.tensor([p.held_out for p in prompts])
     groups = pairs(prompts)
-    art = held_out_art(None, looks=8)
+    art = held_out_art(None, 2 * budget.looks)
     sharp, content = art["sharpness"].mean().item(), [CATEGORY[p.name] for p in prompts]
     # which prompts
     by_content = {c: torch.tensor([mine == c for mine in content]) for c in dict.fromkeys(content)}
