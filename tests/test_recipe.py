@@ -2,7 +2,6 @@
 
 import argparse
 
-import pytest
 import torch
 from tiny import ROOT
 from torch.nn import functional as F
@@ -10,25 +9,18 @@ from torch.nn import functional as F
 import train
 from minilcm.model.vae import VAE, VAEConfig
 from weights.emoji.recipe import PARTS, command
-from weights.emoji.train_vae import against, grow, hinge
+from weights.emoji.train_vae import edge_energy, grow
 
 
-def test_hinge():
-    """No loss beyond the margin of 1 on the right side; 1 each at 0; linear on the wrong side."""
-    assert hinge(torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -7.0])) == 0
-    assert hinge(torch.zeros(3), torch.zeros(3)) == 2
-    assert hinge(torch.tensor([-2.0]), torch.tensor([3.0])) == 3 + 4
-
-
-@pytest.mark.parametrize("weight", [0.2, 3.0])
-def test_adversarial_gradient_has_weight_times_the_others_size(weight):
-    """At `last`: grad = g1 + weight |g1| / |g2| g2, whatever the two losses' own scales."""
-    last = torch.tensor([1.0, 2.0], requires_grad=True)
-    one = (last * torch.tensor([3.0, 4.0])).sum()
-    other = 100 * (last * torch.tensor([4.0, -3.0])).sum()
-    (gradient,) = torch.autograd.grad(against(one, other, last, weight), last)
-    expected = torch.tensor([3.0, 4.0]) + weight * torch.tensor([4.0, -3.0])
-    torch.testing.assert_close(gradient, expected)
+def test_edge_energy():
+    """A ramp has none; a dot has |4| + 4 |-1| = 8 over the 49 pixels, wherever it is."""
+    ramp = torch.linspace(0, 1, 9).expand(1, 3, 9, 9)
+    torch.testing.assert_close(edge_energy(ramp), torch.zeros(1, 3, 1, 1), atol=1e-6, rtol=0)
+    for y, x in ((4, 4), (3, 5), (2, 2)):
+        dot = torch.zeros(1, 3, 9, 9)
+        dot[..., y, x] = 1.0
+        torch.testing.assert_close(edge_energy(dot), torch.full((1, 3, 1, 1), 8 / 49))
+    assert edge_energy(torch.zeros(1, 3, 128, 128)).shape == (1, 3, 40, 40)
 
 
 def test_grow_keeps_all_but_the_new_level():

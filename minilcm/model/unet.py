@@ -203,7 +203,7 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat (b, 4, h, w) in float32, from z_t of that shape, t an int or (b,), cond with b rows.
+        """eps_hat (b, 4, h, w), float32, from z_t of that shape, t an int or (b,), cond of b rows.
 
         w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
         none.
@@ -218,7 +218,7 @@ class UNet(nn.Module):
         if self.cfg.adm:
             t_emb = t_emb + self.label_emb(cond.vector.to(dtype))
 
-        # x0 = (z_t - sigma eps_hat) / alpha multiplies an error of eps_hat by 14.6 at t = 999, so the
+        # x0 = (z_t - sigma eps_hat) / alpha has 14.6 times the error of eps_hat at t = 999, so the
         # first convolution sees all bits of z_t, and the last norm and convolution lose none
         x = in_float32(self.input_blocks[0][0], z_t).to(dtype)  # (b, c, h, w)
         skips = [x]

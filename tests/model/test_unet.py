@@ -211,9 +211,7 @@ def test_cond():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unet_on_cuda_in_float16(fake_cuda, kind):
-    """Dry run, float16 weights and float32 inputs on cuda: eps_hat is float32 there; t an int, or on
-    either device.
-    """
+    """Dry run, float16 weights, float32 inputs on cuda: eps_hat is float32; t int or tensor."""
     unet = fake_cuda(lambda: UNet(KINDS[kind]), torch.float16)
     cond = Cond(
         torch.randn(2, 7, 48, device="cuda"),

@@ -51,9 +51,9 @@ PARTS = {
     ),
     "decoder": Part(
         "train_vae",
-        "--init {out}/vae/vae.safetensors --adversarial 0.2 --lr 5e-4 --out {out}/decoder",
+        "--init {out}/vae/vae.safetensors --sharpen 12 --lr 2e-4 --out {out}/decoder",
         needs=("vae",),
-        share=0.3,
+        share=0.03,
         batch=(8, 32),
     ),
     "judge": Part(
