@@ -106,8 +106,14 @@ def main(args: argparse.Namespace) -> None:
     loras = [parse_lora(text) for text in getattr(args, "loras", [])]
     match args.command:
         case "info":
+            failed = []
             for path in args.files:
-                info(path)
+                try:
+                    info(path)
+                except (ValueError, OSError) as error:  # and go on with the others
+                    failed.append(str(error))
+            if failed:
+                raise ValueError("\nminilcm: ".join(failed))
         case "combine":
             combine_files(loras, args.out, DTYPES[args.dtype], args.style, args.force)
         case "resize":

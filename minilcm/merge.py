@@ -9,6 +9,7 @@ averaging B and A separately, as some tools do, adds the cross terms B1 A2 + B2 
 large as the signal.
 """
 
+import math
 import re
 
 import torch
@@ -30,6 +31,36 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
+# ---- a matrix is a 1x1 kernel: decided here, for all
+
+
+def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in) for (out, in, 1, 1): the same weight."""
+    return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
+
+
+def with_kernel(up: Tensor, down: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The same up and down for a weight (out, in, *kernel): matrices for (), else kernels."""
+    ones = (1,) * len(kernel)
+    return up.reshape(*up.shape[:2], *ones), down.reshape(*down.shape[:2], *kernel)
+
+
+def same_form(
+    path: str, modules: list[tuple[Tensor, Tensor, float]]
+) -> list[tuple[Tensor, Tensor, float]]:
+    """The modules, all matrices or all kernels. Raises ValueError if they change weights of
+    different shapes.
+    """
+    shapes = {no_kernel((up.shape[0], *down.shape[1:])) for up, down, _ in modules}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: LoRA of different models, shapes {sorted(shapes)}")
+    kernel = max((down.shape[2:] for _, down, _ in modules), key=len)
+    return [(*with_kernel(up, down, kernel), lora_alpha) for up, down, lora_alpha in modules]
+
+
+# ---- sums
+
+
 @torch.no_grad()
 def add_delta_(
     weight: Tensor, up: Tensor, down: Tensor, lora_alpha: float, block: int | None = None
@@ -37,8 +68,9 @@ def add_delta_(
     """W <- W + (lora_alpha / r) B A in place, summed in float32 and rounded once to W's dtype.
 
     `block`: about so many values at a time, for large weights: as many as a processor's cache holds
-    are fastest.
+    are fastest. Raises ValueError if the sum is beyond the dtype's largest number.
     """
+    most = torch.finfo(weight.dtype).max
     up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r)
     down = rearrange(down.float(), "r ... -> r (...)")  # (r, in k k)
     n = len(weight) if block is None else max(1, block // weight[0].numel())
@@ -46,6 +78,12 @@ def add_delta_(
         wide = weight[i : i + n].float()  # itself, if it is float32
         # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
         wide.flatten(1).addmm_(up[i : i + n], down)
+        low, high = wide.aminmax()
+        if not -most <= low <= high <= most:
+            kind = str(weight.dtype)[6:]
+            raise ValueError(
+                f"the sum is beyond {kind}'s largest number, {most:,.0f}; lower lambda"
+            )
         weight[i : i + n] = wide
 
 
@@ -60,27 +98,29 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
         raise ValueError(f"{len(taus)} LoRA but {len(lambdas)} lambdas; give one for each")
     mix: Tau = {}
     for path in dict.fromkeys(path for tau in taus for path in tau):
-        parts = [(lam, *tau[path]) for tau, lam in zip(taus, lambdas) if path in tau]
-        shapes = {(up.shape[0], *down.shape[1:]) for _, up, down, _ in parts}
-        if len(shapes) > 1:
-            raise ValueError(f"{path}: LoRA of different models, shapes {sorted(shapes)}")
-        up = torch.cat(
-            [lam * lora_alpha / down.shape[0] * up.float() for lam, up, down, lora_alpha in parts],
-            dim=1,
-        )
-        down = torch.cat([down.float() for _, _, down, _ in parts])
+        lams = [lam for tau, lam in zip(taus, lambdas) if path in tau]
+        parts = same_form(path, [tau[path] for tau in taus if path in tau])
+        # lambda_i s_i B_i
+        scaled = [
+            lam * lora_alpha / down.shape[0] * up.float()
+            for lam, (up, down, lora_alpha) in zip(lams, parts)
+        ]
+        up = torch.cat(scaled, dim=1)
+        down = torch.cat([down.float() for _, down, _ in parts])
         mix[path] = (up, down, float(down.shape[0]))
     return mix
 
 
 def distance(a: Tau, b: Tau) -> float:
-    """||a - b||_F / ||b||_F over all modules of both."""
+    """||a - b||_F / ||b||_F over all modules of both: infinite if b is zero and a is not. Raises
+    ValueError if their shapes differ at a path.
+    """
     total = norm = 0.0
     for path in a.keys() | b.keys():
-        da, db = (delta(*tau[path]) if path in tau else 0.0 for tau in (a, b))
-        total += float(torch.as_tensor(da - db).square().sum())
-        norm += float(torch.as_tensor(db).square().sum())
-    return (total / norm) ** 0.5 if norm else 0.0
+        deltas = [delta(*x) for x in same_form(path, [tau[path] for tau in (a, b) if path in tau])]
+        total += float((deltas[0] - deltas[1] if deltas[1:] else deltas[0]).square().sum())
+        norm += float(deltas[-1].square().sum()) if path in b else 0.0
+    return (total / norm) ** 0.5 if norm else math.inf if total else 0.0
 
 
 @torch.no_grad()
@@ -110,11 +150,6 @@ def weights_of(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
 
-def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(out, in) for (out, in, 1, 1), which fit each other: a 1x1 kernel is a matrix."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
 def check_fit(model: nn.Module | dict[str, Tensor], tau: Tau, name: str = "LoRA") -> None:
     """Raises ValueError, one line beginning with `name`, unless the model has every path of tau, in
     its shape.
@@ -142,13 +177,17 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's
     dtype.
 
-    Raises ValueError if the model lacks a path or its shape differs; nothing has changed then.
+    Raises ValueError if the model lacks a path or its shape differs, and nothing has changed then;
+    or if a sum is beyond the weight's dtype.
     """
     check_fit(model, tau)
     weights = weights_of(model)
     for path, (up, down, lora_alpha) in tau.items():
         weight = weights[f"{path}.weight"]
-        add_delta_(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
+        try:
+            add_delta_(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
+        except ValueError as error:
+            raise ValueError(f"LoRA: {path}: {error}") from None
 
 
 def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:

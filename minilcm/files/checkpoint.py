@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..merge import no_kernel
 from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, qkv_rows
 from ..model.unet import UNet
 from ..model.vae import VAE
@@ -26,19 +27,10 @@ from .identify import (
     refuse_quantised,
     to_json,
 )
+from .names import text_paths
 from .safetensors_file import Header, all_finite, read_header, write_tensors
 
 # ---- loading
-
-
-def rename(key: str) -> str:
-    """Other programs' spellings -> the official ones, within a part: VAE attention by diffusers'
-    names, cond_proj.
-    """
-    key = re.sub(r"^(.*mid\.attn_1\.)to_([qkv])\.", r"\1\2.", key).replace(
-        "attn_1.to_out.0.", "attn_1.proj_out."
-    )
-    return key.replace("time_embed.cond_proj.", "time_embedding.cond_proj.")
 
 
 def read_part(
@@ -55,7 +47,7 @@ def read_part(
             value = f.get_tensor(file_key).to(dtype)
             if not all_finite(value):
                 raise ValueError(f"{path}: {file_key} has values that are not finite")
-            out[rename(key)] = value
+            out[key] = value
     return out
 
 
@@ -74,21 +66,20 @@ class Place(NamedTuple):
 def places(header: Header) -> dict[str, Place]:
     """{path in a tau: Place} of all weights in a checkpoint that a LoRA may change."""
     out = {}
-    for prefixes, te in ((UNET, ""), (CLIP_L, "te1."), (BIG_G, "te2.")):
+    for key, (file_key, shape) in part_of(header, UNET).items():
+        if key.endswith(".weight") and len(shape) > 1:
+            out[key.removesuffix(".weight")] = Place(file_key)
+    for prefixes, te in ((CLIP_L, "te1."), (BIG_G, "te2.")):
         for key, (file_key, shape) in part_of(header, prefixes).items():
+            for theirs, ours in RENAMED.items():
+                key = key.replace(ours, theirs)
             path = te + key.removesuffix(".weight")
-            if fused := re.fullmatch(
-                r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path
-            ):
+            if fused := re.fullmatch(r"(encoder\.layers\.\d+)\.attn\.in_proj_weight", key):
                 for x, rows in qkv_rows(shape[0]).items():
-                    out[f"te2.encoder.layers.{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
-            elif path == "te2.text_projection":
-                out[path] = Place(file_key, transposed=key == "text_projection")
-            elif key.endswith(".weight"):
-                if te == "te2.":
-                    for theirs, ours in RENAMED.items():
-                        path = path.replace(ours, theirs)
-                out[path] = Place(file_key)
+                    out[f"{te}{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
+            elif path in text_paths() and len(shape) > 1:
+                transposed = key == "text_projection"  # open_clip multiplies from the right
+                out[path] = Place(file_key, transposed=transposed)
     return out
 
 
@@ -101,8 +92,7 @@ def weight_shapes(header: Header) -> dict[str, Tensor]:
     shapes = {}
     for path, place in places(header).items():
         shape = header[place.key].shape
-        weight = torch.empty(shape, device="meta")
-        shapes[f"{path}.weight"] = place.view(weight) if shape else weight
+        shapes[f"{path}.weight"] = place.view(torch.empty(shape, device="meta"))
     return shapes
 
 
@@ -115,9 +105,8 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """
     want, problems = module.state_dict(), []
     for key in want.keys() & state.keys():
-        there, here = tuple(state[key].shape), tuple(want[key].shape)
-        if there != here and (*there, 1, 1) == here or there == (*here, 1, 1):
-            state[key] = state[key].reshape(here)
+        if no_kernel(state[key].shape) == no_kernel(want[key].shape):
+            state[key] = state[key].reshape(want[key].shape)
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
     problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"] if missing else []
     problems += (

@@ -13,7 +13,8 @@ from typing import NamedTuple, get_args
 from ..model.text import TextConfig, sdxl_text
 from ..model.unet import UNetConfig, emoji, sd15, sdxl, ssd1b
 from ..model.vae import VAEConfig
-from .safetensors_file import Header, read_header
+from .names import official_key, vae_key
+from .safetensors_file import FLOATS, Header, read_header
 
 # Key prefixes of each part of a checkpoint; the first is the one that is written
 UNET = ("model.diffusion_model.", "diffusion_model.")
@@ -145,17 +146,24 @@ def count_blocks(config: Config) -> int:
 
 
 def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{key below the prefix: (key in the file, shape)} of one part, by the first of `prefixes` that
-    the file has.
+    """{official key below the prefix: (key in the file, shape)} of one part.
+
+    A file may mix the prefixes; where two of them give the same key, the first counts. A UNet or
+    VAE alone in its file may have none.
     """
-    for prefix in prefixes:
-        if keys := [k for k in header if k.startswith(prefix)]:
-            return {k[len(prefix) :]: (k, header[k].shape) for k in keys}
-    if prefixes in (UNET, VAE_):  # a file of this part alone
-        mark = "input_blocks." if prefixes == UNET else "encoder."
-        if any(k.startswith(mark) for k in header):
-            return {k: (k, entry.shape) for k, entry in header.items()}
-    return {}
+    known = UNET + VAE_ + CLIP_L + BIG_G
+    bare = {UNET: ("input_blocks.",), VAE_: ("encoder.conv_in.", "decoder.conv_in.")}
+    if any(k.startswith(bare.get(prefixes, ())) for k in header):
+        prefixes += ("",)
+    levels = {m[1] for k in header if (m := re.search(r"decoder\.up_blocks\.(\d+)\.", k))}
+    part = {}
+    for prefix in reversed(prefixes):
+        for k, entry in header.items():
+            if next((p for p in known if k.startswith(p)), "") == prefix:
+                name = k.removeprefix(prefix)
+                name = vae_key(name, len(levels)) if VAE_[0] in prefixes else official_key(name)
+                part[name] = k, entry.shape
+    return part
 
 
 # ---- which model is it?
@@ -272,7 +280,7 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
             is_weight = not NO_WEIGHT.fullmatch(file_key) and not NO_WEIGHT.fullmatch(key)
-            if is_weight and not stored.startswith(("F", "BF")) or QUANTISED.fullmatch(key):
+            if is_weight and stored not in FLOATS or QUANTISED.fullmatch(key):
                 raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
 
 
@@ -285,15 +293,15 @@ def depth(unet: dict, block: str) -> int:
 def what_else(header: Header) -> str:
     """What a file without an LDM UNet looks like."""
     for mark, what in (
-        (
-            "down_blocks.0.resnets.0.conv1.weight",
-            "a diffusers UNet (down_blocks); give the LDM single file",
-        ),
         ("joint_blocks.", "Stable Diffusion 3"),
         ("double_blocks.", "Flux"),
         ("clf.1.", "Stable Cascade"),
         ("x_embedder.", "a diffusion transformer"),
         ("encoder.conv_in.weight", "a VAE without UNet; pass it with --vae"),
+        (
+            "down_blocks.0.resnets.0.conv1.weight",
+            "a diffusers UNet (down_blocks); give the LDM single file",
+        ),
         ("text_model.encoder.", "a text encoder without UNet"),
     ):
         if found := [k for k in header if mark in k]:

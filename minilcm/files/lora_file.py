@@ -1,6 +1,6 @@
 """LoRA files <-> tau: one dictionary {path: (up, down, lora_alpha)}, whatever the spelling.
 
-lora_keys.py has the five spellings, names.py has the map from these names to the paths of a tau.
+lora_keys.py has the spellings, names.py has the map from these names to the paths of a tau.
 """
 
 import json
@@ -15,12 +15,19 @@ from einops import einsum
 from torch import Tensor
 
 from ..lora import Tau
-from ..merge import check_fit
+from ..merge import check_fit, no_kernel, with_kernel
 from ..model.unet import sdxl, ssd1b
 from .identify import FAMILIES, Family
 from .lora_keys import Module, by_module
-from .names import TOWERS, module_table, text_table, to_diffusers_path, to_ldm_path
-from .safetensors_file import read_header, read_tensors, write_tensors
+from .names import (
+    TOWERS,
+    module_table,
+    text_paths,
+    text_table,
+    to_diffusers_path,
+    to_ldm_path,
+)
+from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
 
 # ---- reading
 
@@ -104,27 +111,37 @@ def read_tau(path: str | Path) -> Tau:
             f"{path}: no adapter_config.json: lora_alpha is taken as the rank; PEFT's default is 8"
         )
     paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
-    if unknown := [prefix + flat for (prefix, flat), target in paths.items() if target is None]:
-        first = ", ".join(unknown[:5])
+    paths.pop(("te1.", "text_projection"), None)  # CLIP-L has none
+    unknown = [module for module in modules if paths.get(module) is None]
+    acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
+    if acting := ["".join(module) for module in acts]:
+        first = ", ".join(acting[:5])
         raise ValueError(
-            f"{path}: {len(unknown)} of {len(modules)} modules are in no known UNet, first: {first}"
+            f"{path}: {len(acting)} of {len(modules)} modules are in no known UNet, first: {first}"
         )
+    if unknown:  # ComfyUI's LoraSave writes embeddings that are the same in both models, too
+        first = "".join(unknown[0])
+        print(f"{path}: {len(unknown)} modules that change nothing are left out, first: {first}")
     tau: Tau = {}
     for module, parts in modules.items():
+        if module in unknown:
+            continue
         target, up, down = module[0] + paths[module], parts["up"], parts["down"]
         if target in tau:
             raise ValueError(
                 f"{path}: {target} is in the file twice, in LDM and in diffusers spelling"
             )
         if "mid" in parts:  # LoCon's Tucker form: down is 1x1, mid has the kernel
-            down = einsum(parts["mid"], down[:, :, 0, 0], "p q h w, q i -> p i h w")
+            down = einsum(parts["mid"], down.flatten(1), "p q h w, q i -> p i h w")
         if "alpha" in parts:
             lora_alpha = parts["alpha"].item()
         elif module[0] in settings:
             lora_alpha = settings[module[0]].lora_alpha(spelled[module], down.shape[0])
         else:
             lora_alpha = float(down.shape[0])
-        tau[target] = up, down, lora_alpha
+        if "scalar" in parts:  # LyCORIS: one more factor
+            lora_alpha *= parts["scalar"].item()
+        tau[target] = (*with_kernel(up, down, down.shape[2:]), lora_alpha)
     return tau
 
 
@@ -161,13 +178,10 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
     where = "lora_adapter_metadata" if inside else str(config)
     try:
         raw = json.loads(metadata[where] if inside else config.read_text())
-        names = (
-            {"unet.": "", "text_encoder.": "te1.", "text_encoder_2.": "te2."}
-            if inside
-            else {"": ""}
-        )
+        names = {"unet.": "", "text_encoder.": "te1.", "text_encoder_2.": "te2."}
         settings = {}
         for theirs, ours in names.items():
+            theirs = theirs if inside else ""  # beside the file: of its one network
             if any(key.startswith(theirs) for key in raw.keys()) or not inside:
                 patterns = {
                     p: float(a) for p, a in (raw.get(theirs + "alpha_pattern") or {}).items()
@@ -218,24 +232,39 @@ def write_tau(
     recipe: dict[str, str],
     dtype: torch.dtype = torch.float16,
     style: str | None = None,
+    kept: dict[str, str] | None = None,
 ) -> None:
     """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata
-    under `minilcm.*`.
+    under `minilcm.*`, and what is `kept` of other files beside it.
 
     style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1
     for SD1.x, G2 for SDXL, because A1111 ignores one of SDXL's modules in G1. lora_alpha is rounded
-    to `dtype` in kohya's styles.
+    to `dtype` in kohya's styles. Raises ValueError for a module that `read_tau` would refuse, or a
+    value too large for `dtype`.
     """
     family = family_of(tau)
     cfg, is_xl = family.unet(), family.unet in (sdxl, ssd1b)
+    table = module_table(family.unet)
     style = style or ("ldm" if is_xl else "diffusers")
     tensors, settings = {}, {}
     for target, (up, down, lora_alpha) in tau.items():
-        if target.startswith(("te1.", "te2.")):
+        if target in text_paths():
             part, module = target.split(".", 1)
             module = module if module == "text_projection" else f"text_model.{module}"
-        else:
+            shape = no_kernel((up.shape[0], *down.shape[1:]))
+        elif target.replace(".", "_") in table:
             part, module = "unet", target if style == "ldm" else to_diffusers_path(target, cfg)
+            shape = table[target.replace(".", "_")][1]
+        else:
+            raise ValueError(f"{path}: {target} is in no known UNet; it could not be read again")
+        if no_kernel((1, 1, *shape[2:])) == no_kernel((1, 1, *down.shape[2:])):
+            up, down = with_kernel(up, down, shape[2:])  # as the official weight, for other readers
+        for x in (up, down):
+            if all_finite(x) and not all_finite(x.to(dtype)):
+                raise ValueError(
+                    f"{path}: {target} has values too large for {str(dtype)[6:]}; "
+                    "give --dtype float32"
+                )
         if style == "peft":
             name = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
             tensors[f"{name}.{module}.lora_B.weight"] = up.to(dtype)
@@ -247,7 +276,8 @@ def write_tau(
             tensors[f"{flat}.lora_up.weight"] = up.to(dtype)
             tensors[f"{flat}.lora_down.weight"] = down.to(dtype)
             tensors[f"{flat}.alpha"] = torch.tensor(lora_alpha, dtype=dtype)
-    metadata = lora_metadata(tau, family, settings) | {"modelspec.title": Path(path).stem}
+    metadata = (kept or {}) | lora_metadata(tau, family, settings)
+    metadata |= {"modelspec.title": Path(path).stem}
     write_tensors(path, tensors, metadata | {f"minilcm.{k}": v for k, v in recipe.items()})
 
 

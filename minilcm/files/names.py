@@ -12,6 +12,7 @@ A flattened name cannot be split again (`to_out_0`, `ff_net_2`): it is looked up
 names of a known UNet.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -31,7 +32,37 @@ RES = {  # inside a ResBlock: LDM's name -> diffusers'
 }
 
 
+VAE_NAMES = {  # in a VAE: diffusers' name, today's or the one before -> LDM's
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"attn_1\.group_norm": "attn_1.norm",
+    r"attn_1\.(to_)?(q|k|v)(uery|ey|alue)?\.": r"attn_1.\2.",
+    r"attn_1\.(to_out\.0|proj_attn)": "attn_1.proj_out",
+    r"down_blocks\.": "down.",
+    r"\.resnets\.": ".block.",
+    r"(down|up)samplers\.0": r"\1sample",
+    r"conv_shortcut": "nin_shortcut",
+    r"conv_norm_out": "norm_out",
+}
+
 TOWERS = {"te1.": "CLIP-L", "te2.": "bigG"}  # prefix in a tau -> text encoder
+
+
+def vae_key(key: str, levels: int) -> str:
+    """A VAE's key in LDM's or diffusers' spelling -> LDM's. diffusers counts the decoder's `levels`
+    from the other end.
+    """
+    key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
+    for theirs, ours in VAE_NAMES.items():
+        key = re.sub(theirs, ours, key)
+    return key
+
+
+def official_key(key: str) -> str:
+    """Other spellings in a UNet (cond_proj) or text encoder (bigG's projection) -> the official."""
+    key = key.replace("time_embed.cond_proj.", "time_embedding.cond_proj.")
+    return key.replace("transformer.text_projection", "text_projection")
 
 
 def split_parts(tau: Tau) -> tuple[Tau, Tau]:
@@ -111,6 +142,13 @@ def text_table() -> dict[str, str]:
         "text_projection"
     ]
     return {path.replace(".", "_"): path for path in paths}
+
+
+@cache
+def text_paths() -> set[str]:
+    """All paths of text encoders in a tau; CLIP-L has no text_projection."""
+    paths = {te + path for te in TOWERS for path in text_table().values()}
+    return paths - {"te1.text_projection"}
 
 
 def to_ldm_path(flat: str, config: Callable[[], UNetConfig]) -> str | None:

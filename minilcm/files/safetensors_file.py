@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +31,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
+        with suppress(OSError):  # some mounts have no modes
+            part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too
-        os.close(folder)
+        with suppress(OSError):  # and some cannot sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name, too
+            finally:
+                os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
@@ -52,19 +56,13 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
             raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+# Bytes of a value, by its name in a header. Numbers first that are read as they are:
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
+BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "C64": 8}
+# of quantised models
+BYTES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F6_E2M3": 0.75, "F6_E3M2": 0.75}
+BYTES |= {"F4": 0.5}
 
 
 class Entry(NamedTuple):
@@ -98,17 +96,16 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(9)
-        n = int.from_bytes(head[:8], "little")
-        damaged = f"{path}: file is damaged or incomplete"
         if head[:4] == b"GGUF":
             raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
+        n = int.from_bytes(head[:8], "little")
+        damaged = f"{path}: file is damaged or incomplete"
         if len(head) < 9:
             raise ValueError(
                 f"{damaged} (expected a header, found {size} bytes); download it again"
             )
-        if head[8:9] != b"{":
-            what = "pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
-            raise ValueError(f"{path}: not a safetensors file; {what}")
+        if head[8:9] != b"{" or head[:1] == b"{" and n >> 56:
+            raise ValueError(f"{path}: not a safetensors file{what_instead(head + f.read(191))}")
         if n > size - 8:
             found = f"expected a header of {n:,} bytes, found {size - 8:,}"
             raise ValueError(f"{damaged} ({found}); download it again")
@@ -130,6 +127,19 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
             f"{damaged} (expected {8 + n + end:,} bytes, found {size:,}); download it again"
         )
     return header, metadata
+
+
+def what_instead(head: bytes) -> str:
+    """What a file that begins like this is, and what to do."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().decode(errors="replace")
+    first = text.splitlines()[0][:60] if text else ""
+    if text.startswith("version https://git-lfs"):
+        return ", but a Git LFS pointer to one; run: git lfs pull"
+    if text.startswith("<"):
+        return f", but a web page ({first!a}); download the file itself, logged in if need be"
+    if text.startswith("{") or " " in first and first.isprintable() and "\ufffd" not in first:
+        return f", but a text ({first!a}); download the file itself, logged in if need be"
+    return "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
 
 
 def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
@@ -161,7 +171,14 @@ def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
             header[key] = Entry(dtype, tuple(shape), begin, end)
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
         raise ValueError(
             f"{damaged} (header: {' '.join(what.split())[:200]}); download it again"
@@ -207,14 +224,14 @@ def rewrite(
     metadata: dict[str, str],
     changes: dict[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    """A copy of `source` in which `changes` maps some tensors through a function, and all others
-    stay byte for byte.
+    """A copy of `source` with this metadata, in which `changes` maps some tensors through a
+    function, and all others stay byte for byte.
 
     Atomic. One tensor at a time, in the file's order, so the peak memory is one tensor; dtypes and
     shapes are kept.
     """
-    header, old = read_header(source)
-    entries = {"__metadata__": {**old, **metadata}} if old or metadata else {}
+    header, _ = read_header(source)
+    entries = {"__metadata__": metadata}
     for key, (dtype, shape, begin, end) in header.items():
         entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(entries, separators=(",", ":")).encode()

@@ -4,8 +4,10 @@ dW = (lora_alpha / rank) B A. A LoRA is given with its lambda, and written with 
 was made from.
 """
 
+import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,16 +25,18 @@ from .identify import (
     BIG_G,
     CLIP_L,
     FAMILIES,
+    NO_WEIGHT,
     UNET,
     VAE_,
     identify_header,
     is_lora,
     open_checkpoint,
     part_of,
+    refuse_quantised,
 )
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
-from .names import TOWERS
-from .safetensors_file import Header, all_finite, read_header, rewrite
+from .names import TOWERS, module_table, text_paths
+from .safetensors_file import Header, all_finite, read_header, rewrite, sha256
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
 
@@ -40,16 +44,89 @@ Lora = tuple[Path, float]  # file and lambda
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
-    """Raises ValueError if `out` is one of the inputs, or exists and `force` is not set."""
+    """Raises ValueError if `out` is one of the inputs, a folder, or exists and `force` is not set;
+    makes the folder that it is to be in.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; give a file, for example {out}/new.safetensors")
+    if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):  # which other programs open as pickles
+        raise ValueError(f"{out}: what is written is a .safetensors file; give -o such a name")
     for path in inputs:
         if out.exists() and path.exists() and os.path.samefile(out, path):
             raise ValueError(f"{out}: is one of the inputs; give another -o")
     if out.exists() and not force:
         raise ValueError(f"{out}: exists; give another -o, or --force")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def recipe_text(loras: list[Lora], sign: float = 1.0) -> str:
-    return " ".join(f"{path.name}:{sign * lam:g}" for path, lam in loras)
+# ---- what the headers of the inputs say
+
+
+def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
+    """[{file, sha256, scale, and of an LCM-LoRA objective and w}] of what was added; `before`: JSON
+    of what was in it already. What was added and taken away again is left out.
+    """
+    try:
+        recipe = {
+            x["sha256"]: {**x, "scale": float(x["scale"])} for x in json.loads(before or "[]")
+        }
+    except (ValueError, TypeError, KeyError, RecursionError):  # another program's
+        recipe = {}
+    for path, lam in loras:
+        new = {"file": path.name, "sha256": sha256(path)[:10], "scale": sign * lam}
+        new["scale"] += recipe.get(new["sha256"], {"scale": 0.0})["scale"]
+        known = read_recipe(path)
+        recipe[new["sha256"]] = new | {k: known[k] for k in ("objective", "w") if k in known}
+    return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]
+
+
+def recipe_text(recipe: list[dict]) -> str:
+    return " ".join(f"{x['file']}:{x['scale']:g}" for x in recipe)
+
+
+# Of one file's tensors, so no longer true
+OF_ONE_FILE = re.compile(
+    r"sshs_\w+|ss_network_(dim|alpha|module|args)|modelspec\.(hash_sha256|date|title|thumbnail)"
+    r"|lora_adapter_metadata|format|minilcm\..*"
+)
+# Kept even if not all files say it
+FOR_PEOPLE = re.compile(
+    r"licen[cs]e|author|copyright|trigger|trained_?words|tag_frequency|description|usage_hint"
+    r"|comment"
+)
+
+
+def for_people(paths: list[Path]) -> dict[str, str]:
+    """Licence, authors, trigger words and the like, of all the files."""
+    heads = [read_header(path)[1] for path in paths]
+    keys = dict.fromkeys(key for head in heads for key in head if FOR_PEOPLE.search(key))
+    return {
+        key: united(list(dict.fromkeys(head[key] for head in heads if key in head)))
+        for key in keys
+        if not OF_ONE_FILE.fullmatch(key)
+    }
+
+
+def kept_metadata(paths: list[Path]) -> dict[str, str]:
+    """What is for people, and what else all files share; one printed line names the rest."""
+    heads = [read_header(path)[1] for path in paths]
+    kept = for_people(paths)
+    shared = set(heads[0].items()).intersection(*(head.items() for head in heads))
+    kept |= {key: value for key, value in shared if not OF_ONE_FILE.fullmatch(key)}
+    rest = {key for head in heads for key in head if not OF_ONE_FILE.fullmatch(key)} - kept.keys()
+    if rest:
+        first = ", ".join(map(ascii, sorted(rest)[:5]))
+        print(f"{len(rest)} entries of metadata differ and are left out, first: {first}")
+    return kept
+
+
+def united(values: list[str]) -> str:
+    """Several texts as one; dictionaries in JSON, as kohya's tag counts are, stay one."""
+    try:
+        dicts = [json.loads(value) for value in values]
+        return json.dumps({key: x for one in reversed(dicts) for key, x in one.items()})
+    except (ValueError, AttributeError, RecursionError):
+        return "; ".join(values)
 
 
 # ---- info
@@ -92,9 +169,16 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
         "a model by minilcm",
     )
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{lcm}")
+    extra = set(header)
     for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
-        if found := part_of(header, prefixes):
-            print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
+        found = part_of(header, prefixes)
+        weights = {k: shape for k, (_, shape) in found.items() if not NO_WEIGHT.fullmatch(k)}
+        extra -= {found[k][0] for k in weights}
+        if weights:
+            print(f"  {part:10} {sum(map(math.prod, weights.values())):,} values")
+    if extra:
+        first = ", ".join(sorted(extra)[:5])
+        print(f"  not used   {len(extra)} keys, first: {first}")
     for key, value in metadata.items():
         shown = ascii(value[:200])[1:-1]
         print(f"  {key}: {shown}{' ...' * (len(value) >= 200)}")
@@ -109,7 +193,11 @@ def combine_files(
     """tau_mix = sum_i lambda_i tau_i."""
     check_out(out, [path for path, _ in loras], force)
     mix = combine([read_tau(path) for path, _ in loras], [lam for _, lam in loras])
-    write_tau(out, mix, {"combined": recipe_text(loras)}, dtype, style)
+    made = recipe_of(loras)
+    recipe = {"combined": recipe_text(made), "loras": json.dumps(made)}
+    lcm = next((x for x in made if x.get("objective") == "lcm"), {})
+    recipe |= {key: lcm[key] for key in ("objective", "w") if key in lcm}
+    write_tau(out, mix, recipe, dtype, style, kept_metadata([path for path, _ in loras]))
     print(f"{out}: {len(mix)} modules, rank {max(down.shape[0] for _, down, _ in mix.values())}")
 
 
@@ -132,7 +220,8 @@ def resize_file(
     print(f"total ||dW - dW'|| / ||dW|| = {distance(small, tau):.4f}")
     if against:
         print(f"{against}: ||dW_it - dW|| / ||dW|| = {distance(read_tau(against), tau):.4f}")
-    write_tau(out, small, read_recipe(lora) | {"resized": f"from {lora.name}"}, dtype, style)
+    recipe = read_recipe(lora) | {"resized": f"from {lora.name}"}
+    write_tau(out, small, recipe, dtype, style, kept_metadata([lora]))
     print(out)
 
 
@@ -144,7 +233,7 @@ def merge_file(
 ) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
     check_out(out, [checkpoint, *(path for path, _ in loras)], force)
-    header = open_checkpoint(checkpoint).header
+    _, header, metadata, _ = open_checkpoint(checkpoint)
     shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
         check_lora(shapes, tau, str(path))
@@ -161,14 +250,39 @@ def merge_file(
                 raise ValueError(f"{checkpoint}: {key} has values that are not finite")
             changed = weight.clone()
             for place, parts in changes:
-                add_delta_(place.view(changed), *parts, block=BLOCK)
+                try:
+                    add_delta_(place.view(changed), *parts, block=BLOCK)
+                except ValueError as error:
+                    raise ValueError(f"{checkpoint}: {key}: {error}") from None
             return changed
 
         return change
 
-    metadata = {"format": "pt", "minilcm.merged": recipe_text(loras, sign)}
+    recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
+    stale = "minilcm.merged", "modelspec.hash_sha256"
+    metadata = {k: v for k, v in metadata.items() if k not in stale} | {"format": "pt"}
+    metadata |= for_people([checkpoint, *(path for path, _ in loras)])
+    if recipe:  # not so, if what was merged has been taken away again
+        metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
     rewrite(checkpoint, out, metadata, {key: add(key, changes) for key, changes in by_key.items()})
     print(f"{out}: {len(by_key)} of {len(header)} tensors changed")
+
+
+def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[str]:
+    """The keys of `tuned` whose tensors differ from those of `base`, or are not there, by parts."""
+    keys = []
+    for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
+        here = part_of(base, prefixes)
+        for name, (key, shape) in part_of(tuned, prefixes).items():
+            if NO_WEIGHT.fullmatch(name):
+                continue
+            if name not in here:  # bigG has two layouts: another name tells nothing
+                keys += [key] if prefixes is not BIG_G else []
+            elif no_kernel(here[name][1]) != no_kernel(shape) or not torch.equal(
+                a.get_tensor(here[name][0]).float().flatten(), b.get_tensor(key).float().flatten()
+            ):
+                keys.append(key)
+    return keys
 
 
 def extract_file(
@@ -182,19 +296,34 @@ def extract_file(
 ) -> None:
     """The best tau of this rank for dW = W_tuned - W_base."""
     check_out(out, [base, tuned], force)
-    here, there = places(read_header(base)[0]), places(read_header(tuned)[0])
+    headers = read_header(base)[0], read_header(tuned)[0]
+    for path, header in zip((base, tuned), headers):
+        refuse_quantised(path, header)
+    here, there = map(places, headers)
     tau: Tau = {}
     with safe_open(base, "pt") as a, safe_open(tuned, "pt") as b:
         for path in tqdm(sorted(here.keys() & there.keys()), desc="modules", disable=None):
             x = here[path].view(a.get_tensor(here[path].key).float())
             y = there[path].view(b.get_tensor(there[path].key).float())
-            if x.ndim < 2 or no_kernel(tuple(x.shape)) != no_kernel(tuple(y.shape)):
-                continue
-            if not torch.equal(x, y.reshape(x.shape)):
-                tau |= extract_tau(path, y.reshape(x.shape) - x, rank)
+            if no_kernel(x.shape) == no_kernel(y.shape) and not torch.equal(x, y.reshape(x.shape)):
+                difference = y.reshape(x.shape) - x
+                if not all_finite(difference):
+                    raise ValueError(f"{there[path].key} has values that are not finite in a file")
+                tau |= extract_tau(path, difference, rank)
+        if tau:
+            table = module_table(family_of(tau).unet)
+            tau = {
+                p: x for p, x in tau.items() if p in text_paths() or p.replace(".", "_") in table
+            }
+        held = {there[path].key for path in tau}
+        left_out = [key for key in differing(a, b, *headers) if key not in held]
     if not tau:
         raise ValueError(f"{base} and {tuned} do not differ in any weight that a LoRA can change")
-    write_tau(out, tau, {"extracted": f"{tuned.name} - {base.name}"}, dtype, style)
+    if left_out:
+        first = ", ".join(left_out[:5])
+        print(f"{len(left_out)} tensors differ that a LoRA cannot change; left out, first: {first}")
+    recipe = {"extracted": f"{tuned.name} - {base.name}"}
+    write_tau(out, tau, recipe, dtype, style, for_people([tuned]))
     print(f"{out}: {len(tau)} modules, rank {rank}")
 
 
@@ -210,10 +339,14 @@ def diff(path_a: Path, path_b: Path) -> None:
     same = 0
     with safe_open(path_a, "pt") as fa, safe_open(path_b, "pt") as fb:
         for key in tqdm(sorted(a.keys() & b.keys()), desc="tensors", disable=None):
-            if a[key].shape != b[key].shape:
+            if no_kernel(a[key].shape) != no_kernel(b[key].shape):
                 print(f"  shape {a[key].shape} against {b[key].shape}  {key}")
                 continue
+            if {a[key].dtype[:2], b[key].dtype[:2]} & {"F4", "F6"}:
+                print(f"  {a[key].dtype} against {b[key].dtype}, not compared  {key}")
+                continue
             x, y = fa.get_tensor(key).float(), fb.get_tensor(key).float()
+            x = x.reshape(y.shape)
             if torch.equal(x, y):
                 same += 1
                 continue
