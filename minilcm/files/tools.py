@@ -67,10 +67,9 @@ def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -
     of what was in it already. What was added and taken away again is left out.
     """
     try:
-        recipe = {
-            x["sha256"]: {**x, "scale": float(x["scale"])} for x in json.loads(before or "[]")
-        }
-    except (ValueError, TypeError, KeyError, RecursionError):  # another program's
+        known = json.loads(before or "[]")
+        recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # not as written here
         recipe = {}
     for path, lam in loras:
         new = {"file": path.name, "sha256": sha256(path)[:10], "scale": sign * lam}
@@ -86,8 +85,8 @@ def recipe_text(recipe: list[dict]) -> str:
 
 # Of one file's tensors, so no longer true
 OF_ONE_FILE = re.compile(
-    r"sshs_\w+|ss_network_(dim|alpha|module|args)|modelspec\.(hash_sha256|date|title|thumbnail)"
-    r"|lora_adapter_metadata|format|minilcm\..*"
+    r"sshs_\w+|ss_v2|ss_network_(dim|alpha|module|args)|lora_adapter_metadata|format|minilcm\..*"
+    r"|modelspec\.(hash_sha256|date|title|sai_model_spec)"
 )
 # Kept even if not all files say it
 FOR_PEOPLE = re.compile(
@@ -122,6 +121,8 @@ def kept_metadata(paths: list[Path]) -> dict[str, str]:
 
 def united(values: list[str]) -> str:
     """Several texts as one; dictionaries in JSON, as kohya's tag counts are, stay one."""
+    if len(values) == 1:
+        return values[0]
     try:
         dicts = [json.loads(value) for value in values]
         return json.dumps({key: x for one in reversed(dicts) for key, x in one.items()})

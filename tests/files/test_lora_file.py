@@ -17,7 +17,7 @@ from minilcm.files.lora_file import read_recipe, read_tau, write_tau
 from minilcm.files.lora_keys import split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.lora import Tau, target_paths
-from minilcm.merge import delta
+from minilcm.merge import combine, delta, distance
 from minilcm.model.unet import UNet, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = (emoji, sd15, ssd1b, sdxl)
@@ -278,6 +278,52 @@ SPELLINGS = [  # each of public files, by grammar; and what it names
         "encoder.layers.1.self_attn.k_proj",
         "up",
     ),
+    (
+        "diffusion_model.input_blocks.4.1.proj_in.lora_up.weight",
+        "",
+        "input_blocks.4.1.proj_in",
+        "up",
+    ),
+    ("unet.input_blocks.4.1.proj_in.lora_down.weight", "", "input_blocks.4.1.proj_in", "down"),
+    ("lycoris_mid_block_attentions_0_proj_in.lora_up.weight", "", "middle_block.1.proj_in", "up"),
+    ("lora_unet_mid_block_attentions_0_proj_in.scalar", "", "middle_block.1.proj_in", "scalar"),
+    (
+        "clip_l.text_model.encoder.layers.0.mlp.fc1.lora_up.weight",
+        "te1.",
+        "encoder.layers.0.mlp.fc1",
+        "up",
+    ),
+    (
+        "clip_g.text_model.encoder.layers.0.mlp.fc2.alpha",
+        "te2.",
+        "encoder.layers.0.mlp.fc2",
+        "alpha",
+    ),
+    ("clip_g.text_projection.lora_up.weight", "te2.", "text_projection", "up"),
+    (
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight",
+        "te1.",
+        "encoder.layers.0.mlp.fc1",
+        "up",
+    ),
+    (
+        "text_encoders.clip_g.transformer.text_projection.lora_up.weight",
+        "te2.",
+        "text_projection",
+        "up",
+    ),
+    (
+        "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "te1.",
+        "encoder.layers.0.self_attn.q_proj",
+        "down",
+    ),
+    (
+        "base_model.model.encoder.layers.0.self_attn.q_proj.lora_B.default.weight",
+        "te1.",
+        "encoder.layers.0.self_attn.q_proj",
+        "up",
+    ),
 ]
 
 
@@ -373,6 +419,101 @@ def test_a_tucker_core_is_multiplied_out(tmp_path):
         "op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double()
     )
     torch.testing.assert_close(delta(*tau).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def kernel_and_matrix() -> tuple[dict, dict]:
+    """The tensors of one 1x1 convolution's LoRA, as kernels and as matrices."""
+    g, flat = torch.Generator().manual_seed(0), "lora_unet_mid_block_attentions_0_proj_in"
+    up, down = torch.randn(32, 3, generator=g), torch.randn(3, 32, generator=g)
+    matrix = {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
+    kernel = {key: x[:, :, None, None].contiguous() for key, x in matrix.items()}
+    return kernel, matrix
+
+
+def test_a_1x1_kernel_is_a_matrix(tmp_path):
+    """Up and down as kernels, as matrices or one of each: the same delta; written again, it has the
+    form of the official weight.
+    """
+    kernel, matrix = kernel_and_matrix()
+    up, down = matrix
+    taus = []
+    for tensors in (
+        kernel,
+        matrix,
+        {up: kernel[up], down: matrix[down]},
+        kernel | {up: matrix[up]},
+    ):
+        save_file(tensors, tmp_path / "lora.safetensors")
+        taus.append(read_tau(tmp_path / "lora.safetensors"))
+        assert distance(taus[-1], taus[0]) == 0 and distance(taus[0], taus[-1]) == 0
+        mixed, path = combine([taus[-1], taus[0]], [0.5, 0.5]), "middle_block.1.proj_in"
+        torch.testing.assert_close(delta(*mixed[path]), delta(*taus[0][path]), rtol=1e-5, atol=1e-5)
+        write_tau(tmp_path / "again.safetensors", taus[-1], {}, torch.float32)
+        assert load_file(tmp_path / "again.safetensors")[up].shape == (32, 3, 1, 1)
+
+
+def test_a_scalar_multiplies(tmp_path):
+    """LyCORIS: delta = scalar alpha / r B A."""
+    tensors = kernel_and_matrix()[0]
+    save_file(tensors, tmp_path / "plain.safetensors")
+    flat = next(iter(tensors)).split(".")[0]
+    more = {f"{flat}.alpha": torch.tensor(6.0), f"{flat}.scalar": torch.tensor(0.25)}
+    save_file(tensors | more, tmp_path / "scaled.safetensors")
+    plain, scaled = (read_tau(tmp_path / f"{x}.safetensors") for x in ("plain", "scaled"))
+    for path in plain:  # 0.25 * 6 / 3
+        torch.testing.assert_close(delta(*scaled[path]), 0.5 * delta(*plain[path]))
+
+
+@pytest.mark.parametrize("width, te", [(768, "te1."), (1280, "te2.")])
+def test_peft_adapter_of_a_text_encoder(tmp_path, width, te):
+    """It does not say of which of SDXL's two; the width does, and adapter_config.json tells
+    lora_alpha.
+    """
+    key = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, width)}
+    tensors |= {f"{key}.lora_B.weight": torch.ones(width, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    ((path, (_, _, lora_alpha)),) = read_tau(tmp_path / "adapter_model.safetensors").items()
+    assert (path, lora_alpha) == (f"{te}encoder.layers.0.self_attn.q_proj", 8.0)
+
+
+def test_what_is_left_out_is_said(lora, capsys):
+    """OneTrainer's embeddings of new words; modules without effect that no LoRA here can change, as
+    ComfyUI's LoraSave writes them for embeddings.
+    """
+    te = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+
+    def add(tensors):
+        tensors["bundle_emb.my cat.clip_l"] = torch.ones(2, 768)
+        tensors[f"{te}.lora_up.weight"] = torch.zeros(9, 2)
+        tensors[f"{te}.lora_down.weight"] = torch.ones(2, 8)
+
+    whole = read_tau(lora)
+    capsys.readouterr()
+    spoil(lora, add)
+    assert same(read_tau(lora), whole)
+    embeddings, nothing = capsys.readouterr().out.splitlines()
+    assert embeddings.endswith("not used; these words mean nothing: my cat")
+    assert nothing.endswith("change nothing are left out, first: te1.embeddings_token_embedding")
+    spoil(lora, lambda tensors: tensors[f"{te}.lora_up.weight"].add_(1))
+    with pytest.raises(ValueError, match="1 of 3 modules are in no known UNet, first: te1.embed"):
+        read_tau(lora)
+
+
+def test_what_cannot_be_read_again_is_not_written(tmp_path):
+    """Unknown modules, and values that float16 would make infinite."""
+    path, one = tmp_path / "lora.safetensors", torch.ones(1, 1)
+    for target, up, dtype, line in (
+        ("te1.embeddings.token_embedding", one, torch.float32, "is in no known UNet"),
+        ("input_blocks.99.0.in_layers.2", one, torch.float32, "is in no known UNet"),
+        ("middle_block.1.proj_in", one * 7e4, torch.float16, "too large for float16; give --dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"lora.safetensors: {target} .*{line}"):
+            write_tau(path, {target: (up, one, 1.0)}, {}, dtype)
+    assert not path.exists()
+    write_tau(path, {target: (up, one, 1.0)}, {}, torch.float32)
+    assert same(read_tau(path), {target: (up[..., None, None], one[..., None, None], 1.0)})
 
 
 def test_peft_alpha_is_read(tmp_path):
