@@ -1,6 +1,7 @@
 """tau' = lambda1 tau_style + lambda2 tau_lcm: exact, lora_alpha != rank, and into weights."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import load_tau, random_tau, tiny_unet
 from torch import nn
 
 from minilcm.lora import Tau, add_lora
-from minilcm.merge import check_fit, combine, delta, merge_into, unmerge
+from minilcm.merge import check_fit, combine, delta, distance, merge_into, unmerge
 from minilcm.model.unet import Cond
 
 PATHS = ("to_q", "op")  # a Linear and a convolution
@@ -189,3 +190,40 @@ def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
         assert net[path].weight.dtype == torch.bfloat16
         assert torch.equal(net[path].weight, (before[path].double() + dw.double()).bfloat16())
         assert not torch.equal(net[path].weight, before[path] + dw.bfloat16())
+
+
+def test_a_1x1_kernel_is_a_matrix():
+    """combine, distance and merging take either form at a path, in any order; 3x3 is another
+    model.
+    """
+    g = torch.Generator().manual_seed(0)
+    up, down = torch.randn(4, 2, generator=g), torch.randn(2, 5, generator=g)
+    matrix = {"x": (up, down, 1.0)}
+    kernel = {"x": (up[:, :, None, None], down[:, :, None, None], 1.0)}
+    for a, b in ((matrix, kernel), (kernel, matrix)):
+        assert distance(a, b) == 0
+        mix = combine([a, b], [2.0, -0.5])
+        torch.testing.assert_close(
+            delta(*mix["x"]).flatten(1), 1.5 * delta(*matrix["x"]), rtol=1e-5, atol=1e-5
+        )
+    for shape in ((4, 5), (4, 5, 1, 1)):
+        weights = {"x.weight": torch.zeros(shape)}
+        merge_into(weights, matrix)
+        merge_into(weights, kernel, -1.0)
+        assert weights["x.weight"].abs().max() < 1e-6
+    other = {"x": (up[:, :, None, None], torch.ones(2, 5, 3, 3), 1.0)}
+    for call in (lambda: combine([matrix, other], [1, 1]), lambda: distance(other, kernel)):
+        with pytest.raises(ValueError, match="x: LoRA of different models, shapes"):
+            call()
+    assert distance(matrix, {}) == math.inf and distance({}, matrix) == 1 and distance({}, {}) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_sum_beyond_the_dtype(dtype):
+    """The largest number is reached, and one beyond it refused by path and dtype."""
+    most = torch.finfo(dtype).max
+    weights = {"x.weight": torch.full((2, 2), most, dtype=dtype)}
+    merge_into(weights, {"x": (torch.zeros(2, 1), torch.ones(1, 2), 1.0)})
+    assert weights["x.weight"].eq(most).all()
+    with pytest.raises(ValueError, match=f"LoRA: x: the sum is beyond {str(dtype)[6:]}'s largest"):
+        merge_into(weights, {"x": (torch.full((2, 1), most / 8), torch.ones(1, 2), 1.0)})

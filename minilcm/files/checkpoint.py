@@ -42,8 +42,6 @@ def read_part(
     out = {}
     with safe_open(path, "pt") as f:
         for key, (file_key, _) in part_of(header, prefixes).items():
-            if NO_WEIGHT.fullmatch(file_key) or NO_WEIGHT.fullmatch(key):
-                continue
             value = f.get_tensor(file_key).to(dtype)
             if not all_finite(value):
                 raise ValueError(f"{path}: {file_key} has values that are not finite")
@@ -71,7 +69,7 @@ def places(header: Header) -> dict[str, Place]:
             out[key.removesuffix(".weight")] = Place(file_key)
     for prefixes, te in ((CLIP_L, "te1."), (BIG_G, "te2.")):
         for key, (file_key, shape) in part_of(header, prefixes).items():
-            for theirs, ours in RENAMED.items():
+            for theirs, ours in RENAMED.items() if key.startswith("transformer.") else ():
                 key = key.replace(ours, theirs)
             path = te + key.removesuffix(".weight")
             if fused := re.fullmatch(r"(encoder\.layers\.\d+)\.attn\.in_proj_weight", key):

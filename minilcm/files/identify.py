@@ -146,7 +146,7 @@ def count_blocks(config: Config) -> int:
 
 
 def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{official key below the prefix: (key in the file, shape)} of one part.
+    """{official key below the prefix: (key in the file, shape)} of one part's weights.
 
     A file may mix the prefixes; where two of them give the same key, the first counts. A UNet or
     VAE alone in its file may have none.
@@ -162,7 +162,8 @@ def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, t
             if next((p for p in known if k.startswith(p)), "") == prefix:
                 name = k.removeprefix(prefix)
                 name = vae_key(name, len(levels)) if VAE_[0] in prefixes else official_key(name)
-                part[name] = k, entry.shape
+                if not NO_WEIGHT.fullmatch(k) and not NO_WEIGHT.fullmatch(name):
+                    part[name] = k, entry.shape
     return part
 
 
@@ -279,8 +280,7 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
     for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
-            is_weight = not NO_WEIGHT.fullmatch(file_key) and not NO_WEIGHT.fullmatch(key)
-            if is_weight and stored not in FLOATS or QUANTISED.fullmatch(key):
+            if stored not in FLOATS or QUANTISED.fullmatch(key):
                 raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
 
 

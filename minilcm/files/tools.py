@@ -25,7 +25,6 @@ from .identify import (
     BIG_G,
     CLIP_L,
     FAMILIES,
-    NO_WEIGHT,
     UNET,
     VAE_,
     identify_header,
@@ -172,11 +171,9 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{lcm}")
     extra = set(header)
     for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
-        found = part_of(header, prefixes)
-        weights = {k: shape for k, (_, shape) in found.items() if not NO_WEIGHT.fullmatch(k)}
-        extra -= {found[k][0] for k in weights}
-        if weights:
-            print(f"  {part:10} {sum(map(math.prod, weights.values())):,} values")
+        if found := part_of(header, prefixes):
+            extra -= {key for key, _ in found.values()}
+            print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
     if extra:
         first = ", ".join(sorted(extra)[:5])
         print(f"  not used   {len(extra)} keys, first: {first}")
@@ -275,8 +272,6 @@ def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[s
     for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
         here = part_of(base, prefixes)
         for name, (key, shape) in part_of(tuned, prefixes).items():
-            if NO_WEIGHT.fullmatch(name):
-                continue
             if name not in here:  # bigG has two layouts: another name tells nothing
                 keys += [key] if prefixes is not BIG_G else []
             elif no_kernel(here[name][1]) != no_kernel(shape) or not torch.equal(

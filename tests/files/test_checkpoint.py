@@ -14,7 +14,7 @@ from tiny import CONFIG, TWO_TOWERS, random_tau, tiny_text, tiny_unet, tiny_vae,
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
-from minilcm.files.checkpoint import load_model, save_model
+from minilcm.files.checkpoint import load_model, places, save_model
 from minilcm.files.identify import (
     from_json,
     identify,
@@ -24,7 +24,10 @@ from minilcm.files.identify import (
     to_json,
 )
 from minilcm.files.lora_file import write_tau
+from minilcm.files.names import vae_key
 from minilcm.files.safetensors_file import read_tensors
+from minilcm.files.tools import info
+from minilcm.model.text import open_clip_to_clip_l
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 from minilcm.run.state import load_state, save_state, state_tensors
 
@@ -329,6 +332,159 @@ def test_two_text_towers_round_trip(tmp_path):
     again, metadata_again = read_tensors(tmp_path / "again.safetensors")
     assert metadata == metadata_again and tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+BIG_G = "conditioner.embedders.1.model."
+STRAYS = {  # where tools and merges leave a key, and whether it is a known leftover
+    BIG_G + "transformer.text_model.embeddings.position_ids": True,  # ComfyUI
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": True,
+    "cond_stage_model.transformer.embeddings.position_ids": True,
+    BIG_G + "logit_scale": True,
+    BIG_G + "transformer.text_model.extra": False,
+    "cond_stage_model.transformer.extra": False,
+    "diffusion_model.extra.weight": False,
+    "vae.extra.weight": False,
+    "encoder.conv_in.weight": False,
+    "input_blocks.0.0.weight": False,
+}
+
+
+@pytest.fixture(scope="module")
+def two_towers(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("two") / "plain.safetensors", config=TWO_TOWERS)
+
+
+def same_model(a, b) -> bool:
+    """Whether two files hold the same networks."""
+    pairs = zip(load_model(a)[:3], load_model(b)[:3])
+    return all(
+        torch.equal(value, y.state_dict()[key])
+        for x, y in pairs
+        for key, value in x.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("key", STRAYS)
+def test_a_stray_key_hides_no_part(tmp_path, two_towers, key, capsys):
+    """A key under another of a part's prefixes: the part is read, and what is no known leftover is
+    named.
+    """
+    tensors, metadata = read_tensors(two_towers)
+    save_file(tensors | {key: torch.zeros(1)}, tmp_path / "stray.safetensors", metadata)
+    assert same_model(tmp_path / "stray.safetensors", two_towers)
+    lines = capsys.readouterr().out.splitlines()
+    if STRAYS[key]:
+        assert not lines
+    else:
+        (line,) = lines
+        assert "1 keys " in line and key.endswith(line.split("first: ")[1])
+    info(tmp_path / "stray.safetensors")
+    unused = [x for x in capsys.readouterr().out.splitlines() if "not used" in x]
+    assert any(key in x for x in unused) == (STRAYS[key] or "extra" not in key)
+
+
+def test_two_spellings_of_one_key(tmp_path, contents, capsys):
+    """A merge of an old and a new checkpoint: the first prefix counts, the other key is named."""
+    key = TEXT + "final_layer_norm.bias"
+    old = "cond_stage_model.transformer.final_layer_norm.bias"
+    tensors, metadata = contents
+    save_file(tensors | {old: torch.ones(32)}, tmp_path / "both.safetensors", metadata)
+    text = load_model(tmp_path / "both.safetensors").text
+    assert torch.equal(text.tower.ln_final.bias, tensors[key].float())
+    assert f"1 keys belong to no part and are not used, first: {old}" in capsys.readouterr().out
+
+
+def in_hugging_face_layout(tensors: dict) -> dict:
+    """bigG by transformers' names: q, k, v apart, text_projection a Linear beside text_model."""
+    out = {k: v for k, v in tensors.items() if not k.startswith(BIG_G)}
+    state = {k.removeprefix(BIG_G): v for k, v in tensors.items() if k.startswith(BIG_G)}
+    projection = state.pop("text_projection").T.contiguous()
+    out[BIG_G + "transformer.text_projection.weight"] = projection
+    return out | {
+        BIG_G + "transformer.text_model." + k: v.contiguous()
+        for k, v in open_clip_to_clip_l(state).items()
+    }
+
+
+def test_big_g_in_hugging_faces_layout(tmp_path, two_towers):
+    """It loads, and a LoRA finds the same weights in it as in open_clip's layout: all that one may
+    change.
+    """
+    tensors, metadata = read_tensors(two_towers)
+    path = tmp_path / "hf.safetensors"
+    save_file(in_hugging_face_layout(tensors), path, metadata)
+    assert same_model(path, two_towers)
+    here, there = (places(safefile.read_header(x)[0]) for x in (two_towers, path))
+    assert here.keys() == there.keys()
+    parts = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"
+    one = {f"te2.encoder.layers.0.{part}" for part in (*parts, "mlp.fc1", "mlp.fc2")}
+    assert {p for p in here if p.startswith("te2.")} == one | {"te2.text_projection"} | {
+        p.replace("layers.0", f"layers.{i}") for p in one for i in range(TWO_TOWERS.text.big[1])
+    }
+    other = read_tensors(path)[0]
+    for p in here:
+        assert torch.equal(here[p].view(tensors[here[p].key]), there[p].view(other[there[p].key]))
+
+
+VAE_KEYS = {  # diffusers' AutoencoderKL -> the official key; 4 levels
+    "encoder.down_blocks.0.resnets.1.conv1.weight": "encoder.down.0.block.1.conv1.weight",
+    "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": "encoder.down.1.block.0.nin_shortcut.bias",
+    "encoder.down_blocks.2.downsamplers.0.conv.weight": "encoder.down.2.downsample.conv.weight",
+    "decoder.up_blocks.0.resnets.2.norm2.weight": "decoder.up.3.block.2.norm2.weight",
+    "decoder.up_blocks.2.upsamplers.0.conv.bias": "decoder.up.1.upsample.conv.bias",
+    "decoder.mid_block.resnets.1.conv2.weight": "decoder.mid.block_2.conv2.weight",
+    "encoder.mid_block.attentions.0.group_norm.weight": "encoder.mid.attn_1.norm.weight",
+    "encoder.mid_block.attentions.0.to_q.weight": "encoder.mid.attn_1.q.weight",
+    "encoder.mid_block.attentions.0.to_out.0.bias": "encoder.mid.attn_1.proj_out.bias",
+    "decoder.mid_block.attentions.0.query.weight": "decoder.mid.attn_1.q.weight",
+    "decoder.mid_block.attentions.0.key.bias": "decoder.mid.attn_1.k.bias",
+    "decoder.mid_block.attentions.0.value.weight": "decoder.mid.attn_1.v.weight",
+    "decoder.mid_block.attentions.0.proj_attn.weight": "decoder.mid.attn_1.proj_out.weight",
+    "decoder.conv_norm_out.weight": "decoder.norm_out.weight",
+    "encoder.conv_in.weight": "encoder.conv_in.weight",
+    "post_quant_conv.bias": "post_quant_conv.bias",
+}
+
+
+def test_vae_by_diffusers_names(tmp_path, contents, official_keys):
+    """The names lead to official keys, these to themselves; a VAE by diffusers' names loads, also
+    with its attention as matrices; as a model it is called what it is.
+    """
+    assert {vae_key(key, 4): key for key in official_keys["vae"]} == {
+        key: key for key in official_keys["vae"]
+    }
+    for theirs, ours in VAE_KEYS.items():
+        assert vae_key(theirs, 4) == ours and ours in official_keys["vae"]
+    tensors, metadata = contents
+    official = {k.removeprefix(VAE): v for k, v in tensors.items() if k.startswith(VAE)}
+    inverse = {}
+    for level in range(3):
+        for part, block in (("resnets.0.", "block.0."), ("resnets.1.", "block.1.")):
+            inverse[f"encoder.down.{level}.{block}"] = f"encoder.down_blocks.{level}.{part}"
+            inverse[f"decoder.up.{level}.{block}"] = f"decoder.up_blocks.{2 - level}.{part}"
+        inverse[f"encoder.down.{level}.downsample."] = (
+            f"encoder.down_blocks.{level}.downsamplers.0."
+        )
+        inverse[f"decoder.up.{level}.upsample."] = f"decoder.up_blocks.{2 - level}.upsamplers.0."
+    inverse |= {"mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1."}
+    inverse |= {"mid.attn_1.norm.": "mid_block.attentions.0.group_norm."}
+    inverse |= {f"mid.attn_1.{x}.": f"mid_block.attentions.0.to_{x}." for x in "qkv"}
+    inverse |= {"mid.attn_1.proj_out.": "mid_block.attentions.0.to_out.0."}
+    inverse |= {"nin_shortcut": "conv_shortcut", ".norm_out.": ".conv_norm_out."}
+    theirs = {}
+    for key, value in official.items():
+        value = value[:, :, 0, 0].contiguous() if "attn_1" in key and value.ndim == 4 else value
+        for a, b in inverse.items():
+            key = key.replace(a, b)
+        theirs[key] = value
+    save_file(theirs, tmp_path / "vae.safetensors")
+    rest = {k: v for k, v in tensors.items() if not k.startswith(VAE)}
+    save_file(rest, tmp_path / "rest.safetensors", metadata)
+    vae = load_model(tmp_path / "rest.safetensors", vae_path=tmp_path / "vae.safetensors").vae
+    assert all(torch.equal(vae.state_dict()[k].half(), v) for k, v in official.items())
+    assert "this is a VAE without UNet; pass it with --vae" in error_of(
+        tmp_path / "vae.safetensors"
+    )
 
 
 def test_dtype_of_the_weights(model):

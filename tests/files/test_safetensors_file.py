@@ -1,9 +1,15 @@
 """Files are whole or absent."""
 
+import errno
+import os
+import pickle
+import stat
+from pathlib import Path
+
 import pytest
 import torch
 
-from minilcm.files.safetensors_file import atomic, read_tensors, write_tensors
+from minilcm.files.safetensors_file import atomic, read_header, read_tensors, write_tensors
 
 
 def test_atomic_replaces_only_on_success(tmp_path):
@@ -60,3 +66,53 @@ def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
     with pytest.raises(ValueError) as caught:
         read_tensors(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacks", ["fsync", "chmod"])
+def test_mounts_without_modes_or_synced_folders(tmp_path, lacks, monkeypatch):
+    """Some CIFS, FUSE and exFAT mounts refuse both: the file is written all the same."""
+    fsync = os.fsync
+
+    def no_folders(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    def no_modes(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if lacks == "fsync":
+        monkeypatch.setattr(os, "fsync", no_folders)
+    else:
+        monkeypatch.setattr(Path, "chmod", no_modes)
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
+    assert read_tensors(tmp_path / "x.safetensors")[0]["a"] == 1
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0\nsize 4265146304\n"
+PICKLE = "pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (LFS, ", but a Git LFS pointer to one; run: git lfs pull"),
+        (b"<!DOCTYPE html><title>Sign in</title>", ", but a web page ('<!DOCTYPE html><title>Si"),
+        (b"\r\n\n<html><head></head></html>", ", but a web page ('<html>"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", ", but a web page"),
+        (b'{"error":"Unauthorized"}', """, but a text ('{"error":"Unauthorized"}')"""),
+        (b'{"msg": {"code": 401}}', ", but a text ('{"),
+        (b"Invalid username or password.", ", but a text ('Invalid username or password.')"),
+        (b"PK\x03\x04 a zip" + bytes(30), "; " + PICKLE),
+        (pickle.dumps({"a b": [1, 2]}, 0), "; " + PICKLE),
+        (pickle.dumps({"a b": [1, 2]}, 2), "; " + PICKLE),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path, content, line):
+    """What was downloaded in its place is called what it is."""
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_header(tmp_path / "x.safetensors")
+    assert f"x.safetensors: not a safetensors file{line}" in str(caught.value)
+    assert str(caught.value).isprintable()

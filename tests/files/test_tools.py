@@ -1,14 +1,16 @@
 """python -m minilcm: the algebra on files, what stays byte for byte, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_tau, tiny_unet, write_model
+from tiny import TWO_TOWERS, random_tau, tiny_unet, write_model
 
 from minilcm.__main__ import main, parse
-from minilcm.files.checkpoint import load_model
+from minilcm.files.checkpoint import load_model, places
 from minilcm.files.lora_file import read_tau, write_tau
-from minilcm.files.safetensors_file import read_header
+from minilcm.files.safetensors_file import read_header, read_tensors, sha256
 from minilcm.lora import ATTENTION
 from minilcm.merge import combine, delta, distance, merge_into, reduce_rank
 
@@ -229,6 +231,140 @@ def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
         run("diff", a, b)
         far[b] = float(capsys.readouterr().out.split()[-1])
     assert far[same] < 1e-5 and far[twice] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_extract_writes_what_can_be_read(tmp_path, capsys):
+    """Every tensor of UNet, VAE and both text towers changed, norms and embeddings too: what a LoRA
+    can change is extracted, all of it, read back and right; the rest is counted.
+    """
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    tensors, metadata = load_file(write_model(base, config=TWO_TOWERS)), read_header(base)[1]
+    g = torch.Generator().manual_seed(0)
+    changed = {k: v + torch.randn(v.shape, generator=g).half() / 16 for k, v in tensors.items()}
+    save_file(changed, tuned, metadata)
+    run("extract", base, tuned, "--rank", 64, "-o", tmp_path / "e", "--dtype", "float32")
+    modules = places(read_header(base)[0])
+    # which the emoji model, whose names these are, has not
+    modules = {p: place for p, place in modules.items() if not p.startswith("label_emb")}
+    tau = read_tau(tmp_path / "e")
+    assert tau.keys() == modules.keys()
+    for path, place in modules.items():
+        before, after = (place.view(x[place.key].float()) for x in (tensors, changed))
+        if min(after.flatten(1).shape) <= 64:  # the rank is enough for all of it
+            torch.testing.assert_close(
+                delta(*tau[path]).flatten(), (after - before).flatten(), rtol=1e-3, atol=1e-3
+            )
+    rest = len(tensors.keys() - {place.key for place in modules.values()})
+    assert f"{rest} tensors differ that a LoRA cannot change; left out" in capsys.readouterr().out
+
+
+HEADS = (
+    {"modelspec.license": "mit", "modelspec.trigger_phrase": "in style a", "ss_sd_model_name": "x"},
+    {
+        "modelspec.license": "cc-by",
+        "ss_tag_frequency": '{"b": {"cat": 1}}',
+        "ss_sd_model_name": "x",
+    },
+)
+
+
+def test_metadata_is_kept(files, tmp_path, capsys):
+    """Licence, trigger words and what training recorded stay where they are still true; ranks and
+    hashes are new; what two LoRAs do not share is counted.
+    """
+    stale = {"sshs_model_hash": "0", "ss_network_dim": "9", "modelspec.hash_sha256": "0"}
+    for name, head in zip("ab", HEADS):
+        tensors, own = load_file(files / f"{name}.safetensors"), {"ss_epoch": name}
+        save_file(tensors, tmp_path / f"{name}.safetensors", head | stale | own)
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    run("resize", a, "--rank", 2, "-o", tmp_path / "small")
+    kept = read_header(tmp_path / "small")[1]
+    assert kept.items() > (HEADS[0] | {"ss_epoch": "a", "ss_network_dim": "2"}).items()
+    assert not {"sshs_model_hash", "modelspec.hash_sha256"} & kept.keys()
+    capsys.readouterr()
+    run("combine", a, b, "-o", tmp_path / "mix")
+    kept = read_header(tmp_path / "mix")[1]
+    assert kept["modelspec.license"] == "mit; cc-by" and kept["ss_sd_model_name"] == "x"
+    assert kept["modelspec.trigger_phrase"] == "in style a"
+    assert kept["ss_tag_frequency"] == HEADS[1]["ss_tag_frequency"] and "ss_epoch" not in kept
+    line = "1 entries of metadata differ and are left out, first: 'ss_epoch'\n"
+    assert capsys.readouterr().out.startswith(line)
+    run("merge", files / "model.safetensors", a, "-o", tmp_path / "merged")
+    kept = read_header(tmp_path / "merged")[1]
+    assert kept["modelspec.license"] == "mit" and "minilcm.config" in kept
+
+
+def test_merge_leaves_its_recipe(files, tmp_path):
+    """Which files, by how much and their hashes, over several merges; what is taken away again is
+    gone from it.
+    """
+    lcm, style = tmp_path / "lcm.safetensors", files / "b.safetensors"
+    tau = read_tau(files / "a.safetensors")
+    write_tau(lcm, tau, {"objective": "lcm", "w": "7.5", "seed": "0"})
+    one, two, back = (tmp_path / x for x in ("one", "two", "back"))
+    run("merge", files / "model.safetensors", lcm, "-o", one)
+    run("merge", one, f"{style}:0.5", "-o", two)
+    recipe = json.loads(read_header(two)[1]["minilcm.loras"])
+    known = {"scale": 1.0, "objective": "lcm", "w": "7.5"}
+    assert recipe == [
+        {"file": "lcm.safetensors", "sha256": sha256(lcm)[:10]} | known,
+        {"file": "b.safetensors", "sha256": sha256(style)[:10], "scale": 0.5},
+    ]
+    assert read_header(two)[1]["minilcm.merged"] == "lcm.safetensors:1 b.safetensors:0.5"
+    run("unmerge", two, lcm, f"{style}:0.5", "-o", back)
+    assert read_header(back)[1] == read_header(files / "model.safetensors")[1]
+    for text in ("{", "[1]", '[{"sha256": "0", "scale": 1}]', "[" * 50_000):
+        metadata = read_header(files / "model.safetensors")[1] | {"minilcm.loras": text}
+        save_file(load_file(files / "model.safetensors"), one, metadata)
+        run("merge", one, lcm, "-o", two, "--force")
+        assert read_header(two)[1]["minilcm.merged"] == "lcm.safetensors:1"
+
+
+def test_a_sum_beyond_float16(files, tmp_path):
+    """W + lambda dW above 65504: one line with the key, and no file; in float32 it is written."""
+    huge = f"{files}/a.safetensors:1e6"
+    with pytest.raises(ValueError, match=r"model\.diffusion_model\..*weight: .* float16's largest"):
+        run("merge", files / "model.safetensors", huge, "-o", tmp_path / "m")
+    with pytest.raises(ValueError, match="too large for float16; give --dtype float32"):
+        run("combine", huge, "-o", tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+    run("combine", huge, "-o", tmp_path / "c", "--dtype", "float32")
+    assert read_tau(tmp_path / "c").keys() == read_tau(files / "a.safetensors").keys()
+
+
+def test_names_of_outputs(files, tmp_path):
+    """A folder that is missing is made; one that is there is no file; pickles' endings are
+    refused.
+    """
+    a = files / "a.safetensors"
+    run("combine", a, "-o", tmp_path / "new/and/c.safetensors")
+    assert read_tau(tmp_path / "new/and/c.safetensors").keys() == read_tau(a).keys()
+    for name, line in (("new", "is a folder; give a file, for example"), ("c.ckpt", "safetensors")):
+        for force in ([], ["--force"]):
+            with pytest.raises(ValueError, match=line):
+                run("combine", a, "-o", tmp_path / name, *force)
+
+
+def test_info_goes_on(files, tmp_path, capsys):
+    """Files that are no model get a line each, the others their lines."""
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)x\.safetensors: not an LDM.*none: no such file"):
+        run("info", tmp_path / "x.safetensors", files / "a.safetensors", tmp_path / "none")
+    assert "LoRA for the emoji model" in capsys.readouterr().out
+
+
+def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
+    """A 1x1 convolution as a matrix is the same weight, in checkpoints and in LoRAs."""
+    for name in ("model", "a"):
+        tensors, metadata = read_tensors(files / f"{name}.safetensors")
+        flat = {k: v.flatten(1) if "proj_in" in k and v.ndim > 1 else v for k, v in tensors.items()}
+        save_file({k: v.contiguous() for k, v in flat.items()}, tmp_path / "flat", metadata)
+        assert any(v.shape != tensors[k].shape for k, v in flat.items())
+        run("diff", tmp_path / "flat", files / f"{name}.safetensors")
+        out = capsys.readouterr().out
+        assert f"{len(tensors)} of {len(tensors)} common tensors are equal" in out
+        assert "shape" not in out
+    assert out.rstrip().endswith("= 0.000e+00")
 
 
 @pytest.mark.parametrize(
