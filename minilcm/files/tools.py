@@ -55,7 +55,10 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
             raise ValueError(f"{out}: is one of the inputs; give another -o")
     if out.exists() and not force:
         raise ValueError(f"{out}: exists; give another -o, or --force")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: its folder cannot be made ({error.strerror})") from None
 
 
 # ---- what the headers of the inputs say
@@ -304,7 +307,8 @@ def extract_file(
             if no_kernel(x.shape) == no_kernel(y.shape) and not torch.equal(x, y.reshape(x.shape)):
                 difference = y.reshape(x.shape) - x
                 if not all_finite(difference):
-                    raise ValueError(f"{there[path].key} has values that are not finite in a file")
+                    key = there[path].key
+                    raise ValueError(f"{base} or {tuned}: {key} has values that are not finite")
                 tau |= extract_tau(path, difference, rank)
         if tau:
             table = module_table(family_of(tau).unet)

@@ -89,8 +89,14 @@ def no_safetensors() -> dict[str, Case]:
         "HTML": (b"<!DOCTYPE html><html>404</html>", "not a safetensors file"),
         "git LFS pointer": (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "not a safetensors file",
+            "not a safetensors file, but a Git LFS pointer to one; run: git lfs pull",
         ),
+        "login page": (
+            b"\n<html><title>Sign in</title>",
+            r"but a web page \('<html><title>Sign in",
+        ),
+        "error in JSON": (b'{"a": {"error": "Unauthorized"}}', r"but a text \('{\"a\": {\"error"),
+        "error in words": (b"Invalid username or password.", r"but a text \('Invalid username"),
     }
     files |= {f"pickle of protocol {i}": (pickle.dumps(Evil(), i), pickled) for i in range(6)}
     return {f"R1 {name}": Case("any", *file) for name, file in files.items()}
@@ -267,6 +273,10 @@ def bad_loras() -> dict[str, Case]:
             r"IA3 is not LoRA .*\.on_input\)",
         ),
         "R13 GLoRA": ({"lora_unet_x.a1.weight": x}, r"GLoRA is not LoRA .*\.a1\.weight\)"),
+        "R13 modules of PEFT that are no LoRA": (
+            {"unet.x.modules_to_save.weight": x},
+            r"a full weight difference is not LoRA .*\.modules_to_save\.weight\); merge it by",
+        ),
         "R13 OFT": ({"lora_unet_x.oft_blocks": x}, r"OFT is not LoRA .*\.oft_blocks\)"),
         "R14 up alone": ({DOWN: None}, half),
         "R14 down alone": ({UP: None}, half),
@@ -295,6 +305,11 @@ def bad_loras() -> dict[str, Case]:
         "R14 mid of 99x99": (
             {DOWN: small, MID: torch.ones(2, 2, 99, 99)},
             rf"{flat} mid \(2, 2, 99, 99\) {fits}",
+        ),
+        "R14 two scalars": ({f"{FLAT}.scalar": x}, f"{flat} scalar has 4 values, not one"),
+        "R15 embeddings that change": (
+            module("text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"),
+            "1 of 2 modules are in no known .*, first: te1.embeddings_token_embedding$",
         ),
         "R14 two alphas": ({ALPHA: torch.ones(2)}, f"{flat} alpha has 2 values, not one"),
         "R14 in LDM and diffusers names": (
@@ -668,6 +683,12 @@ def faulty_checkpoints() -> dict[str, Case]:
         out[f"{name}, merged"] = out[name]._replace(reader="merge a LoRA into")
     out["R19 out is the checkpoint"] = Case(
         "onto the model", partial(faulty, dict), "is one of the inputs; give another"
+    )
+    large = {PLACE: torch.full((32, 32, 3, 3), 65504.0).half()}
+    out["R16 a sum beyond float16"] = case(
+        "merge a LoRA into",
+        partial(faulty, lambda x: large),
+        f"{PLACE}: the sum is beyond float16's",
     )
     to_k = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     nf4 = {
