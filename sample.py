@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         type=Path,
         default=WEIGHTS / "model.safetensors",
-        help="checkpoint: SD1.x, SDXL, SSD-1B, or by minilcm (default: the shipped emoji model)",
+        help="a checkpoint: SD1.x, SDXL or distilled from them (default: the shipped emoji model)",
     )
     add("--vae", type=Path, metavar="FILE", help="for checkpoints without a VAE: take this one")
     add("--dtype", choices=DTYPES, help="of UNet and text encoder (default: the fastest safe one)")

@@ -151,7 +151,7 @@ def load_model(
     """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the
     VAE in float32.
 
-    Families: SD1.x, SDXL base, SSD-1B and what minilcm writes. SDXL's VAE overflows in float16,
+    SD1.x, SDXL, their distilled relatives and what minilcm writes. SDXL's VAE overflows in float16,
     hence float32. `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is
     one model in `dtype`. Raises ValueError with one line: no such file, damaged, another family, a
     part that is missing or does not fit.
@@ -198,9 +198,7 @@ def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
             return cls(cfg)
     except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
         what = ascii(str(error)[:200])
-        raise ValueError(
-            f"{path}: minilcm.config describes a network that cannot be built ({what})"
-        ) from None
+        raise ValueError(f"{path}: a network of these sizes cannot be built ({what})") from None
 
 
 def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

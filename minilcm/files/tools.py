@@ -89,7 +89,7 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     base = replace(config.unet, w_dim=None)
     title = next(
         (family.title for family in FAMILIES.values() if family.unet() == base),
-        "a model by minilcm",
+        "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes",
     )
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{lcm}")
     for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):

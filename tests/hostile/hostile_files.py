@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
-from test_checkpoint import TEXT, UNET, VAE, koala, tiny_sd, unet_keys, vega, with_shape
+from test_checkpoint import TEXT, UNET, VAE, unet_keys, with_shape
 from tiny import CONFIG, write_model
 from torch import Tensor
 
-from minilcm.files.identify import to_json
+from minilcm.files.identify import SUPPORTED, to_json
 from minilcm.lora import target_paths
 from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
@@ -450,32 +451,20 @@ def upscaler() -> UNetConfig:
     return UNetConfig((256, 512, 512, 1024), down, 1, up, context_dim=1024, heads=8, linear=True)
 
 
-def koala_700m() -> Shapes:
-    config = dataclasses.replace(
-        koala(), down=((0,), (2,), (5,)), middle=None, up=((5, 5), (2, 2), (0, 0))
-    )
-    return {k: shape for k, shape in unet_keys(config).items() if "middle_block" not in k}
-
-
 def channels(config: UNetConfig, n: int) -> Shapes:
     return with_shape(unet_keys(config), "input_blocks.0.0.weight", 1, n)
 
 
 def foreign_checkpoints() -> dict[str, Case]:
     ours, theirs = (
-        "; supported: SD1.x, SDXL base, SSD-1B",
-        "; supported are SD1.x, SDXL base and SSD-1B single files",
+        f"; supported: {re.escape(SUPPORTED)}",
+        f"; supported are single files of {re.escape(SUPPORTED)}",
     )
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
-    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
+    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816\)"
     unets = {
-        "R4 SD2": (lambda: unet_keys(sd2()), "SD2.x"),
         "R4 SDXL refiner": (lambda: unet_keys(refiner()), "the SDXL refiner"),
-        "R4 Segmind Vega": (lambda: unet_keys(vega()), "Segmind Vega"),
-        "R4 KOALA 1B": (lambda: unet_keys(koala()), "KOALA"),
-        "R4 KOALA 700M": (koala_700m, "KOALA"),
-        "R4 BK-SDM": (lambda: unet_keys(tiny_sd()), r"a distilled small SD \(BK-SDM, SDXS or the like\)"),
         "R4 x4 upscaler": (lambda: channels(upscaler(), 7), "the x4 upscaler"),
         "R5 SD1 inpainting": (lambda: channels(sd15(), 9), r"an inpainting UNet \(9 input channels\)"),
         "R5 SD1 pix2pix": (lambda: channels(sd15(), 8), r"a pix2pix UNet \(8 input channels\)"),

@@ -2,7 +2,7 @@
 four files beside it.
 
     samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
-    unet.safetensors      diffusers' UNet2DConditionModel in four small shapes
+    unet.safetensors      diffusers' UNet2DConditionModel in five small shapes
     vae.safetensors       diffusers' AutoencoderKL, four levels and three
     text.safetensors      transformers' CLIPTextModel on open_clip's tokens
 
@@ -297,6 +297,14 @@ def unet_kinds() -> dict[str, dict]:
             down_block_types=(down, cross_down, cross_down),
             up_block_types=(cross_up, cross_up, up),
             attention_head_dim=4,
+        ),
+        "tiny": dict(
+            **common,
+            layers_per_block=1,
+            down_block_types=(cross_down,) * 3,
+            mid_block_type=None,
+            up_block_types=(cross_up,) * 3,
+            attention_head_dim=8,
         ),
     }
 
