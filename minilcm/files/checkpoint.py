@@ -76,19 +76,17 @@ def places(header: Header) -> dict[str, Place]:
     out = {}
     for prefixes, te in ((UNET, ""), (CLIP_L, "te1."), (BIG_G, "te2.")):
         for key, (file_key, shape) in part_of(header, prefixes).items():
-            path = te + key.removesuffix(".weight")
-            if fused := re.fullmatch(
-                r"te2\.transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", path
-            ):
+            if fused := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight", key):
                 for x, rows in qkv_rows(shape[0]).items():
-                    out[f"te2.encoder.layers.{fused[1]}.self_attn.{x}_proj"] = Place(file_key, rows)
-            elif path == "te2.text_projection":
-                out[path] = Place(file_key, transposed=key == "text_projection")
+                    path = f"{te}encoder.layers.{fused[1]}.self_attn.{x}_proj"
+                    out[path] = Place(file_key, rows)
+            elif key == "text_projection":
+                out[te + key] = Place(file_key, transposed=True)
             elif key.endswith(".weight"):
-                if te == "te2.":
+                if key.startswith("transformer."):  # in open_clip's names
                     for theirs, ours in RENAMED.items():
-                        path = path.replace(ours, theirs)
-                out[path] = Place(file_key)
+                        key = key.replace(ours, theirs)
+                out[te + key.removesuffix(".weight")] = Place(file_key)
     return out
 
 

@@ -29,6 +29,7 @@ from minilcm.files.identify import (
 from minilcm.files.lora_file import write_tau
 from minilcm.files.names import to_diffusers_path
 from minilcm.files.safetensors_file import read_header, read_tensors
+from minilcm.model.text import lora_weights
 from minilcm.model.unet import (
     UNet,
     UNetConfig,
@@ -386,6 +387,19 @@ def test_two_text_towers_round_trip(tmp_path):
     again, metadata_again = read_tensors(tmp_path / "again.safetensors")
     assert metadata == metadata_again and tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+def test_where_a_lora_finds_the_weights_of_text_towers(tmp_path):
+    """Every weight that a LoRA may change while drawing is found in the file, the same numbers: in
+    Hugging Face's names for CLIP-L, in open_clip's for bigG.
+    """
+    path = write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
+    where, tensors = places(read_header(path)[0]), read_tensors(path)[0]
+    weights = lora_weights(load_model(path).text)
+    assert len(weights) == 2 * 6 + 1
+    for key, weight in weights.items():
+        place = where[key.removesuffix(".weight")]
+        assert torch.equal(place.view(tensors[place.key].float()), weight)
 
 
 def test_dtype_of_the_weights(model):
