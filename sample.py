@@ -36,6 +36,7 @@ from minilcm.lora import Tau
 from minilcm.merge import combine, merge_into
 from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
+from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
 from minilcm.solver import EpsFn, guided_eps
 
@@ -77,7 +78,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=WEIGHTS / "model.safetensors",
         help="a checkpoint: SD1.x, SDXL or distilled from them (default: the shipped emoji model)",
     )
-    add("--vae", type=Path, metavar="FILE", help="for checkpoints without a VAE: take this one")
+    vae = "a VAE, or a tiny decoder (TAESD, TAESDXL), in place of the checkpoint's"
+    add("--vae", type=Path, metavar="FILE", help=vae)
     add("--dtype", choices=DTYPES, help="of UNet and text encoder (default: the fastest safe one)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda if available")
@@ -279,6 +281,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- the model, with the LoRA in its weights
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
     unet, vae, text, _ = load_checkpoint(checkpoint, dtype, args.vae)
+    if args.image and isinstance(vae, TinyDecoder):
+        raise ValueError(f"{args.vae}: a decoder alone cannot read --image; leave out --vae")
     add_loras(unet, text, loras, taus)
 
     # ---- prompts -> latents -> pictures

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
 
 import sample
@@ -25,6 +26,7 @@ from minilcm.generate import SAMPLERS
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.merge import merge_into
+from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
 
@@ -697,3 +699,30 @@ def test_in_a_shell(bad_files, tmp_path):
         and done.stderr.count("\n") == 1
         and "words.txt" in done.stderr
     )
+
+
+def test_tiny_decoder(files, tmp_path):
+    """--vae takes a tiny decoder, whose picture is 2 decoder(z0) - 1; without an encoder there is
+    no --image.
+    """
+    f8 = dataclasses.replace(CONFIG.vae, channels=(16,) * 4)
+    config = dataclasses.replace(CONFIG, vae=f8, size=64)
+    write_model(tmp_path / "f8.safetensors", config=config)
+    torch.manual_seed(0)
+    decoder = TinyDecoder().requires_grad_(False)
+    save_file(decoder.state_dict(), tmp_path / "taesd.safetensors")
+    model, vae = (str(tmp_path / f"{name}.safetensors") for name in ("f8", "taesd"))
+    argv = ["pizza", "--model", model, "--vae", vae, "--device", "cpu", "--dtype", "float32"]
+    argv += ["--steps", "1", "--out", str(tmp_path / "x.png")]
+    sample.main(sample.parse(argv))
+    unet, _, text, _ = load_model(model, vae_path=vae)
+    generator = torch.Generator().manual_seed(0)
+    z_T = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
+        pixels = 2 * decoder(sample_lcm(eps_fn, z_T, make_schedule(), 1, [generator])) - 1
+    expected = (pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
+    got = levels((tmp_path / "x.png").read_bytes())
+    assert got.shape == (64, 64, 3) and np.abs(got - expected.numpy()).max() <= 1
+    with pytest.raises(ValueError, match="a decoder alone cannot read --image; leave out --vae"):
+        sample.main(sample.parse([*argv, "--image", str(files / "picture.png")]))

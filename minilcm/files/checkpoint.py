@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, qkv_rows
+from ..model.tiny_vae import TinyDecoder
 from ..model.unet import UNet
 from ..model.vae import VAE
 from .identify import (
@@ -44,19 +45,29 @@ def rename(key: str) -> str:
 def read_part(
     path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of one part under official names, read one at a time into `dtype`. Raises
-    ValueError on NaN.
-    """
+    """The tensors of one part under official names. Raises as `read`."""
+    part = part_of(header, prefixes).items()
+    keys = {rename(key): file_key for key, (file_key, _) in part if not NO_WEIGHT.fullmatch(key)}
+    return read(path, {k: file for k, file in keys.items() if not NO_WEIGHT.fullmatch(file)}, dtype)
+
+
+def read(path: str | Path, keys: dict[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of {name: key in the file}, one at a time into `dtype`. Raises ValueError on NaN."""
     out = {}
     with safe_open(path, "pt") as f:
-        for key, (file_key, _) in part_of(header, prefixes).items():
-            if NO_WEIGHT.fullmatch(file_key) or NO_WEIGHT.fullmatch(key):
-                continue
-            value = f.get_tensor(file_key).to(dtype)
-            if not all_finite(value):
-                raise ValueError(f"{path}: {file_key} has values that are not finite")
-            out[rename(key)] = value
+        for name, key in keys.items():
+            out[name] = f.get_tensor(key).to(dtype)
+            if not all_finite(out[name]):
+                raise ValueError(f"{path}: {key} has values that are not finite")
     return out
+
+
+def tiny_keys(header: Header) -> dict[str, str]:
+    """{name in TinyDecoder: key in the file}, {} if there is none. diffusers counts from the conv."""
+    number = re.compile(r"(?:(?:taesd_)?decoder\.)?(layers\.)?(\d+)\.((?:conv\.\d\.)?\w+)")
+    found = {key: match for key in header if (match := number.fullmatch(key))}
+    keys = {f"{int(m[2]) + (m[1] is not None)}.{m[3]}": key for key, m in found.items()}
+    return keys if {"1.weight", "3.conv.0.weight"} <= keys.keys() else {}
 
 
 class Place(NamedTuple):
@@ -138,7 +149,7 @@ class Model(NamedTuple):
     """The networks of a checkpoint."""
 
     unet: UNet
-    vae: VAE
+    vae: VAE | TinyDecoder
     text: TextEncoder
     config: Config
 
@@ -150,9 +161,9 @@ def load_model(
     VAE in float32.
 
     SD1.x, SDXL, their distilled relatives and what minilcm writes. SDXL's VAE overflows in float16,
-    hence float32. `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is
-    one model in `dtype`. Raises ValueError with one line: no such file, damaged, another family, a
-    part that is missing or does not fit.
+    hence float32. `vae_path`: a file whose VAE, or tiny decoder, to take instead. One tensor at a
+    time: the peak is one model in `dtype`. Raises ValueError with one line: no such file, damaged,
+    another family, a part that is missing or does not fit.
     """
     return load_checkpoint(open_checkpoint(path), dtype, vae_path)
 
@@ -162,17 +173,12 @@ def load_checkpoint(
 ) -> Model:
     """`load_model` for a checkpoint whose header has been read."""
     path, header, _, config = checkpoint
-    vae_path, vae_header = (
-        (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
-    )
-    refuse_quantised(vae_path, vae_header)
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
         print(f"{path}: {len(narrow)} tensors are float8, less exact than the original weights")
-    unet, vae = build(UNet, config.unet, path), build(VAE, config.vae, path)
+    vae_header = header if vae_path is None else read_header(vae_path)[0]
+    vae = load_vae(vae_path or path, vae_header, config)
+    unet = build(UNet, config.unet, path)
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
-    if not part_of(vae_header, VAE_):
-        raise ValueError(f"{vae_path}: no VAE in the file; give one with --vae FILE")
-    load_strict(vae, read_part(vae_path, vae_header, VAE_, torch.float32), f"{vae_path}: VAE")
     if not part_of(header, CLIP_L):
         raise ValueError(f"{path}: no text encoder in the file; give the whole checkpoint")
     text = build(TextEncoder, config.text, path)
@@ -185,6 +191,23 @@ def load_checkpoint(
     for module in (unet, vae, text):
         module.requires_grad_(False).eval()
     return Model(unet, vae, text, config)
+
+
+def load_vae(path: Path, header: Header, config: Config) -> VAE | TinyDecoder:
+    """The VAE of a file, or the tiny decoder in it, in float32."""
+    refuse_quantised(path, header)
+    if keys := tiny_keys(header):
+        if len(config.vae.channels) != 4:
+            raise ValueError(f"{path}: a tiny decoder of SD or SDXL does not fit this model")
+        with torch.device("meta"):
+            vae = TinyDecoder()
+        load_strict(vae, read(path, keys, torch.float32), f"{path}: tiny decoder")
+        return vae
+    if not part_of(header, VAE_):
+        raise ValueError(f"{path}: no VAE in the file; give one with --vae FILE")
+    vae = build(VAE, config.vae, path)
+    load_strict(vae, read_part(path, header, VAE_, torch.float32), f"{path}: VAE")
+    return vae
 
 
 def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:

@@ -30,6 +30,7 @@ from minilcm.files.lora_file import write_tau
 from minilcm.files.names import to_diffusers_path
 from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.model.text import lora_weights
+from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import (
     UNet,
     UNetConfig,
@@ -289,6 +290,43 @@ def test_a_vae_of_its_own(tmp_path, contents):
         )
         vae = load_model(tmp_path / "no.safetensors", vae_path=tmp_path / "vae.safetensors")[1]
         assert all(torch.equal(value, other[key]) for key, value in vae.state_dict().items())
+
+
+def test_a_tiny_decoder(tmp_path, contents, model):
+    """TAESD in its own names, in diffusers' and with a prefix; an encoder, a decoder of other
+    latents and a model of another factor are refused in one line.
+    """
+    config = dataclasses.replace(CONFIG, vae=dataclasses.replace(CONFIG.vae, channels=(16,) * 4))
+    metadata, path = {"minilcm.config": to_json(config)}, tmp_path / "f8.safetensors"
+    save_file({k: v for k, v in contents[0].items() if not k.startswith(VAE)}, path, metadata)
+    own = {k: torch.full_like(v, 0.01) for k, v in TinyDecoder().state_dict().items()}
+
+    def in_diffusers(key: str) -> str:
+        number, rest = key.split(".", 1)
+        return f"decoder.layers.{int(number) - 1}.{rest}"
+
+    encoder = {"encoder.layers.0.weight": torch.zeros(64, 3, 3, 3)}
+    spellings = own, {in_diffusers(k): v for k, v in own.items()} | encoder
+    for tensors in (*spellings, {f"taesd_decoder.{k}": v for k, v in own.items()}):
+        save_file(tensors, tmp_path / "taesd.safetensors")
+        vae = load_model(path, vae_path=tmp_path / "taesd.safetensors").vae
+        assert isinstance(vae, TinyDecoder) and not any(p.is_meta for p in vae.parameters())
+        assert all(torch.equal(value, own[key]) for key, value in vae.state_dict().items())
+    with pytest.raises(ValueError, match="taesd.safetensors: a tiny decoder of SD or SDXL"):
+        load_model(model, vae_path=tmp_path / "taesd.safetensors")
+    taesd3 = own | {"1.weight": torch.zeros(64, 16, 3, 3)}
+    its_encoder = {
+        "0.weight": encoder["encoder.layers.0.weight"],
+        "3.conv.0.weight": own["7.weight"],
+    }
+    for tensors, line in (
+        (taesd3, r"tiny decoder: 1.weight is \(64, 16, 3, 3\), not \(64, 4, 3, 3\)"),
+        (its_encoder, "no VAE in the file"),
+        (own | {"19.bias": torch.full((3,), torch.nan)}, "19.bias has values that are not finite"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=f"other.safetensors: {line}"):
+            load_model(path, vae_path=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

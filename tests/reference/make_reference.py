@@ -3,7 +3,7 @@ four files beside it.
 
     samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
     unet.safetensors      diffusers' UNet2DConditionModel in five small shapes
-    vae.safetensors       diffusers' AutoencoderKL, four levels and three
+    vae.safetensors       diffusers' AutoencoderKL, four levels and three, and AutoencoderTiny
     text.safetensors      transformers' CLIPTextModel on open_clip's tokens
 
 The committed files were made on a CPU with torch 2.14.1, diffusers 0.42.1, transformers 5.24.0,
@@ -381,7 +381,7 @@ def vae_to_ldm(name: str, shape: tuple[int, ...], levels: int) -> tuple[str, tup
 @torch.no_grad()
 def make_vae() -> None:
     """Posterior mean and std of pixels, and pixels of a latent, all without the scale factor."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
     g = torch.Generator().manual_seed(4)
     pixels = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
@@ -403,6 +403,9 @@ def make_vae() -> None:
         z = torch.randn(posterior.mean.shape, generator=g)
         tensors |= {f"{kind}/mean": posterior.mean, f"{kind}/std": posterior.std}
         tensors |= {f"{kind}/z": z, f"{kind}/decoded": vae.decode(z).sample}
+    tiny = AutoencoderTiny(encoder_block_out_channels=(64,), num_encoder_blocks=(1,))
+    keys["tiny"] = fill_module(tiny.decoder, lambda name, shape: (f"decoder.{name}", shape))
+    tensors["tiny/decoded"] = tiny.decode(tensors["f8/z"]).sample
     save("vae.safetensors", tensors, {"versions": versions("torch", "diffusers"), "keys": keys})
 
 
