@@ -83,7 +83,7 @@ def generate(
     """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, *shape), *shape =
     (4, h, w).
 
-    eps_fn(z_t, t) -> eps_hat has text, guidance and LoRA in it, for the b rows. `image`: latents (1
+    eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and LoRA in it, for the b rows. `image`: latents (1
     or b, *shape) to start from, redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`,
     or if the sampler takes no image.
     """

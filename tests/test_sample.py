@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
+from tiny import CONFIG, ROOT, png, random_tau, tiny_unet, write_model
 
 import sample
 from minilcm.data.pictures import read_image, to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
-from minilcm.generate import SAMPLERS
+from minilcm.generate import SAMPLERS, generate
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.merge import merge_into
@@ -699,6 +699,39 @@ def test_in_a_shell(bad_files, tmp_path):
         and done.stderr.count("\n") == 1
         and "words.txt" in done.stderr
     )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_model_that_predicts_v(files, tmp_path, sampler):
+    """--prediction v, and a file that says v and zero terminal SNR: the picture of `generate` by
+    that schedule, unlike the one by eps.
+    """
+    unet = dataclasses.replace(CONFIG.unet, v=True, zero_snr=True)
+    config = dataclasses.replace(CONFIG, unet=unet)
+    zero = write_model(tmp_path / "zero.safetensors", config=config)
+    plain, pictures = files / "model.safetensors", {}
+    for name, path, more in (
+        ("eps", plain, []),
+        ("v", plain, ["--prediction", "v"]),
+        ("zero", zero, []),
+        ("zero as eps", zero, ["--prediction", "eps"]),
+    ):
+        argv = ["pizza", "--model", str(path), "--device", "cpu", "--dtype", "float32", *more]
+        argv += ["--sampler", sampler, "--steps", "3", "--guidance", "1"]
+        sample.main(sample.parse([*argv, "--out", str(tmp_path / f"{name}.png")]))
+        pictures[name] = levels((tmp_path / f"{name}.png").read_bytes())
+    unet, vae, text, _ = load_model(plain)
+    eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
+    for name, schedule in (
+        ("v", make_schedule(v=True)),
+        ("zero", make_schedule(v=True, zero_snr=True)),
+        ("zero as eps", make_schedule()),
+    ):
+        pixels = generate(eps_fn, [0], (4, 8, 8), sampler, 3, vae.decode, schedule=schedule)
+        assert np.abs(levels(png(to_images(pixels)[0])) - pictures[name]).max() <= 1
+    assert np.array_equal(pictures["zero as eps"], pictures["eps"])
+    assert np.abs(pictures["v"] - pictures["eps"]).mean() > 2
+    assert np.abs(pictures["v"] - pictures["zero"]).mean() > 0.1
 
 
 def test_tiny_decoder(files, tmp_path):

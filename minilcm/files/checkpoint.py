@@ -259,4 +259,8 @@ def save_model(
         for prefix, state in parts.items()
         for key, value in state.items()
     }
+    if config.unet.v:  # by which other programs know it
+        tensors["v_pred"] = torch.empty(0)
+    if config.unet.zero_snr:
+        tensors["ztsnr"] = torch.empty(0)
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})

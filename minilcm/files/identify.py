@@ -31,7 +31,7 @@ QUANTISED = re.compile(
 NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
     r"|posterior_\w+|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*"
-    r"|embedding_manager\..*|global_step)"
+    r"|embedding_manager\..*|global_step|v_pred|ztsnr)"
 )
 
 
@@ -198,12 +198,13 @@ class Checkpoint(NamedTuple):
     config: Config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the header and identify the family. Raises ValueError with one line that says what the
-    file is instead.
+def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoint:
+    """Read the header and identify the family. `prediction`: "eps" or "v" whatever the file says.
+    Raises ValueError with one line that says what the file is instead.
     """
     header, metadata = read_header(path)
-    return Checkpoint(Path(path), header, metadata, identify_header(path, header, metadata))
+    config = identify_header(path, header, metadata, prediction)
+    return Checkpoint(Path(path), header, metadata, config)
 
 
 def identify(path: str | Path) -> Config:
@@ -217,8 +218,10 @@ def is_lora(header: Header) -> bool:
     return any(re.search(r"\.?lora[._]", key) for key in header)
 
 
-def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) -> Config:
-    """`identify` for a header that has been read; `path` is for messages."""
+def identify_header(
+    path: str | Path, header: Header, metadata: dict[str, str], prediction: str | None = None
+) -> Config:
+    """`open_checkpoint` for a header that has been read; `path` is for messages."""
     if lora := [
         k
         for k in header
@@ -232,10 +235,8 @@ def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) 
     }  # names and shapes, no prefix
     if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:
         raise ValueError(f"{path}: {what_else(header)}; supported are single files of {SUPPORTED}")
-    if marks := [k for k in header if k in ("v_pred", "ztsnr", "edm_mean", "edm_std")]:
-        raise ValueError(
-            f"{path}: a v-prediction or EDM checkpoint (key {marks[0]}); LCM-LoRA expects epsilon"
-        )
+    if marks := [k for k in header if k.startswith("edm_")]:
+        raise ValueError(f"{path}: an EDM checkpoint (key {min(marks)}); supported: {SUPPORTED}")
     if video := [k for k in unet if "time_stack" in k or "temporal" in k]:
         raise ValueError(f"{path}: detected a video UNet (key {video[0]}); supported: {SUPPORTED}")
     refuse_quantised(path, header)
@@ -244,11 +245,18 @@ def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) 
             config = from_json(metadata["minilcm.config"])
             if count_blocks(config) > len(header):
                 raise ValueError("it describes a larger model than the file has tensors for")
-            return config
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             what = ascii(str(error)[:200])
             raise ValueError(f"{path}: minilcm.config is not of this version ({what})") from None
-    return config_of_shapes(path, unet)
+    else:
+        config = config_of_shapes(path, unet)
+    # keys as ComfyUI and NoobAI have them, metadata as kohya's and ComfyUI's
+    said = {metadata.get(f"modelspec.{key}") for key in ("prediction_type", "predict_key")}
+    v = config.unet.v or "v" in said or "v_pred" in header or "ztsnr" in header
+    if prediction is not None:
+        v = prediction == "v"
+    zero_snr = v and (config.unet.zero_snr or "ztsnr" in header)
+    return replace(config, unet=replace(config.unet, v=v, zero_snr=zero_snr))
 
 
 def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Config:

@@ -1,5 +1,5 @@
-"""The UNet eps_theta(z_t, t, c) of Stable Diffusion, for all families, under the official LDM key
-names.
+"""The UNet eps_theta(z_t, t, c), or v_theta, of Stable Diffusion, for all families, under the
+official LDM key names.
 
                     SD1.5                                 SDXL (SSD-1B without the starred)
 time_embed          t -> 320 -> 1280                      the same
@@ -64,6 +64,8 @@ class UNetConfig:
     adm: int | None = None  # length of Cond.vector
     w_dim: int | None = None  # width of the guidance embedding, which only a full LCM has
     groups: int = 32  # of GroupNorm
+    v: bool = False  # the output is v = alpha eps - sigma z0, not eps_hat
+    zero_snr: bool = False  # trained with zero terminal SNR: at t = 999 z_t is pure noise
 
 
 def sd15() -> UNetConfig:
@@ -210,7 +212,7 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or
+        """eps_hat, or v, (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or
         (b,), cond with b rows.
 
         w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes

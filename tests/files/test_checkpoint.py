@@ -21,6 +21,7 @@ from minilcm.files.checkpoint import load_model, places, save_model
 from minilcm.files.identify import (
     from_json,
     identify,
+    open_checkpoint,
     sd15_config,
     sdxl_config,
     ssd1b_config,
@@ -76,9 +77,9 @@ def error_of(path, tensors=None, metadata=None) -> str:
 # ---- families
 
 
-def header_file(path, shapes: dict[str, list[int]], dtype: str = "F16"):
+def header_file(path, shapes: dict[str, list[int]], dtype: str = "F16", metadata: dict = {}):
     """A safetensors file with these keys and zeros for data, which take no room on disk."""
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata}, 0
     for key, shape in shapes.items():
         begin, end = end, end + safefile.BYTES[dtype] * math.prod(shape)
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
@@ -209,9 +210,8 @@ FOREIGN = [
     (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 0, 384), "the SDXL refiner"),
     (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 0, 256), "the x4 upscaler"),
     (lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096), "an unknown UNet (width 320, in 4, con"),
-    (lambda: unet_keys(sdxl()) | {"v_pred": []}, "v-prediction or EDM checkpoint (key v_pred)"),
-    (lambda: unet_keys(sdxl()) | {"ztsnr": []}, "v-prediction or EDM checkpoint (key ztsnr)"),
-    (lambda: unet_keys(sdxl()) | {"edm_mean": [4]}, "v-prediction or EDM checkpoint (key edm_mean)"),
+    (lambda: unet_keys(sdxl()) | {"edm_mean": [4]}, "an EDM checkpoint (key edm_mean)"),
+    (lambda: unet_keys(sdxl()) | {"edm_vpred.sigma_max": []}, "an EDM checkpoint (key edm_vpred.sigma_max)"),
     (lambda: unet_keys(sd15()) | {UNET + "input_blocks.1.1.time_stack.0.weight": [1]}, "a video UNet"),
     (lambda: {"down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]}, "a diffusers UNet (down_blocks)"),
     (lambda: {"model.diffusion_model.joint_blocks.0.x": [1]}, "Stable Diffusion 3"),
@@ -236,6 +236,41 @@ def test_other_files_are_named(tmp_path, keys, message):
         identify(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert message in str(caught.value)
+
+
+# ---- what the network predicts
+
+
+@pytest.mark.parametrize(
+    "marks, metadata, v, zero_snr",
+    [
+        ((), {}, False, False),
+        (("v_pred",), {}, True, False),
+        (("v_pred", "ztsnr"), {}, True, True),  # NoobAI-XL
+        (("ztsnr",), {}, True, True),  # noise alone tells nothing to a network that predicts noise
+        ((), {"modelspec.prediction_type": "v"}, True, False),  # kohya
+        ((), {"modelspec.predict_key": "v"}, True, False),  # ComfyUI
+        ((), {"modelspec.prediction_type": "epsilon"}, False, False),
+    ],
+)
+def test_files_that_predict_v(tmp_path, marks, metadata, v, zero_snr):
+    """By keys or metadata; --prediction overrules both."""
+    path, keys = tmp_path / "model.safetensors", dict.fromkeys(marks, [0])
+    header_file(path, unet_keys(ssd1b()) | keys, metadata=metadata)
+    says = ssd1b_config().unet
+    assert identify(path).unet == dataclasses.replace(says, v=v, zero_snr=zero_snr)
+    assert open_checkpoint(path, "eps").config.unet == says
+    by_flag = dataclasses.replace(says, v=True, zero_snr=zero_snr)
+    assert open_checkpoint(path, "v").config.unet == by_flag
+
+
+def test_a_model_that_predicts_v_is_saved_as_one(tmp_path, capsys):
+    """With the keys by which other programs know it, which loading takes as used."""
+    unet = dataclasses.replace(CONFIG.unet, v=True, zero_snr=True)
+    config = dataclasses.replace(CONFIG, unet=unet)
+    path = write_model(tmp_path / "v.safetensors", config=config)
+    assert {"v_pred", "ztsnr"} <= read_header(path)[0].keys()
+    assert load_model(path).config == config and capsys.readouterr().out == ""
 
 
 # ---- variations in the wild

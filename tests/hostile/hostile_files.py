@@ -38,7 +38,7 @@ REFUSALS = {
     "R5": "inpainting, pix2pix, video",
     "R6": "unknown structure",
     "R7": "missing weights",
-    "R8": "v-prediction and EDM",
+    "R8": "EDM",
     "R9": "wrong shape",
     "R10": "diffusers' layout",  # R11, a full LCM, is none here: minilcm runs it
     "R12": "LoRA of another family",
@@ -502,12 +502,8 @@ def foreign_checkpoints() -> dict[str, Case]:
         line = rf"not an LDM checkpoint \(first key: {key}\)"
         out[f"R6 {name}"] = case("model", partial(dict, {key: [1]}), line, theirs)
     out["R6 empty"] = case("model", save({}), r"not an LDM checkpoint \(first key: none\)", theirs)
-    for name, key in (
-        ("v-prediction", "v_pred"),
-        ("zero terminal SNR", "ztsnr"),
-        ("Playground v2.5", "edm_mean"),
-    ):
-        line = rf"a v-prediction or EDM checkpoint \(key {key}\); LCM-LoRA expects epsilon"
+    for name, key in (("CosXL", "edm_vpred.sigma_max"), ("Playground v2.5", "edm_mean")):
+        line = rf"an EDM checkpoint \(key {key}\){ours}"
         out[f"R8 {name}"] = Case("model", lambda key=key: unet_keys(sdxl()) | {key: [1]}, line)
     return out
 

@@ -163,6 +163,18 @@ def make_samplers() -> None:
     )  # the clean latent of img2img
     tensors = {"z_T": z_T, "img2img/z_init": z_init, "img2img/noise": z_T.clone()}
 
+    v = dict(prediction_type="v_prediction")  # toy_eps is taken for v
+    zero_snr = dict(rescale_betas_zero_snr=True)
+    for kind, says in (("v", v), ("v_zero_snr", v | zero_snr)):
+        for steps in (1, 4):
+            scheduler = LCMScheduler(**schedule, **says, original_inference_steps=50)
+            scheduler.set_timesteps(steps, original_inference_steps=50)
+            rng = generators()
+            z_t = draw(rng)
+            for t in scheduler.timesteps:
+                z_t, z0 = scheduler.step(toy_eps(z_t, t), t, z_t, generator=rng, return_dict=False)
+            tensors[f"lcm_{kind}/{steps}/z0"] = z0
+
     for strength in (1.0, 0.8, 0.5):
         for steps in STEPS if strength == 1 else (4,):
             scheduler = LCMScheduler(**schedule, original_inference_steps=50)
@@ -178,8 +190,8 @@ def make_samplers() -> None:
             tensors[f"{key}/z0"] = z0
             tensors[f"{key}/timesteps"] = scheduler.timesteps.clone()
 
-    def run(key, make):
-        for steps in STEPS:
+    def run(key, make, counts=STEPS):
+        for steps in counts:
             scheduler = make()
             scheduler.set_timesteps(steps)
             z_t = z_T
@@ -192,6 +204,9 @@ def make_samplers() -> None:
         **schedule, clip_sample=False, set_alpha_to_one=False
     )  # eta is an argument of step, 0 by default
     run("ddim_trailing", lambda: DDIMScheduler(**ddim, timestep_spacing="trailing", steps_offset=0))
+    ends = dict(timestep_spacing="trailing", steps_offset=0)
+    run("ddim_v", lambda: DDIMScheduler(**ddim, **v, **ends), (1, 4))
+    run("ddim_v_zero_snr", lambda: DDIMScheduler(**ddim, **v, **zero_snr, **ends), (1, 4))
     run("ddim_leading", lambda: DDIMScheduler(**ddim, timestep_spacing="leading", steps_offset=1))
     dpmpp = dict(
         **schedule,
