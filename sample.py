@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         type=Path,
         default=WEIGHTS / "model.safetensors",
-        help="a checkpoint: SD1.x, SDXL or distilled from them (default: the shipped emoji model)",
+        help="a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)",
     )
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)

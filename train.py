@@ -70,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="train the whole UNet")
     add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
-    model = "where to start (default: the shipped model); with --plan also sd15, ssd1b, sdxl"
+    model = "where to start (default: the shipped model); with --plan also sd15, sd2, ssd1b, sdxl"
     add("--model", type=Path, default=SHIPPED, help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)

@@ -52,7 +52,7 @@ def read_part(
 
 
 def read(path: str | Path, keys: dict[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of {name: key in the file}, one at a time into `dtype`. Raises ValueError on NaN."""
+    """The tensors of {name: key}, one at a time into `dtype`. Raises ValueError on NaN."""
     out = {}
     with safe_open(path, "pt") as f:
         for name, key in keys.items():
@@ -63,7 +63,7 @@ def read(path: str | Path, keys: dict[str, str], dtype: torch.dtype) -> dict[str
 
 
 def tiny_keys(header: Header) -> dict[str, str]:
-    """{name in TinyDecoder: key in the file}, {} if there is none. diffusers counts from the conv."""
+    """{name in TinyDecoder: key}, {} if there is none. diffusers counts from the first conv."""
     number = re.compile(r"(?:(?:taesd_)?decoder\.)?(layers\.)?(\d+)\.((?:conv\.\d\.)?\w+)")
     found = {key: match for key in header if (match := number.fullmatch(key))}
     keys = {f"{int(m[2]) + (m[1] is not None)}.{m[3]}": key for key, m in found.items()}
@@ -160,7 +160,7 @@ def load_model(
     """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the
     VAE in float32.
 
-    SD1.x, SDXL, their distilled relatives and what minilcm writes. SDXL's VAE overflows in float16,
+    SD1.x, SD2.x, SDXL, their relatives and what minilcm writes. SDXL's VAE overflows in float16,
     hence float32. `vae_path`: a file whose VAE, or tiny decoder, to take instead. One tensor at a
     time: the peak is one model in `dtype`. Raises ValueError with one line: no such file, damaged,
     another family, a part that is missing or does not fit.
@@ -251,7 +251,10 @@ def save_model(
     average.
     """
     parts = {UNET[0]: unet, VAE_[0]: vae.state_dict()}
-    parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
+    if config.text.open_clip:  # SD2 keeps its tower by open_clip's own names
+        parts[CLIP_L[3]] = text.tower.state_dict()
+    else:
+        parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
     if config.text.big:  # SDXL keeps its second tower by open_clip's own names
         parts[BIG_G[1]] = text.big.state_dict()
     tensors = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import NamedTuple, get_args
 
-from ..model.text import TextConfig, sdxl_text
-from ..model.unet import UNetConfig, emoji, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
+from ..model.text import TextConfig, sd2_text, sdxl_text
+from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
 from .safetensors_file import Header, read_header
 
@@ -23,6 +23,8 @@ CLIP_L = (
     "cond_stage_model.transformer.text_model.",
     "conditioner.embedders.0.transformer.text_model.",
     "cond_stage_model.transformer.",  # old merges
+    "cond_stage_model.model.",  # SD2's OpenCLIP-H, in CLIP-L's place
+    "conditioner.embedders.0.model.",
 )
 BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
 QUANTISED = re.compile(
@@ -31,7 +33,10 @@ QUANTISED = re.compile(
 NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
     r"|posterior_\w+|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*"
-    r"|embedding_manager\..*|global_step|v_pred|ztsnr)"
+    r"|embedding_manager\..*|global_step|v_pred|ztsnr"
+    # of OpenCLIP-H, which SD2 reads up to its last layer but one
+    r"|.*\.attn_mask|(cond_stage_model|conditioner\.embedders\.0)\.model\."
+    r"(transformer\.resblocks\.23\..*|text_projection))"
 )
 
 
@@ -90,6 +95,10 @@ def sd15_config() -> Config:
     return Config(sd15(), VAEConfig(), TextConfig(), size=512, guidance=7.5)
 
 
+def sd2_config() -> Config:
+    return Config(sd2(), VAEConfig(), sd2_text(), size=512, guidance=7.5)
+
+
 def sdxl_config() -> Config:
     return Config(sdxl(), VAEConfig(scale=0.13025), sdxl_text(), size=1024, guidance=5.0)
 
@@ -109,13 +118,14 @@ class Family(NamedTuple):
 FAMILIES = {
     "emoji": Family("the emoji model", emoji),
     "sd15": Family("SD1.x", sd15, sd15_config),
+    "sd2": Family("SD2.x", sd2, sd2_config),
     "ssd1b": Family("SSD-1B", ssd1b, ssd1b_config),
     "sdxl": Family("SDXL base", sdxl, sdxl_config),  # after SSD-1B, whose modules it all has, too
     "vega": Family("Segmind Vega", vega),
     "small-sd": Family("small-sd", small_sd),
     "tiny-sd": Family("tiny-sd", tiny_sd),
 }
-SUPPORTED = "SD1.x, SDXL and what is distilled from them (SSD-1B, Vega, small-sd, tiny-sd, ...)"
+SUPPORTED = "SD1.x, SD2.x, SDXL and what is distilled from them (SSD-1B, Vega, tiny-sd, ...)"
 
 
 def check_size(config: Config, size: int) -> None:
@@ -255,8 +265,11 @@ def identify_header(
     v = config.unet.v or "v" in said or "v_pred" in header or "ztsnr" in header
     if prediction is not None:
         v = prediction == "v"
+    elif config.text.open_clip and not v and said == {None} and "minilcm.config" not in metadata:
+        print(f"{path}: SD2.x, taken to predict noise; give --prediction v for 768-v models")
     zero_snr = v and (config.unet.zero_snr or "ztsnr" in header)
-    return replace(config, unet=replace(config.unet, v=v, zero_snr=zero_snr))
+    size = 768 if config.text.open_clip and v else config.size
+    return replace(config, unet=replace(config.unet, v=v, zero_snr=zero_snr), size=size)
 
 
 def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Config:
@@ -270,7 +283,7 @@ def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Conf
     )
     adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
     w_dims = [matrices.get(k, (0, 0))[1] for k in unet if k.endswith("cond_proj.weight")]
-    for config in (sd15_config(), sdxl_config()):
+    for config in (sd15_config(), sd2_config(), sdxl_config()):
         u = config.unet
         if (width, channels, context, adm) == (u.channels[0], 4, u.context_dim, u.adm):
             if 0 not in w_dims:

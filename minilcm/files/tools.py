@@ -94,7 +94,8 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
         "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes",
     )
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{extra}")
-    for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
+    first = "OpenCLIP-H" if config.text.open_clip else "CLIP-L"
+    for part, prefixes in (("UNet", UNET), ("VAE", VAE_), (first, CLIP_L), ("bigG", BIG_G)):
         if found := part_of(header, prefixes):
             print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
     for key, value in metadata.items():

@@ -212,8 +212,8 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat, or v, (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int or
-        (b,), cond with b rows.
+        """eps_hat, or v, (b, 4, h, w) in the dtype of the weights, from z_t of that shape, t an int
+        or (b,), cond with b rows.
 
         w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
         none.

@@ -22,6 +22,7 @@ from minilcm.files.identify import (
     from_json,
     identify,
     open_checkpoint,
+    sd2_config,
     sd15_config,
     sdxl_config,
     ssd1b_config,
@@ -30,12 +31,13 @@ from minilcm.files.identify import (
 from minilcm.files.lora_file import write_tau
 from minilcm.files.names import to_diffusers_path
 from minilcm.files.safetensors_file import read_header, read_tensors
-from minilcm.model.text import lora_weights
+from minilcm.model.text import TextConfig, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import (
     UNet,
     UNetConfig,
     emoji,
+    sd2,
     sd15,
     sdxl,
     small_sd,
@@ -50,6 +52,9 @@ UNET, VAE, TEXT = (
     "first_stage_model.",
     "cond_stage_model.transformer.text_model.",
 )
+
+
+SD2 = dataclasses.replace(CONFIG, text=TextConfig(32, 23, 2, open_clip=True), names=())
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +210,7 @@ def test_gaps_in_the_numbers_of_small_unets(tmp_path, make):
 
 
 FOREIGN = [
+    (lambda: unet_keys(dataclasses.replace(sd2(), adm=2048)), "an unknown UNet (width 320, in 4, context 1024, adm 2048)"),
     (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 1, 9), "an inpainting UNet (9 input channels)"),
     (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 1, 8), "a pix2pix UNet (8 input channels)"),
     (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 0, 384), "the SDXL refiner"),
@@ -462,14 +468,59 @@ def test_two_text_towers_round_trip(tmp_path):
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
 
 
-def test_where_a_lora_finds_the_weights_of_text_towers(tmp_path):
-    """Every weight that a LoRA may change while drawing is found in the file, the same numbers: in
-    Hugging Face's names for CLIP-L, in open_clip's for bigG.
+def test_sd2_layout(tmp_path, capsys):
+    """OpenCLIP-H under cond_stage_model.model., also as sgm has it; what SD2 does not read of it,
+    its 24th layer and projection, needs no line; saved again the file is the same.
     """
-    path = write_model(tmp_path / "two.safetensors", config=TWO_TOWERS)
+    path = write_model(tmp_path / "sd2.safetensors", config=SD2)
+    tensors, metadata = read_tensors(path)
+    tower = "cond_stage_model.model."
+    ours = {k.removeprefix(tower): x for k, x in tensors.items() if k.startswith(tower)}
+    expected = tiny_text(0, SD2.text).tower.state_dict()
+    assert ours.keys() == expected.keys()
+    assert {k for k in tensors if not k.startswith((UNET, VAE, tower))} == set()
+    last = {k.replace(".22.", ".23."): x.clone() for k, x in ours.items() if ".22." in k}
+    last |= {"text_projection": torch.ones(32, 32), "logit_scale": torch.ones(())}
+    last |= {"attn_mask": torch.ones(77, 77)}
+    others = {k: x for k, x in tensors.items() if not k.startswith(tower)}
+    for prefix in (tower, "conditioner.embedders.0.model."):
+        more = {prefix + k: x.contiguous() for k, x in (ours | last).items()}
+        save_file(others | more, tmp_path / "other.safetensors", metadata)
+        unet, vae, text, config = load_model(tmp_path / "other.safetensors")
+        state = text.tower.state_dict()
+        assert all(torch.equal(state[k], expected[k].half().float()) for k in expected)
+        assert config == SD2 and capsys.readouterr().out == ""
+    save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
+    again, _ = read_tensors(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k], tensors[k]) for k in tensors)
+
+
+def test_sd2_by_its_header(tmp_path, capsys):
+    """512 pixels and noise, or 768 and v: by --prediction, since a file of SD2.x does not tell; a
+    line says so unless the metadata does.
+    """
+    path = header_file(tmp_path / "sd2.safetensors", unet_keys(sd2()))
+    assert identify(path) == sd2_config()
+    assert "SD2.x, taken to predict noise; give --prediction v" in capsys.readouterr().out
+    by_v = dataclasses.replace(sd2_config(), size=768, unet=dataclasses.replace(sd2(), v=True))
+    assert open_checkpoint(path, "v").config == by_v
+    assert open_checkpoint(path, "eps").config == sd2_config()
+    for word, config in (("v", by_v), ("epsilon", sd2_config())):
+        said = {"modelspec.prediction_type": word}
+        assert identify(header_file(path, unet_keys(sd2()), metadata=said)) == config
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("config, count", [("SD2", 23 * 6), ("TWO_TOWERS", 2 * 6 + 1)])
+def test_where_a_lora_finds_the_weights_of_text_towers(tmp_path, config, count):
+    """Every weight that a LoRA may change while drawing is found in the file, the same numbers: in
+    Hugging Face's names for CLIP-L, in open_clip's for OpenCLIP-H and bigG.
+    """
+    path = write_model(tmp_path / "model.safetensors", config=globals()[config])
     where, tensors = places(read_header(path)[0]), read_tensors(path)[0]
     weights = lora_weights(load_model(path).text)
-    assert len(weights) == 2 * 6 + 1
+    assert len(weights) == count
     for key, weight in weights.items():
         place = where[key.removesuffix(".weight")]
         assert torch.equal(place.view(tensors[place.key].float()), weight)
@@ -484,7 +535,7 @@ def test_dtype_of_the_weights(model):
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", [emoji, sd15, sdxl, ssd1b])
+@pytest.mark.parametrize("family", [emoji, sd15, sd2, sdxl, ssd1b])
 def test_config_round_trip(model, family):
     """A config comes back equal, tuples as tuples and None as None, from JSON and from a file."""
     config = dataclasses.replace(CONFIG, unet=family())

@@ -20,9 +20,9 @@ from minilcm.files.lora_keys import split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
 from minilcm.merge import delta
-from minilcm.model.unet import UNet, emoji, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
+from minilcm.model.unet import UNet, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 
-FAMILIES = (emoji, sd15, ssd1b, sdxl, vega, small_sd, tiny_sd)
+FAMILIES = (emoji, sd15, sd2, ssd1b, sdxl, vega, small_sd, tiny_sd)
 FLAT = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 

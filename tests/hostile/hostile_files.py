@@ -435,10 +435,6 @@ def other_families() -> dict[str, Case]:
 # ---- checkpoints of others, by their keys and shapes
 
 
-def sd2() -> UNetConfig:
-    return dataclasses.replace(sd15(), context_dim=1024, linear=True, heads=None, head_dim=64)
-
-
 def refiner() -> UNetConfig:
     down, up = ((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0))
     return UNetConfig(
