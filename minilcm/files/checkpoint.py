@@ -175,9 +175,9 @@ def load_checkpoint(
     path, header, _, config = checkpoint
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
         print(f"{path}: {len(narrow)} tensors are float8, less exact than the original weights")
+    unet = build(UNet, config.unet, path)
     vae_header = header if vae_path is None else read_header(vae_path)[0]
     vae = load_vae(vae_path or path, vae_header, config)
-    unet = build(UNet, config.unet, path)
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
     if not part_of(header, CLIP_L):
         raise ValueError(f"{path}: no text encoder in the file; give the whole checkpoint")

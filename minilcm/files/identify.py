@@ -287,7 +287,7 @@ def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Conf
         u = config.unet
         if (width, channels, context, adm) == (u.channels[0], 4, u.context_dim, u.adm):
             if 0 not in w_dims:
-                sizes = replace(u, **sizes_of(path, unet), w_dim=w_dims[0] if w_dims else None)
+                sizes = replace(u, **sizes_of(path, matrices), w_dim=w_dims[0] if w_dims else None)
                 return replace(config, unet=sizes)
     facts = f"an unknown UNet (width {width}, in {channels}, context {context}, adm {adm})"
     inputs = {8: "a pix2pix UNet (8 input channels)", 9: "an inpainting UNet (9 input channels)"}
@@ -316,7 +316,7 @@ def sizes_of(path: str | Path, unet: dict[str, tuple[int, ...]]) -> dict:
             continue
         kernel = f"{block}.0.out_layers.3.weight"
         if kernel not in unet:
-            raise ValueError(f"{path}: UNet: {kernel} is missing")
+            raise ValueError(f"{path}: UNet: {kernel} is missing, or no kernel")
         channels[len(down) - 1 :] = [unet[kernel][0]]
         down[-1] += (depth(block),)
     for i in range(count("output_blocks.")):

@@ -497,6 +497,18 @@ def foreign_checkpoints() -> dict[str, Case]:
     for name, key in (("a GAN", "model.0.weight"), ("ControlNet", "control_model.out.0.weight")):
         line = rf"not an LDM checkpoint \(first key: {key}\)"
         out[f"R6 {name}"] = case("model", partial(dict, {key: [1]}), line, theirs)
+    kernel = UNET + "input_blocks.4.0.out_layers.3.weight"
+    for name, change in (("missing", {}), ("without axes", {kernel: []})):
+        keys = {k: s for k, s in unet_keys(sd15()).items() if k != kernel} | change
+        line = r"UNet: input_blocks\.4\.0\.out_layers\.3\.weight is missing, or no kernel"
+        out[f"R9 a kernel {name}"] = Case("model", partial(dict, keys), line)
+    low = {
+        k: s
+        for k, s in unet_keys(sd15()).items()
+        if not k.startswith((UNET + "input_blocks.10.", UNET + "input_blocks.11."))
+    }
+    line = "a network of these sizes cannot be built"
+    out["R9 more blocks up than down"] = Case("model", partial(dict, low), line)
     out["R6 empty"] = case("model", save({}), r"not an LDM checkpoint \(first key: none\)", theirs)
     for name, key in (("CosXL", "edm_vpred.sigma_max"), ("Playground v2.5", "edm_mean")):
         line = rf"an EDM checkpoint \(key {key}\){ours}"
