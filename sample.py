@@ -36,7 +36,9 @@ from minilcm.lora import Tau
 from minilcm.merge import combine, merge_into
 from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
+from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
+from minilcm.schedule import make_schedule
 from minilcm.solver import EpsFn, guided_eps
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
@@ -75,9 +77,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         type=Path,
         default=WEIGHTS / "model.safetensors",
-        help="checkpoint: SD1.x, SDXL, SSD-1B, or by minilcm (default: the shipped emoji model)",
+        help="a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)",
     )
-    add("--vae", type=Path, metavar="FILE", help="for checkpoints without a VAE: take this one")
+    says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
+    add("--prediction", choices=["eps", "v"], help=says)
+    vae = "a VAE, or a tiny decoder (TAESD, TAESDXL), in place of the checkpoint's"
+    add("--vae", type=Path, metavar="FILE", help=vae)
     add("--dtype", choices=DTYPES, help="of UNet and text encoder (default: the fastest safe one)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda if available")
@@ -200,7 +205,7 @@ def draw_all(
 ) -> list[Tensor]:
     """The latents of each prompt's --count pictures; on Ctrl-C those that are drawn."""
     jobs = [cond for cond in conds for _ in range(args.count)]
-    latents = []
+    latents, schedule = [], make_schedule(unet.cfg.v, unet.cfg.zero_snr)
 
     def network(cond: Cond) -> EpsFn:
         if unet.cfg.w_dim is not None:  # a full LCM takes w itself, as an input
@@ -214,7 +219,7 @@ def draw_all(
         for i, cond in enumerate(bar):
             eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
             strength = args.strength if args.image else 1.0
-            how = dict(image=image, strength=strength, device=args.device)
+            how = dict(image=image, strength=strength, device=args.device, schedule=schedule)
             try:
                 latents.append(generate(eps_fn, seeds, shape, args.sampler, args.steps, **how))
             except KeyboardInterrupt:
@@ -254,7 +259,7 @@ def write_pictures(
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     # ---- what is asked for, checked against the header before a tensor is read
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_checkpoint(args.model, args.prediction)
     config = checkpoint.config
     if args.list:
         return print("\n".join(config.names))
@@ -279,6 +284,8 @@ def main(args: argparse.Namespace) -> None:
     # ---- the model, with the LoRA in its weights
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
     unet, vae, text, _ = load_checkpoint(checkpoint, dtype, args.vae)
+    if args.image and isinstance(vae, TinyDecoder):
+        raise ValueError(f"{args.vae}: a decoder alone cannot read --image; leave out --vae")
     add_loras(unet, text, loras, taus)
 
     # ---- prompts -> latents -> pictures

@@ -70,8 +70,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="train the whole UNet")
     add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
-    model = "where to start (default: the shipped model); with --plan also sd15, ssd1b, sdxl"
+    model = "where to start (default: the shipped model); with --plan also sd15, sd2, ssd1b, sdxl"
     add("--model", type=Path, default=SHIPPED, help=model)
+    says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
+    add("--prediction", choices=["eps", "v"], help=says)
     init = (
         "a LoRA to start from, of this --rank and these layers (default: one that changes nothing)"
     )
@@ -205,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     # ---- what is learned, and whether it fits
     family = FAMILIES.get(str(args.model)) if args.plan is not None else None
     official = family.config if family else None
-    checkpoint = None if official else open_checkpoint(args.model)
+    checkpoint = None if official else open_checkpoint(args.model, args.prediction)
     config = official() if official else checkpoint.config
     objective, size = objective_of(args, config), config.size if args.size is None else args.size
     check_size(config, size)

@@ -47,7 +47,7 @@ from minilcm.model.unet import Cond, UNet, UNetConfig, emoji
 from minilcm.model.vae import VAE, VAEConfig
 from minilcm.objective import Networks, Objective, loss_of, make_networks
 from minilcm.run.plan import Step, peak_bytes, step_bytes
-from minilcm.schedule import Schedule, make_schedule
+from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
 FAMILIES = {"SD1.5": sd15_config(), "SSD-1B": ssd1b_config(), "SDXL": sdxl_config()}
@@ -337,7 +337,7 @@ def networks_by_diffusers(bench: Bench, config: Config) -> Networks:
         unet.enable_adapters()
         return eps_hat
 
-    schedule = Schedule(*(table.to(bench.device) for table in make_schedule()))
+    schedule = make_schedule().to(bench.device)
     return Networks(student, teacher, student, unet, schedule)
 
 

@@ -82,9 +82,10 @@ def generate(
 ) -> Tensor:
     """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, 4, h, w).
 
-    `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat has text, guidance and LoRA in it, for the b
-    rows. `image`: latents of that shape, one or b of them, to start from, redrawn by `strength` in
-    (0, 1]. Raises ValueError as `timesteps`, or if the sampler takes no image.
+    `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
+    LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
+    redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`, or if the sampler takes no
+    image.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     steps = way.steps if steps is None else steps

@@ -4,7 +4,7 @@ sampler.
 A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is
 distilled from a teacher by asking that two points of the teacher's trajectory have the same image,
 and it then samples in one to eight steps. Nothing here knows a UNet, a file or a LoRA: student,
-teacher and target are callables (z_t, t, cond, w) -> eps_hat.
+teacher and target are callables (z_t, t, cond, w) -> eps_hat, or v where `schedule.v` says so.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .schedule import Schedule, T, add_noise, x0_from_eps
+from .schedule import Schedule, T, add_noise, x0_and_eps
 from .solver import EpsFn, check_steps, ddim_step
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GRID = 50  # points of the training grid; sampling must use the same
 SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition; fixed by all released weights
 
-Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat
+Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat; v where schedule.v
 
 
 # ---- the consistency function
@@ -41,8 +41,8 @@ def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
     return SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / (s**2 + SIGMA_DATA**2).sqrt()
 
 
-def f_theta(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, eps_hat, t), float32 (b, c, h, w). 2310.04378
+def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, output, t), float32 (b, c, h, w). 2310.04378
     eq. 9.
 
     f is the identity at t = 0, although z_0 of this schedule still holds noise of sigma 0.029: what
@@ -52,7 +52,7 @@ def f_theta(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -
     c_skip, c_out = (
         c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t)
     )
-    return c_skip * z_t + c_out * x0_from_eps(z_t, eps_hat, t, schedule)
+    return c_skip * z_t + c_out * x0_and_eps(z_t, output, t, schedule)[0]
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
@@ -133,19 +133,18 @@ def lcd_loss(
 
     with torch.no_grad():
         # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and
-        # (1 + w) - w = 1, so guiding eps gives exactly this z
+        # (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
         if together:
             twice = (torch.cat([x, x]) for x in (z_start, t_start))
-            eps_cond, eps_null = (
+            of_cond, of_null = (
                 teacher(*twice, cond.cat(null_cond), torch.cat([w, w])).float().chunk(2)
             )
         else:
-            eps_cond = teacher(z_start, t_start, cond, w).float()
-            eps_null = teacher(z_start, t_start, null_cond, w).float()
-        eps_w = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
-        z_end = ddim_step(
-            z_start, x0_from_eps(z_start, eps_w, t_start, schedule), eps_w, t_end, schedule
-        )
+            of_cond = teacher(z_start, t_start, cond, w).float()
+            of_null = teacher(z_start, t_start, null_cond, w).float()
+        guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
+        x0, eps_w = x0_and_eps(z_start, guided, t_start, schedule)
+        z_end = ddim_step(z_start, x0, eps_w, t_end, schedule)
         # target: f_{theta^-}(z_{t_n}, c, t_n). For LCM-LoRA theta^- is theta itself, as in the
         # official script: one UNet in memory and no average to keep; a LoRA is too small a change
         # of its teacher to need one

@@ -37,7 +37,7 @@ class Objective(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """(z_t, t, cond, w) -> eps_hat, three times; those with a LoRA ignore w."""
+    """(z_t, t, cond, w) -> eps_hat or v, three times; those with a LoRA ignore w."""
 
     student: Network
     teacher: Network
@@ -84,11 +84,16 @@ def make_networks(
     def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         return run(net, half, z_t, t, cond)
 
-    return Networks(student, student, student, net, make_schedule().to(device_of(unet)))
+    return Networks(student, student, student, net, schedule_of(unet))
 
 
 def device_of(unet: UNet) -> torch.device:
     return unet.out[2].weight.device
+
+
+def schedule_of(unet: UNet) -> Schedule:
+    """The one that the UNet was trained with, on its device."""
+    return make_schedule(unet.cfg.v, unet.cfg.zero_snr).to(device_of(unet))
 
 
 def lora_networks(
@@ -118,7 +123,7 @@ def lora_networks(
             unet, half, z_t, t, cond
         )  # not `net`: DDP expects one forward pass per backward pass
 
-    return Networks(student, teacher, target, net, make_schedule().to(device_of(unet)))
+    return Networks(student, teacher, target, net, schedule_of(unet))
 
 
 def frozen_copy(unet: UNet, dtype: torch.dtype) -> UNet:
@@ -159,7 +164,7 @@ def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap:
     def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
         return run(target_net, half, z_t, t, cond, guidance_embedding(w, W_DIM))
 
-    return Networks(student, teacher, target, net, make_schedule().to(device), target_unet)
+    return Networks(student, teacher, target, net, schedule_of(unet), target_unet)
 
 
 def loss_of(

@@ -3,9 +3,9 @@
     z_t = alpha(t) z0 + sigma(t) eps
     alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
-One schedule serves SD1.5, SDXL, SSD-1B and the emoji model. Even at t = 999 some signal is left:
-sigma/alpha is 14.6. And t = 0 is already slightly noisy (sigma is 0.029): there is no entry with
-alpha_bar = 1.
+One schedule serves SD1.x, SD2.x, SDXL and the emoji model. Even at t = 999 some signal is left:
+sigma/alpha is 14.6, except with zero terminal SNR. And t = 0 is already slightly noisy (sigma is
+0.029): there is no entry with alpha_bar = 1.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ class Schedule(NamedTuple):
     alpha_bar: Tensor  # cumulative product of 1 - beta
     alpha: Tensor  # sqrt(alpha_bar)
     sigma: Tensor  # sqrt(1 - alpha_bar), always in [0, 1]
+    v: bool = False  # the network's output is v, not eps_hat: see `x0_and_eps`
 
     def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...): a scalar for an int t, (b, 1, 1,
@@ -35,18 +36,22 @@ class Schedule(NamedTuple):
         )
 
     def to(self, device: str | torch.device) -> "Schedule":
-        return Schedule(*(table.to(device) for table in self))
+        return Schedule(*(table.to(device) for table in self[:3]), self.v)
 
 
-def make_schedule() -> Schedule:
+def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs.
 
     betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64
-    differs by 4.7e-7.
+    differs by 4.7e-7. `zero_snr`: alpha shifted and scaled so that t = 999 is pure noise, alpha 0,
+    and t = 0 as it was (2305.08891 algorithm 1); only a network that predicts v can start there.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)
-    return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+    if zero_snr:
+        alpha = alpha_bar.sqrt()
+        alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), v)
 
 
 def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
@@ -70,11 +75,27 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
     return (z_t.float() - alpha * x0.float()) / sigma
 
 
+def x0_and_eps(
+    z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps_hat) that the network's output stands for, float32: the one place that reads it.
+
+    It is eps_hat, or v = alpha eps - sigma z0 of Progressive Distillation (2202.00512) section 4. A
+    v says what z0 is even where z_t does not: x0 divides by nothing.
+    """
+    if not schedule.v:
+        return x0_from_eps(z_t, output, t, schedule), output.float()
+    alpha, sigma = schedule.at(t, z_t)
+    z_t, v = z_t.float(), output.float()
+    # x0 = alpha z_t - sigma v,  eps_hat = alpha v + sigma z_t
+    return alpha * z_t - sigma * v, alpha * v + sigma * z_t
+
+
 def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
     """Min-SNR (2303.09556) eq. 8: weight min(SNR, gamma) / SNR of the eps-loss at t (b,)."""
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma) ** 2  # (b,)
-    return snr.clamp(max=gamma) / snr
+    return (gamma / snr).clamp(max=1)  # 1 where SNR is 0
 
 
 def diffusion_loss(
@@ -85,14 +106,16 @@ def diffusion_loss(
     schedule: Schedule,
     gamma: float | None = 5.0,
 ) -> Tensor:
-    """Mean squared error of eps_fn(z_t, t) against the noise drawn, weighted by Min-SNR; gamma
+    """Mean squared error of eps_fn's eps_hat against the noise drawn, weighted by Min-SNR; gamma
     None: not weighted.
 
-    z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14.
+    z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14. An error of v is one of
+    eps_hat over alpha, so for v this is the paper's other weight, min(SNR, gamma) / (SNR + 1).
     """
-    eps_hat = eps_fn(add_noise(z0, eps, t, schedule), t)  # (b, c, h, w)
+    z_t = add_noise(z0, eps, t, schedule)  # (b, c, h, w)
+    _, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)
     # L = E w(t) ||eps_hat - eps||^2
-    error = (eps_hat.float() - eps).square().flatten(1).mean(dim=1)  # (b,)
+    error = (eps_hat - eps).square().flatten(1).mean(dim=1)  # (b,)
     if gamma is not None:
         error = error * min_snr_weight(t, schedule, gamma)
     return error.mean()

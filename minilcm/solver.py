@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .schedule import Schedule, T, x0_from_eps
+from .schedule import Schedule, T, x0_and_eps
 
 if TYPE_CHECKING:
     from .model.unet import Cond
 
-EpsFn = Callable[[Tensor, int | Tensor], Tensor]  # (z_t, t) -> eps_hat
+EpsFn = Callable[[Tensor, int | Tensor], Tensor]  # (z_t, t) -> eps_hat; v where schedule.v
 
 
 def guided_eps(
@@ -30,7 +30,7 @@ def guided_eps(
 
     The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho &
     Salimans (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may
-    take null_cond's place.
+    take null_cond's place. The same for v, which is affine in eps at the same z_t.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
@@ -92,8 +92,7 @@ def sample_ddim(
     """
     z_t = z_T
     for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
-        eps_hat = eps_fn(z_t, t_start).float()
-        x0 = x0_from_eps(z_t, eps_hat, t_start, schedule)
+        x0, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t_start), t_start, schedule)
         z_t = ddim_step(z_t, x0, eps_hat, t_end, schedule)
     return z_t
 
@@ -144,7 +143,7 @@ def sample_dpmpp_2m(
     for t, t_next in tqdm(
         list(zip(grid, [*grid[1:], None])), desc="dpm++", disable=None, leave=False
     ):
-        x0 = x0_from_eps(z_t, eps_fn(z_t, t), t, schedule)
+        x0, _ = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is None:
             return x0
         z_t = dpmpp_2m_step(z_t, x0, x0_last, t_last, t, t_next, schedule)

@@ -412,6 +412,32 @@ def test_a_longer_skip(schedule):
     torch.testing.assert_close(z_end, expected)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_distilling_v(schedule, together):
+    """Networks that say the same by v have the same loss: the teacher's step needs eps_hat, which
+    raw v is not (luosiallen/latent-consistency-model#65).
+    """
+
+    def by_v(network):
+        def v_of(z_t, t, cond, w):
+            eps_hat = network(z_t, t, cond, w)
+            alpha, sigma = schedule.at(t, z_t)
+            return alpha * eps_hat - sigma * x0_from_eps(z_t, eps_hat, t, schedule)
+
+        return v_of
+
+    nets = [lambda z_t, t, cond, w, i=i: (1 + 0.1 * i) * toy_eps(z_t, t) for i in range(3)]
+    n, w, eps = torch.tensor([0, 49]), torch.tensor([7.5, 2.0]), noise(1)
+    rest = Cond(torch.zeros(2, 1, 1)), Cond(torch.ones(2, 1, 1))
+    by_eps = lcd_loss(*nets, noise(), *rest, schedule, n, w, eps, together=together)
+    of_v = schedule._replace(v=True)
+    loss = lcd_loss(*map(by_v, nets), noise(), *rest, of_v, n, w, eps, together=together)
+    torch.testing.assert_close(loss, by_eps, rtol=1e-4, atol=0)
+    zero = make_schedule(v=True, zero_snr=True)
+    loss = lcd_loss(*nets, noise(), *rest, zero, n, w, eps, together=together)
+    assert loss.isfinite()
+
+
 def test_gradient_flows_through_the_student_only(schedule):
     """Target and teacher are constants: the student's gradient is huber(f_start, a number)'s.
 

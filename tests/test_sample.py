@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG, ROOT, random_tau, tiny_unet, write_model
+from safetensors.torch import save_file
+from tiny import CONFIG, ROOT, png, random_tau, tiny_unet, write_model
 
 import sample
 from minilcm.data.pictures import read_image, to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
-from minilcm.generate import SAMPLERS
+from minilcm.generate import SAMPLERS, generate
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.merge import merge_into
+from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
 
@@ -630,3 +632,63 @@ def test_in_a_shell(bad_files, tmp_path):
         and done.stderr.count("\n") == 1
         and "words.txt" in done.stderr
     )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_model_that_predicts_v(files, tmp_path, sampler):
+    """--prediction v, and a file that says v and zero terminal SNR: the picture of `generate` by
+    that schedule, unlike the one by eps.
+    """
+    unet = dataclasses.replace(CONFIG.unet, v=True, zero_snr=True)
+    config = dataclasses.replace(CONFIG, unet=unet)
+    zero = write_model(tmp_path / "zero.safetensors", config=config)
+    plain, pictures = files / "model.safetensors", {}
+    for name, path, more in (
+        ("eps", plain, []),
+        ("v", plain, ["--prediction", "v"]),
+        ("zero", zero, []),
+        ("zero as eps", zero, ["--prediction", "eps"]),
+    ):
+        argv = ["pizza", "--model", str(path), "--device", "cpu", "--dtype", "float32", *more]
+        argv += ["--sampler", sampler, "--steps", "3", "--guidance", "1"]
+        sample.main(sample.parse([*argv, "--out", str(tmp_path / f"{name}.png")]))
+        pictures[name] = levels((tmp_path / f"{name}.png").read_bytes())
+    unet, vae, text, _ = load_model(plain)
+    eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
+    for name, schedule in (
+        ("v", make_schedule(v=True)),
+        ("zero", make_schedule(v=True, zero_snr=True)),
+        ("zero as eps", make_schedule()),
+    ):
+        pixels = generate(eps_fn, [0], (4, 8, 8), sampler, 3, vae.decode, schedule=schedule)
+        assert np.abs(levels(png(to_images(pixels)[0])) - pictures[name]).max() <= 1
+    assert np.array_equal(pictures["zero as eps"], pictures["eps"])
+    assert np.abs(pictures["v"] - pictures["eps"]).mean() > 2
+    assert np.abs(pictures["v"] - pictures["zero"]).mean() > 0.1
+
+
+def test_tiny_decoder(files, tmp_path):
+    """--vae takes a tiny decoder, whose picture is 2 decoder(z0) - 1; without an encoder there is
+    no --image.
+    """
+    f8 = dataclasses.replace(CONFIG.vae, channels=(16,) * 4)
+    config = dataclasses.replace(CONFIG, vae=f8, size=64)
+    write_model(tmp_path / "f8.safetensors", config=config)
+    torch.manual_seed(0)
+    decoder = TinyDecoder().requires_grad_(False)
+    save_file(decoder.state_dict(), tmp_path / "taesd.safetensors")
+    model, vae = (str(tmp_path / f"{name}.safetensors") for name in ("f8", "taesd"))
+    argv = ["pizza", "--model", model, "--vae", vae, "--device", "cpu", "--dtype", "float32"]
+    argv += ["--steps", "1", "--out", str(tmp_path / "x.png")]
+    sample.main(sample.parse(argv))
+    unet, _, text, _ = load_model(model, vae_path=vae)
+    generator = torch.Generator().manual_seed(0)
+    z_T = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        eps_fn = guided_eps(unet, text.encode(["pizza"]), None, 0.0)
+        pixels = 2 * decoder(sample_lcm(eps_fn, z_T, make_schedule(), 1, [generator])) - 1
+    expected = (pixels[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
+    got = levels((tmp_path / "x.png").read_bytes())
+    assert got.shape == (64, 64, 3) and np.abs(got - expected.numpy()).max() <= 1
+    with pytest.raises(ValueError, match="a decoder alone cannot read --image; leave out --vae"):
+        sample.main(sample.parse([*argv, "--image", str(files / "picture.png")]))

@@ -1,13 +1,16 @@
 import pytest
 import torch
+from conftest import Gaussian
 
 from minilcm.schedule import (
+    Schedule,
     T,
     add_noise,
     diffusion_loss,
     eps_from_x0,
     make_schedule,
     min_snr_weight,
+    x0_and_eps,
     x0_from_eps,
 )
 
@@ -34,7 +37,7 @@ def test_tables_golden(schedule, t, alpha_bar, alpha, sigma, sigma_hat):
 
 def test_tables_whole(schedule):
     """float32, alpha_bar falling, alpha^2 + sigma^2 = 1, within 5e-7 of the float64 formula."""
-    assert all(table.shape == (T,) and table.dtype == torch.float32 for table in schedule)
+    assert all(table.shape == (T,) and table.dtype == torch.float32 for table in schedule[:3])
     assert (schedule.alpha_bar.diff() < 0).all()
     torch.testing.assert_close(
         schedule.alpha**2 + schedule.sigma**2, torch.ones(T), rtol=0, atol=5e-7
@@ -45,7 +48,7 @@ def test_tables_whole(schedule):
     torch.testing.assert_close(
         schedule.alpha_bar.double(), (1 - beta).cumprod(0), rtol=0, atol=5e-7
     )
-    assert all(torch.equal(a, b) for a, b in zip(schedule, make_schedule()))
+    assert all(torch.equal(a, b) for a, b in zip(schedule[:3], make_schedule()[:3]))
 
 
 def test_add_noise_takes_each_image_to_its_own_t(schedule):
@@ -92,6 +95,54 @@ def test_x0_and_eps_of_gaussian_data(schedule, gaussian, t):
     torch.testing.assert_close(
         eps_from_x0(z_t, exact_x0, t, schedule).double(), exact_eps, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("t", [0, 19, 499, 998, 999])
+def test_v_of_gaussian_data(t, zero_snr):
+    """Data N(m, s^2): E[v | z_t] = alpha E[eps | z_t] - sigma E[z0 | z_t] stands for both, also
+    where z_t is noise alone.
+    """
+    schedule = make_schedule(v=True, zero_snr=zero_snr)
+    gaussian = Gaussian(Schedule(*(table.double() for table in schedule[:3])))
+    z_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(t)).double()
+    exact_eps, exact_x0 = gaussian.eps(z_t, t), gaussian.x0(z_t, t)
+    v = schedule.alpha[t] * exact_eps - schedule.sigma[t] * exact_x0
+    x0, eps_hat = x0_and_eps(z_t, v, t, schedule)
+    torch.testing.assert_close(x0.double(), exact_x0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(eps_hat.double(), exact_eps, rtol=0, atol=1e-6)
+    assert x0.dtype == eps_hat.dtype == torch.float32
+
+
+def test_zero_terminal_snr(schedule):
+    """2305.08891 algorithm 1: alpha is 0 at 999, what it was at 0, and an affine map in between;
+    at 999 v is -z0, bitwise.
+    """
+    zero = make_schedule(v=True, zero_snr=True)
+    assert zero.alpha[999] == 0 and zero.sigma[999] == 1 and zero.v
+    torch.testing.assert_close(zero.alpha[0], schedule.alpha[0])
+    a, b = schedule.alpha.double(), zero.alpha.double()
+    torch.testing.assert_close((a - a[-1]) / (a[0] - a[-1]), b / b[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(zero.alpha**2 + zero.sigma**2, torch.ones(T), rtol=0, atol=5e-7)
+    z_t, v = torch.randn(2, 1, 4, 8, 8)
+    x0, eps_hat = x0_and_eps(z_t, v, 999, zero)
+    assert torch.equal(x0, -v) and torch.equal(eps_hat, z_t)
+
+
+def test_loss_of_v(schedule):
+    """Min-SNR's weight for eps is, in an error of v, the paper's for v, at t = 999 of a schedule
+    with zero terminal SNR as well: min(SNR, gamma) / (SNR + 1).
+    """
+    for zero_snr in (False, True):
+        schedule = make_schedule(v=True, zero_snr=zero_snr)
+        z0, eps, t = *torch.randn(2, 4, 4, 8, 8), torch.tensor([0, 300, 998, 999])
+        alpha, sigma = schedule.at(t, z0)
+        off = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(4, 1, 1, 1)
+        v = alpha * eps - sigma * z0 + off
+        loss = diffusion_loss(lambda z_t, t: v, z0, t, eps, schedule)
+        snr = (alpha / sigma) ** 2
+        expected = (snr.clamp(max=5) / (snr + 1) * off**2).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_x0_and_eps_undo_add_noise(schedule):

@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
-from make_reference import STEPS, toy_eps
+from conftest import Gaussian
+from make_reference import STEPS, draw, generators, toy_eps
 from tiny import noise
 
+from minilcm.lcm import sample_lcm
 from minilcm.model.unet import Cond
-from minilcm.schedule import Schedule, x0_from_eps
+from minilcm.schedule import Schedule, make_schedule, x0_from_eps
 from minilcm.solver import (
     ddim_grid,
     ddim_step,
@@ -357,3 +359,40 @@ def test_samplers_keep_no_graph(schedule):
     scale = torch.ones(1, requires_grad=True)
     for sample in (sample_ddim, sample_dpmpp_2m):
         assert not sample(lambda z, t: scale * z, noise(), schedule, 2).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["v", "v_zero_snr"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_v_equals_diffusers(samplers, kind, steps):
+    """z0 of diffusers 0.42.1's DDIM and LCM schedulers where the network's output is v, without and
+    with zero terminal SNR, to 1e-5.
+    """
+    schedule, rng = make_schedule(v=True, zero_snr=kind == "v_zero_snr"), generators()
+    for name, z0 in (
+        ("ddim", sample_ddim(toy_eps, samplers["z_T"], schedule, steps)),
+        ("lcm", sample_lcm(toy_eps, draw(rng), schedule, steps, rng)),
+    ):
+        expected = samplers[f"{name}_{kind}/{steps}/z0"]
+        torch.testing.assert_close(z0, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    "sample, steps, far", [(sample_ddim, 1000, 0.01), (sample_dpmpp_2m, 500, 0.01)]
+)
+def test_v_solves_the_same_ode(sample, steps, far, zero_snr):
+    """Gaussian data: by v as by eps, and from pure noise at t = 999 to the trajectory's end."""
+    schedule = make_schedule(v=True, zero_snr=zero_snr)
+    gaussian = Gaussian(Schedule(*(table.double() for table in schedule[:3])))
+
+    def v_fn(z_t, t):
+        alpha, sigma = schedule.at(t, z_t)
+        return alpha * gaussian.eps(z_t, t) - sigma * gaussian.x0(z_t, t)
+
+    z_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    z0 = sample(v_fn, z_T, schedule, steps)
+    end = gaussian.f if sample == sample_dpmpp_2m else lambda z, t: gaussian.ode(z, t, 0)
+    assert (z0 - end(z_T, 999)).abs().max() < far
+    if not zero_snr:
+        by_eps = sample(gaussian.eps, z_T, make_schedule(), steps)
+        torch.testing.assert_close(z0, by_eps, rtol=0, atol=1e-4)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import math
 import re
 import runpy
 import signal
@@ -26,6 +27,7 @@ from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
+from minilcm.run.diagnostics import read_metrics
 from minilcm.run.state import latest_state, read_run, save_state
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
@@ -91,6 +93,31 @@ def refused(argv: list[str]) -> str:
 
 
 # ---- the objectives
+
+
+@pytest.mark.parametrize("objective", ["style", "lcm", "full lcm"])
+def test_two_steps_of_a_model_that_predicts_v(files, tmp_path, objective):
+    """With zero terminal SNR: every loss and measurement is a number, and --prediction v says the
+    same as the file, but for the schedule.
+    """
+    unet = dataclasses.replace(CONFIG.unet, v=True, zero_snr=True)
+    config = dataclasses.replace(CONFIG, unet=unet)
+    write_model(tmp_path / "model.safetensors", config=config)
+    by_file = ["--model", str(tmp_path / "model.safetensors")]
+    losses = {}
+    for name, more in (("zero", by_file), ("v", ["--prediction", "v"]), ("eps", [])):
+        run(files, tmp_path / name, objective, 2, *more)
+        (record,) = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert all(map(math.isfinite, numbers(record)))
+        losses[name] = record["fixed_loss"]
+    assert len(set(losses.values())) == 3
+
+
+def numbers(record) -> list[float]:
+    """All numbers in a record of metrics.jsonl."""
+    if isinstance(record, dict):
+        return [x for value in record.values() for x in numbers(value)]
+    return [record]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..merge import no_kernel
 from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to_clip_l, qkv_rows
+from ..model.tiny_vae import TinyDecoder
 from ..model.unet import UNet
 from ..model.vae import VAE
 from .identify import (
@@ -36,17 +37,28 @@ from .safetensors_file import Header, all_finite, read_header, write_tensors
 def read_part(
     path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of one part under official names, read one at a time into `dtype`. Raises
-    ValueError on NaN.
-    """
+    """The tensors of one part under official names. Raises as `read`."""
+    part = part_of(header, prefixes)
+    return read(path, {name: file_key for name, (file_key, _) in part.items()}, dtype)
+
+
+def read(path: str | Path, keys: dict[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of {name: key}, one at a time into `dtype`. Raises ValueError on NaN."""
     out = {}
     with safe_open(path, "pt") as f:
-        for key, (file_key, _) in part_of(header, prefixes).items():
-            value = f.get_tensor(file_key).to(dtype)
-            if not all_finite(value):
-                raise ValueError(f"{path}: {file_key} has values that are not finite")
-            out[key] = value
+        for name, key in keys.items():
+            out[name] = f.get_tensor(key).to(dtype)
+            if not all_finite(out[name]):
+                raise ValueError(f"{path}: {key} has values that are not finite")
     return out
+
+
+def tiny_keys(header: Header) -> dict[str, str]:
+    """{name in TinyDecoder: key}, {} if there is none. diffusers counts from the first conv."""
+    number = re.compile(r"(?:(?:taesd_)?decoder\.)?(layers\.)?(\d+)\.((?:conv\.\d\.)?\w+)")
+    found = {key: match for key in header if (match := number.fullmatch(key))}
+    keys = {f"{int(m[2]) + (m[1] is not None)}.{m[3]}": key for key, m in found.items()}
+    return keys if {"1.weight", "3.conv.0.weight"} <= keys.keys() else {}
 
 
 class Place(NamedTuple):
@@ -127,7 +139,7 @@ class Model(NamedTuple):
     """The networks of a checkpoint."""
 
     unet: UNet
-    vae: VAE
+    vae: VAE | TinyDecoder
     text: TextEncoder
     config: Config
 
@@ -138,10 +150,10 @@ def load_model(
     """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the
     VAE in float32.
 
-    Families: SD1.x, SDXL base, SSD-1B and what minilcm writes. SDXL's VAE overflows in float16,
-    hence float32. `vae_path`: a file whose VAE to take instead. One tensor at a time: the peak is
-    one model in `dtype`. Raises ValueError with one line: no such file, damaged, another family, a
-    part that is missing or does not fit.
+    SD1.x, SD2.x, SDXL, their relatives and what minilcm writes. SDXL's VAE overflows in float16,
+    hence float32. `vae_path`: a file whose VAE, or tiny decoder, to take instead. One tensor at a
+    time: the peak is one model in `dtype`. Raises ValueError with one line: no such file, damaged,
+    another family, a part that is missing or does not fit.
     """
     return load_checkpoint(open_checkpoint(path), dtype, vae_path)
 
@@ -151,17 +163,12 @@ def load_checkpoint(
 ) -> Model:
     """`load_model` for a checkpoint whose header has been read."""
     path, header, _, config = checkpoint
-    vae_path, vae_header = (
-        (path, header) if vae_path is None else (vae_path, read_header(vae_path)[0])
-    )
-    refuse_quantised(vae_path, vae_header)
     if narrow := [k for k, entry in header.items() if entry.dtype.startswith("F8")]:
         print(f"{path}: {len(narrow)} tensors are float8, less exact than the original weights")
-    unet, vae = build(UNet, config.unet, path), build(VAE, config.vae, path)
+    unet = build(UNet, config.unet, path)
+    vae_header = header if vae_path is None else read_header(vae_path)[0]
+    vae = load_vae(vae_path or path, vae_header, config)
     load_strict(unet, read_part(path, header, UNET, dtype), f"{path}: UNet")
-    if not part_of(vae_header, VAE_):
-        raise ValueError(f"{vae_path}: no VAE in the file; give one with --vae FILE")
-    load_strict(vae, read_part(vae_path, vae_header, VAE_, torch.float32), f"{vae_path}: VAE")
     if not part_of(header, CLIP_L):
         raise ValueError(f"{path}: no text encoder in the file; give the whole checkpoint")
     text = build(TextEncoder, config.text, path)
@@ -176,6 +183,23 @@ def load_checkpoint(
     return Model(unet, vae, text, config)
 
 
+def load_vae(path: Path, header: Header, config: Config) -> VAE | TinyDecoder:
+    """The VAE of a file, or the tiny decoder in it, in float32."""
+    refuse_quantised(path, header)
+    if keys := tiny_keys(header):
+        if len(config.vae.channels) != 4:
+            raise ValueError(f"{path}: a tiny decoder of SD or SDXL does not fit this model")
+        with torch.device("meta"):
+            vae = TinyDecoder()
+        load_strict(vae, read(path, keys, torch.float32), f"{path}: tiny decoder")
+        return vae
+    if not part_of(header, VAE_):
+        raise ValueError(f"{path}: no VAE in the file; give one with --vae FILE")
+    vae = build(VAE, config.vae, path)
+    load_strict(vae, read_part(path, header, VAE_, torch.float32), f"{path}: VAE")
+    return vae
+
+
 def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
     """The network without memory for its weights. Raises ValueError if its config, from the file,
     is impossible.
@@ -185,9 +209,7 @@ def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
             return cls(cfg)
     except (ValueError, RuntimeError, AssertionError, IndexError, ArithmeticError) as error:
         what = ascii(str(error)[:200])
-        raise ValueError(
-            f"{path}: minilcm.config describes a network that cannot be built ({what})"
-        ) from None
+        raise ValueError(f"{path}: a network of these sizes cannot be built ({what})") from None
 
 
 def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -219,7 +241,10 @@ def save_model(
     average.
     """
     parts = {UNET[0]: unet, VAE_[0]: vae.state_dict()}
-    parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
+    if config.text.open_clip:  # SD2 keeps its tower by open_clip's own names
+        parts[CLIP_L[3]] = text.tower.state_dict()
+    else:
+        parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
     if config.text.big:  # SDXL keeps its second tower by open_clip's own names
         parts[BIG_G[1]] = text.big.state_dict()
     tensors = {
@@ -227,4 +252,8 @@ def save_model(
         for prefix, state in parts.items()
         for key, value in state.items()
     }
+    if config.unet.v:  # by which other programs know it
+        tensors["v_pred"] = torch.empty(0)
+    if config.unet.zero_snr:
+        tensors["ztsnr"] = torch.empty(0)
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})

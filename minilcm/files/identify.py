@@ -4,14 +4,15 @@ alone.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import NamedTuple, get_args
 
-from ..model.text import TextConfig, sdxl_text
-from ..model.unet import UNetConfig, emoji, sd15, sdxl, ssd1b
+from ..model.text import TextConfig, sd2_text, sdxl_text
+from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
 from .names import official_key, vae_key
 from .safetensors_file import FLOATS, Header, read_header
@@ -23,6 +24,8 @@ CLIP_L = (
     "cond_stage_model.transformer.text_model.",
     "conditioner.embedders.0.transformer.text_model.",
     "cond_stage_model.transformer.",  # old merges
+    "cond_stage_model.model.",  # SD2's OpenCLIP-H, in CLIP-L's place
+    "conditioner.embedders.0.model.",
 )
 BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
 QUANTISED = re.compile(
@@ -31,7 +34,10 @@ QUANTISED = re.compile(
 NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
     r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
     r"|posterior_\w+|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*"
-    r"|embedding_manager\..*|global_step)"
+    r"|embedding_manager\..*|global_step|v_pred|ztsnr"
+    # of OpenCLIP-H, which SD2 reads up to its last layer but one
+    r"|.*\.attn_mask|(cond_stage_model|conditioner\.embedders\.0)\.model\."
+    r"(transformer\.resblocks\.23\..*|text_projection))"
 )
 
 
@@ -90,6 +96,10 @@ def sd15_config() -> Config:
     return Config(sd15(), VAEConfig(), TextConfig(), size=512, guidance=7.5)
 
 
+def sd2_config() -> Config:
+    return Config(sd2(), VAEConfig(), sd2_text(), size=512, guidance=7.5)
+
+
 def sdxl_config() -> Config:
     return Config(sdxl(), VAEConfig(scale=0.13025), sdxl_text(), size=1024, guidance=5.0)
 
@@ -99,19 +109,24 @@ def ssd1b_config() -> Config:
 
 
 class Family(NamedTuple):
-    """A known architecture: its name, its UNet, and the Config of its official checkpoints."""
+    """A UNet that has a name: by these the modules of LoRA files are looked up."""
 
     title: str
     unet: Callable[[], UNetConfig]
-    config: Callable[[], Config] | None = None  # None: the file has it in its metadata
+    config: Callable[[], Config] | None = None  # of official checkpoints, for train.py --plan
 
 
 FAMILIES = {
     "emoji": Family("the emoji model", emoji),
     "sd15": Family("SD1.x", sd15, sd15_config),
+    "sd2": Family("SD2.x", sd2, sd2_config),
     "ssd1b": Family("SSD-1B", ssd1b, ssd1b_config),
     "sdxl": Family("SDXL base", sdxl, sdxl_config),  # after SSD-1B, whose modules it all has, too
+    "vega": Family("Segmind Vega", vega),
+    "small-sd": Family("small-sd", small_sd),
+    "tiny-sd": Family("tiny-sd", tiny_sd),
 }
+SUPPORTED = "SD1.x, SD2.x, SDXL and what is distilled from them (SSD-1B, Vega, tiny-sd, ...)"
 
 
 def check_size(config: Config, size: int) -> None:
@@ -164,7 +179,29 @@ def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, t
                 name = vae_key(name, len(levels)) if VAE_[0] in prefixes else official_key(name)
                 if not NO_WEIGHT.fullmatch(k) and not NO_WEIGHT.fullmatch(name):
                     part[name] = k, entry.shape
-    return part
+    return without_gaps(part) if UNET[0] in prefixes else part
+
+
+def without_gaps(part: dict) -> dict:
+    """The same under LDM's numbers, if diffusers' script has numbered the blocks of a small UNet.
+
+    It counts three blocks a level where small-sd has two, puts the upsampler into the third, and
+    leaves the first level's transformers under their names in diffusers.
+    """
+    blocks, names, n, small = {}, {}, Counter(), False
+    for key in part:
+        name = re.sub(r"^up_blocks\.0\.attentions\.(\d)\.", r"output_blocks.\1.1.", key)
+        if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(.+)", name):
+            blocks.setdefault((match[1], int(match[2])), {})[match[3]] = key
+    for (side, i), keys in sorted(blocks.items()):
+        if all(re.fullmatch(r"\d\.conv\.\w+", k) for k in keys):  # the upsampler alone
+            place = 2 if any(k.startswith("1.") for k in blocks.get((side, i - 1), ())) else 1
+            keys = {f"{place}{k[1:]}": key for k, key in keys.items()}
+            n[side] -= 1
+            small = True
+        names |= {key: f"{side}_blocks.{n[side]}.{k}" for k, key in keys.items()}
+        n[side] += 1
+    return {names.get(key, key): value for key, value in part.items()} if small else part
 
 
 # ---- which model is it?
@@ -179,12 +216,13 @@ class Checkpoint(NamedTuple):
     config: Config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the header and identify the family. Raises ValueError with one line that says what the
-    file is instead.
+def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoint:
+    """Read the header and identify the family. `prediction`: "eps" or "v" whatever the file says.
+    Raises ValueError with one line that says what the file is instead.
     """
     header, metadata = read_header(path)
-    return Checkpoint(Path(path), header, metadata, identify_header(path, header, metadata))
+    config = identify_header(path, header, metadata, prediction)
+    return Checkpoint(Path(path), header, metadata, config)
 
 
 def identify(path: str | Path) -> Config:
@@ -198,8 +236,10 @@ def is_lora(header: Header) -> bool:
     return any(re.search(r"\.?lora[._]", key) for key in header)
 
 
-def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) -> Config:
-    """`identify` for a header that has been read; `path` is for messages."""
+def identify_header(
+    path: str | Path, header: Header, metadata: dict[str, str], prediction: str | None = None
+) -> Config:
+    """`open_checkpoint` for a header that has been read; `path` is for messages."""
     if lora := [
         k
         for k in header
@@ -212,65 +252,91 @@ def identify_header(path: str | Path, header: Header, metadata: dict[str, str]) 
         k: shape for k, (_, shape) in part_of(header, UNET).items()
     }  # names and shapes, no prefix
     if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:
-        raise ValueError(
-            f"{path}: {what_else(header)}; supported are SD1.x, SDXL base and SSD-1B single files"
-        )
-    if marks := [k for k in header if k in ("v_pred", "ztsnr", "edm_mean", "edm_std")]:
-        raise ValueError(
-            f"{path}: a v-prediction or EDM checkpoint (key {marks[0]}); LCM-LoRA expects epsilon"
-        )
+        raise ValueError(f"{path}: {what_else(header)}; supported are single files of {SUPPORTED}")
+    if marks := [k for k in header if k.startswith("edm_")]:
+        raise ValueError(f"{path}: an EDM checkpoint (key {min(marks)}); supported: {SUPPORTED}")
     if video := [k for k in unet if "time_stack" in k or "temporal" in k]:
-        raise ValueError(
-            f"{path}: detected a video UNet (key {video[0]}); supported: SD1.x, SDXL base, SSD-1B"
-        )
+        raise ValueError(f"{path}: detected a video UNet (key {video[0]}); supported: {SUPPORTED}")
     refuse_quantised(path, header)
     if "minilcm.config" in metadata:
         try:
             config = from_json(metadata["minilcm.config"])
             if count_blocks(config) > len(header):
                 raise ValueError("it describes a larger model than the file has tensors for")
-            return config
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             what = ascii(str(error)[:200])
             raise ValueError(f"{path}: minilcm.config is not of this version ({what})") from None
-    return config_of_shapes(path, unet)
+    else:
+        config = config_of_shapes(path, unet)
+    # keys as ComfyUI and NoobAI have them, metadata as kohya's and ComfyUI's
+    said = {metadata.get(f"modelspec.{key}") for key in ("prediction_type", "predict_key")}
+    v = config.unet.v or "v" in said or "v_pred" in header or "ztsnr" in header
+    if prediction is not None:
+        v = prediction == "v"
+    elif config.text.open_clip and not v and said == {None} and "minilcm.config" not in metadata:
+        print(f"{path}: SD2.x, taken to predict noise; give --prediction v for 768-v models")
+    zero_snr = v and (config.unet.zero_snr or "ztsnr" in header)
+    size = 768 if config.text.open_clip and v else config.size
+    return replace(config, unet=replace(config.unet, v=v, zero_snr=zero_snr), size=size)
 
 
 def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Config:
-    """The official family whose UNet has these shapes. Raises ValueError if there is none."""
+    """The Config of the official family that reads such a prompt, with the sizes of this UNet.
+    Raises ValueError if there is none.
+    """
     matrices = {k: s for k, s in unet.items() if len(s) > 1}
     width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
     context = next(
         (s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None
     )
     adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
-    i, depths = 1, []
-    while any(k.startswith(f"input_blocks.{i}.") for k in unet):
-        if f"input_blocks.{i}.0.in_layers.2.weight" in unet:
-            depths.append(depth(unet, f"input_blocks.{i}.1"))
-        i += 1
-    middle = depth(unet, "middle_block.1") if "middle_block.2.in_layers.2.weight" in unet else None
-    facts = width, channels, context, adm, tuple(depths), middle
-    for config in (family.config() for family in FAMILIES.values() if family.config):
+    w_dims = [matrices.get(k, (0, 0))[1] for k in unet if k.endswith("cond_proj.weight")]
+    for config in (sd15_config(), sd2_config(), sdxl_config()):
         u = config.unet
-        if facts == (
-            u.channels[0],
-            4,
-            u.context_dim,
-            u.adm,
-            tuple(d for level in u.down for d in level),
-            u.middle,
-        ):
-            w_keys = [k for k in unet if k.endswith("cond_proj.weight")]
-            if all(k in matrices for k in w_keys):
-                return (
-                    replace(config, unet=replace(u, w_dim=matrices[w_keys[0]][1]))
-                    if w_keys
-                    else config
-                )
-    raise ValueError(
-        f"{path}: detected {refused_family(*facts)}; supported: SD1.x, SDXL base, SSD-1B"
-    )
+        if (width, channels, context, adm) == (u.channels[0], 4, u.context_dim, u.adm):
+            if 0 not in w_dims:
+                sizes = replace(u, **sizes_of(path, matrices), w_dim=w_dims[0] if w_dims else None)
+                return replace(config, unet=sizes)
+    facts = f"an unknown UNet (width {width}, in {channels}, context {context}, adm {adm})"
+    inputs = {8: "a pix2pix UNet (8 input channels)", 9: "an inpainting UNet (9 input channels)"}
+    widths = {256: "the x4 upscaler", 384: "the SDXL refiner"}
+    what = widths.get(width) or inputs.get(channels) or facts
+    raise ValueError(f"{path}: detected {what}; supported: {SUPPORTED}")
+
+
+def sizes_of(path: str | Path, unet: dict[str, tuple[int, ...]]) -> dict:
+    """The widths and depths of a UNet: the fields of UNetConfig that distilled models change."""
+
+    def depth(block: str) -> int:
+        prefix = f"{block}.1.transformer_blocks."
+        return len({k.removeprefix(prefix).split(".")[0] for k in unet if k.startswith(prefix)})
+
+    def count(side: str) -> int:
+        return len({k.split(".")[1] for k in unet if k.startswith(side)})
+
+    channels: list[int] = []
+    down: list[tuple[int, ...]] = [()]
+    up: list[tuple[int, ...]] = [()]
+    for i in range(1, count("input_blocks.")):
+        block = f"input_blocks.{i}"
+        if f"{block}.0.op.weight" in unet:
+            down.append(())
+            continue
+        kernel = f"{block}.0.out_layers.3.weight"
+        if kernel not in unet:
+            raise ValueError(f"{path}: UNet: {kernel} is missing, or no kernel")
+        channels[len(down) - 1 :] = [unet[kernel][0]]
+        down[-1] += (depth(block),)
+    for i in range(count("output_blocks.")):
+        block = f"output_blocks.{i}"
+        up[-1] += (depth(block),)
+        if f"{block}.1.conv.weight" in unet or f"{block}.2.conv.weight" in unet:
+            up.append(())
+    if "middle_block.2.in_layers.2.weight" in unet:
+        middle = depth("middle_block")
+    else:
+        middle = None if "middle_block.0.in_layers.2.weight" in unet else 0
+    return dict(channels=tuple(channels), down=tuple(down), middle=middle, up=tuple(up))
 
 
 def refuse_quantised(path: str | Path, header: Header) -> None:
@@ -282,12 +348,6 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
             stored = header[file_key].dtype
             if stored not in FLOATS or QUANTISED.fullmatch(key):
                 raise ValueError(f"{path}: {file_key} is {stored}, quantised; dequantise it first")
-
-
-def depth(unet: dict, block: str) -> int:
-    """The number of transformer blocks below `block`."""
-    prefix = f"{block}.transformer_blocks."
-    return len({k.removeprefix(prefix).split(".")[0] for k in unet if k.startswith(prefix)})
 
 
 def what_else(header: Header) -> str:
@@ -307,27 +367,3 @@ def what_else(header: Header) -> str:
         if found := [k for k in header if mark in k]:
             return f"this is {what} (key {min(found)})"
     return f"not an LDM checkpoint (first key: {min(header, default='none')})"
-
-
-def refused_family(
-    width: int, channels: int, context: int | None, adm: int | None, depths: tuple, middle
-) -> str:
-    """The name of a UNet that is not supported, from its shapes."""
-    if width == 256:
-        return "the x4 upscaler"
-    if channels in (8, 9):
-        return (
-            f"{'an inpainting' if channels == 9 else 'a pix2pix'} UNet ({channels} input channels)"
-        )
-    if width == 384:
-        return "the SDXL refiner"
-    if context == 2048 and depths == (0, 0, 1, 1, 2, 2):
-        return "Segmind Vega"
-    if context == 2048 and depths[:2] == (0, 2):
-        return "KOALA"
-    if context == 1024 and depths == (1, 1, 1, 1, 1, 1, 0, 0):
-        return "SD2.x"
-    if context in (768, 1024) and depths != (1, 1, 1, 1, 1, 1, 0, 0):
-        return "a distilled small SD (BK-SDM, SDXS or the like)"
-    shapes = f"width {width}, in {channels}, context {context}, adm {adm}"
-    return f"an unknown UNet ({shapes}, depths {depths}, middle {middle})"

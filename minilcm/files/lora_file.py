@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..lora import Tau
 from ..merge import check_fit, no_kernel, with_kernel
-from ..model.unet import sdxl, ssd1b
+from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
 from .lora_keys import Module, by_module
 from .names import (
@@ -238,14 +238,14 @@ def write_tau(
     under `minilcm.*`, and what is `kept` of other files beside it.
 
     style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1
-    for SD1.x, G2 for SDXL, because A1111 ignores one of SDXL's modules in G1. lora_alpha is rounded
-    to `dtype` in kohya's styles. Raises ValueError for a module that `read_tau` would refuse, or a
-    value too large for `dtype`.
+    for SD1.x; G2 for SDXL, because A1111 ignores one of SDXL's modules in G1, and for small-sd and
+    tiny-sd, whose names in G1 can be SD1.x's. lora_alpha is rounded to `dtype` in kohya's styles.
+    Raises ValueError for a module that `read_tau` would refuse, or a value too large for `dtype`.
     """
     family = family_of(tau)
-    cfg, is_xl = family.unet(), family.unet in (sdxl, ssd1b)
-    table = module_table(family.unet)
-    style = style or ("ldm" if is_xl else "diffusers")
+    cfg, table = family.unet(), module_table(family.unet)
+    is_xl = cfg.adm is not None
+    style = style or ("ldm" if is_xl or family.unet in (small_sd, tiny_sd) else "diffusers")
     tensors, settings = {}, {}
     for target, (up, down, lora_alpha) in tau.items():
         if target in text_paths():
@@ -293,18 +293,17 @@ def lora_metadata(
         "ss_network_module": "networks.lora",
         "ss_network_dim": ",".join(map(str, ranks)),
         "ss_network_alpha": ",".join(f"{a:g}" for a in alphas),
-        "ss_v2": "False",
+        "ss_v2": str(family.unet().context_dim == 1024),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.date": date.today().isoformat(),
     }
-    sdxl_names = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"
-    base = {
-        "SD1.x": ("sd_v1", "stable-diffusion-v1/lora"),
-        "SSD-1B": sdxl_names,
-        "SDXL base": sdxl_names,
-    }
-    if family.title in base:
-        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base[family.title]
+    base = {  # by the width of the prompt
+        768: ("sd_v1", "stable-diffusion-v1/lora"),
+        1024: ("sd_v2", "stable-diffusion-v2-512/lora"),
+        2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    }.get(family.unet().context_dim)
+    if base:
+        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base
     if settings:  # PEFT: one rank and lora_alpha for a network, patterns for modules that differ
         raw = {}
         for name, modules in settings.items():

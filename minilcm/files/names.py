@@ -71,6 +71,7 @@ def split_parts(tau: Tau) -> tuple[Tau, Tau]:
     return {path: parts for path, parts in tau.items() if path not in text}, text
 
 
+@cache
 def block_names(cfg: UNetConfig) -> dict[str, str]:
     """{LDM block: diffusers block}, in running order. LDM numbers all blocks in one series,
     diffusers by level.

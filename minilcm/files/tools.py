@@ -165,15 +165,18 @@ def lora_info(tau: Tau, recipe: dict[str, str]) -> None:
 
 def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> None:
     config = identify_header(path, header, metadata)
-    lcm = ", full LCM: it takes w" if config.unet.w_dim else ""
-    base = replace(config.unet, w_dim=None)
+    more = ", full LCM: it takes w" if config.unet.w_dim else ""
+    more += ", predicts v" if config.unet.v else ""
+    more += ", zero terminal SNR" if config.unet.zero_snr else ""
+    base = replace(config.unet, w_dim=None, v=False, zero_snr=False)
     title = next(
         (family.title for family in FAMILIES.values() if family.unet() == base),
-        "a model by minilcm",
+        "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes",
     )
-    print(f"  checkpoint: {title}, native {config.size}x{config.size}{lcm}")
+    print(f"  checkpoint: {title}, native {config.size}x{config.size}{more}")
     extra = set(header)
-    for part, prefixes in (("UNet", UNET), ("VAE", VAE_), ("CLIP-L", CLIP_L), ("bigG", BIG_G)):
+    first = "OpenCLIP-H" if config.text.open_clip else "CLIP-L"
+    for part, prefixes in (("UNet", UNET), ("VAE", VAE_), (first, CLIP_L), ("bigG", BIG_G)):
         if found := part_of(header, prefixes):
             extra -= {key for key, _ in found.values()}
             print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")

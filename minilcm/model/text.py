@@ -82,6 +82,7 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    open_clip: bool = False  # OpenCLIP's tower: GELU for QuickGELU, padded with 0 for EOS
     big: tuple[int, int, int] | None = (
         None  # (width, layers, heads) of SDXL's second tower, OpenCLIP bigG
     )
@@ -89,6 +90,11 @@ class TextConfig:
 
 def sdxl_text() -> TextConfig:
     return TextConfig(big=(1280, 32, 20))
+
+
+def sd2_text() -> TextConfig:
+    """OpenCLIP-H, 23 of its 24 layers: SD2 reads the penultimate."""
+    return TextConfig(width=1024, layers=23, heads=16, open_clip=True)
 
 
 @cache
@@ -120,6 +126,7 @@ class TextEncoder(nn.Module):
     """CLIP-L's text tower, and in SDXL OpenCLIP bigG's beside it.
 
     SD1.x: context = the last layer after the final norm, (b, 77, 768); null is the prompt "".
+    SD2.x: the same with OpenCLIP-H in CLIP-L's place, up to its penultimate layer, (b, 77, 1024).
     SDXL (2307.01952 section 2.1): context = both towers' penultimate layer, no final norm,
     (b, 77, 768 + 1280); vector = bigG's pooled text (1280) and six size ids, 256 sinusoids each,
     (b, 2816); null is zeros for text.
@@ -139,7 +146,7 @@ class TextEncoder(nn.Module):
             cfg.layers,
             output_dim=None,
             proj_type="none",
-            act_layer=QuickGELU,
+            act_layer=nn.GELU if cfg.open_clip else QuickGELU,
         )
         self.tower.attn_mask = (
             None  # built in `hidden`, so that a tower made on meta needs only its weights
@@ -152,15 +159,17 @@ class TextEncoder(nn.Module):
             self.big.attn_mask = None
         self.cut: set[str] = set()  # prompts reported as too long
 
-    def tokenize(self, prompts: list[str], pad: int = EOS) -> Tensor:
-        """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (EOS for CLIP-L, 0 for bigG).
+    def tokenize(self, prompts: list[str], pad: int | None = None) -> Tensor:
+        """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (the first tower's; 0 for bigG).
 
         Longer prompts are cut, and one printed line says what is ignored.
         """
+        pad_first = 0 if self.cfg.open_clip else EOS
+        pad = pad_first if pad is None else pad
         rows = []
         for prompt in prompts:
             tokens = byte_pairs(prompt)
-            if len(tokens) > N_TOKENS - 2 and pad == EOS and prompt not in self.cut:
+            if len(tokens) > N_TOKENS - 2 and pad == pad_first and prompt not in self.cut:
                 self.cut.add(prompt)
                 ignored = self.tokenizer.decode(tokens[N_TOKENS - 2 :])
                 print(f"prompt cut after 75 tokens; ignored: {ignored!r}")
@@ -169,7 +178,7 @@ class TextEncoder(nn.Module):
         return torch.tensor(rows)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """CLIP-L's token ids (b, n) -> context of SD1.x (b, n, width)."""
+        """Token ids (b, n) of the first tower -> context of SD1.x and SD2.x (b, n, width)."""
         return self.tower.ln_final(hidden(self.tower, ids)[0])
 
     @torch.no_grad()

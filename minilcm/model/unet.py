@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNet eps_theta(z_t, t, c), all families, under the official LDM key names.
+"""Stable Diffusion's UNet, eps_theta or v_theta(z_t, t, c), all families, official LDM key names.
 
                     SD1.5                                 SDXL (SSD-1B without the starred)
 time_embed          t -> 320 -> 1280                      the same
@@ -17,7 +17,7 @@ output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, Upsample (last)
 out                 GroupNorm .0, SiLU .1, conv .2        the same
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class UNetConfig:
 
     channels: tuple[int, ...]  # width of each level
     down: tuple[tuple[int, ...], ...]  # depths on the way down, one tuple a level
-    middle: int | None  # depth in the middle; None: a single ResBlock there (SSD-1B)
+    middle: int | None  # depth in the middle; None: a lone ResBlock (SSD-1B); 0: nothing (tiny-sd)
     up: tuple[tuple[int, ...], ...]  # depths on the way up, lowest resolution first
     context_dim: int
     heads: int | None = None  # the same number of heads everywhere (SD1.x), or ...
@@ -64,6 +64,8 @@ class UNetConfig:
     adm: int | None = None  # length of Cond.vector
     w_dim: int | None = None  # width of the guidance embedding, which only a full LCM has
     groups: int = 32  # of GroupNorm
+    v: bool = False  # the output is v = alpha eps - sigma z0, not eps_hat
+    zero_snr: bool = False  # trained with zero terminal SNR: at t = 999 z_t is pure noise
 
 
 def sd15() -> UNetConfig:
@@ -75,6 +77,20 @@ def sd15() -> UNetConfig:
         context_dim=768,
         heads=8,
     )
+
+
+def sd2() -> UNetConfig:
+    return replace(sd15(), context_dim=1024, heads=None, head_dim=64, linear=True)
+
+
+def small_sd() -> UNetConfig:
+    """BK-SDM (2305.15798): a ResBlock fewer at each level."""
+    return replace(sd15(), down=((1,), (1,), (1,), (0,)), up=((0, 0), (1, 1), (1, 1), (1, 1)))
+
+
+def tiny_sd() -> UNetConfig:
+    """BK-SDM without its lowest level and middle."""
+    return replace(sd15(), channels=(320, 640, 1280), down=((1,),) * 3, middle=0, up=((1, 1),) * 3)
 
 
 def sdxl() -> UNetConfig:
@@ -91,16 +107,16 @@ def sdxl() -> UNetConfig:
 
 
 def ssd1b() -> UNetConfig:
-    return UNetConfig(
-        channels=(320, 640, 1280),
+    return replace(
+        sdxl(),
         down=((0, 0), (2, 2), (4, 4)),
         middle=None,
         up=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
-        context_dim=2048,
-        head_dim=64,
-        linear=True,
-        adm=2816,
     )
+
+
+def vega() -> UNetConfig:
+    return replace(ssd1b(), down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0)))
 
 
 def emoji() -> UNetConfig:
@@ -182,8 +198,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block(Downsample(c)))
                 skips.append(c)
 
-        self.middle_block = Block(res(c, c))
-        if cfg.middle is not None:
+        self.middle_block = Block() if cfg.middle == 0 else Block(res(c, c))
+        if cfg.middle:
             self.middle_block.extend([*transformer(c, cfg.middle), res(c, c)])
 
         self.output_blocks = nn.ModuleList()
@@ -203,7 +219,8 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat (b, 4, h, w), float32, from z_t of that shape, t an int or (b,), cond of b rows.
+        """eps_hat, or v, (b, 4, h, w), float32, from z_t of that shape, t an int or (b,), cond.
+
 
         w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
         none.

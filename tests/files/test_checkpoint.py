@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from functools import cache
 
 import pytest
@@ -18,22 +19,39 @@ from minilcm.files.checkpoint import load_model, places, save_model
 from minilcm.files.identify import (
     from_json,
     identify,
+    open_checkpoint,
+    sd2_config,
     sd15_config,
     sdxl_config,
     ssd1b_config,
     to_json,
 )
 from minilcm.files.lora_file import write_tau
-from minilcm.files.names import vae_key
-from minilcm.files.safetensors_file import read_tensors
+from minilcm.files.names import to_diffusers_path, vae_key
+from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.files.tools import info
-from minilcm.model.text import open_clip_to_clip_l
-from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
+from minilcm.model.text import TextConfig, lora_weights, open_clip_to_clip_l
+from minilcm.model.tiny_vae import TinyDecoder
+from minilcm.model.unet import (
+    UNet,
+    UNetConfig,
+    emoji,
+    sd2,
+    sd15,
+    sdxl,
+    small_sd,
+    ssd1b,
+    tiny_sd,
+    vega,
+)
 from minilcm.run.state import load_state, save_state, state_tensors
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."
+
+
+SD2 = dataclasses.replace(CONFIG, text=TextConfig(32, 23, 2, open_clip=True), names=())
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +79,9 @@ def error_of(path, tensors=None, metadata=None) -> str:
 # ---- families
 
 
-def header_file(path, shapes: dict[str, list[int]], dtype: str = "F16"):
+def header_file(path, shapes: dict[str, list[int]], dtype: str = "F16", metadata: dict = {}):
     """A safetensors file with these keys and zeros for data, which take no room on disk."""
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata}, 0
     for key, shape in shapes.items():
         begin, end = end, end + safefile.BYTES[dtype] * math.prod(shape)
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
@@ -122,25 +140,75 @@ def with_shape(shapes: dict, key: str, axis: int, size: int) -> dict:
     }
 
 
-def vega() -> UNetConfig:
-    return dataclasses.replace(
-        ssd1b(), down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0))
-    )
-
-
 def koala() -> UNetConfig:
     return dataclasses.replace(
         sdxl(), down=((0,), (2,), (6,)), middle=6, up=((6, 6), (2, 2), (0, 0))
     )
 
 
-def tiny_sd() -> UNetConfig:
+def koala_700m() -> UNetConfig:
     return dataclasses.replace(
-        sd15(), channels=(320, 640, 1280), down=((1,), (1,), (1,)), up=((1, 1),) * 3
+        koala(), down=((0,), (2,), (5,)), middle=0, up=((5, 5), (2, 2), (0, 0))
     )
 
 
+@pytest.mark.parametrize("make", [sd15, small_sd, tiny_sd, sdxl, ssd1b, vega, koala, koala_700m])
+def test_sizes_are_read_from_the_shapes(tmp_path, make):
+    """The sizes that distilled models change, from a file of their full size that holds no data."""
+    config = identify(header_file(tmp_path / "model.safetensors", unet_keys(make())))
+    family = sdxl_config() if make().adm else sd15_config()
+    assert config == dataclasses.replace(family, unet=make())
+
+
+@pytest.mark.parametrize(
+    "make, count", [(small_sd, 579_384_964), (tiny_sd, 323_384_964), (vega, 745_225_604)]
+)
+def test_published_numbers_of_parameters(make, count):
+    """579 M and 323 M by Segmind's announcement, 745 M by the card of Segmind-Vega."""
+    assert sum(math.prod(shape) for shape in unet_keys(make()).values()) == count
+
+
+def by_diffusers_script(key: str, cfg: UNetConfig) -> str:
+    """The key of a small UNet in a file that convert_diffusers_to_original_stable_diffusion.py has
+    written: 3 i + j for block j of level i, whether there are so many or not, and no map for
+    transformers in up_blocks.0.
+    """
+    path, leaf = key.removeprefix(UNET).rsplit(".", 1)
+    names = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", to_diffusers_path(path, cfg))
+    if names is None:
+        return key
+    side, i, kind, j, rest = names.groups()
+    i, j = int(i), int(j)
+    if kind in ("resnets", "attentions"):
+        if (side, kind, i) == ("up", "attentions", 0):
+            return f"{UNET}up_blocks.0.attentions.{j}.{rest}.{leaf}"
+        block = f"input_blocks.{3 * i + j + 1}" if side == "down" else f"output_blocks.{3 * i + j}"
+        rest = path.split(".", 3)[3] if kind == "resnets" else rest
+        return f"{UNET}{block}.{int(kind == 'attentions')}.{rest}.{leaf}"
+    if side == "down":
+        return f"{UNET}input_blocks.{3 * (i + 1)}.0.op.{leaf}"
+    return f"{UNET}output_blocks.{3 * i + 2}.{1 if i == 0 else 2}.conv.{leaf}"
+
+
+@pytest.mark.parametrize("make", [small_sd, tiny_sd])
+def test_gaps_in_the_numbers_of_small_unets(tmp_path, make):
+    """Files by diffusers' script are read under LDM's numbers, each weight at its place."""
+    theirs = {by_diffusers_script(k, make()): k for k in unet_keys(make())}
+    assert len(theirs) == len(unet_keys(make())) and theirs.keys() != unet_keys(make()).keys()
+    shapes = {k: unet_keys(make())[ours] for k, ours in theirs.items()}
+    path = header_file(tmp_path / "model.safetensors", shapes)
+    assert identify(path).unet == make()
+    where = {
+        place.key: f"{UNET}{path}.weight" for path, place in places(read_header(path)[0]).items()
+    }
+    assert where == {k: ours for k, ours in theirs.items() if len(shapes[k]) > 1}
+
+
 FOREIGN = [
+    (
+        lambda: unet_keys(dataclasses.replace(sd2(), adm=2048)),
+        "an unknown UNet (width 320, in 4, context 1024, adm 2048)",
+    ),
     (
         lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 1, 9),
         "an inpainting UNet (9 input channels)",
@@ -149,21 +217,16 @@ FOREIGN = [
         lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 1, 8),
         "a pix2pix UNet (8 input channels)",
     ),
-    (lambda: with_shape(unet_keys(sd15()), "attn2.to_k.weight", 1, 1024), "SD2.x"),
     (lambda: with_shape(unet_keys(sdxl()), "input_blocks.0.0.weight", 0, 384), "the SDXL refiner"),
     (lambda: with_shape(unet_keys(sd15()), "input_blocks.0.0.weight", 0, 256), "the x4 upscaler"),
-    (lambda: unet_keys(vega()), "Segmind Vega"),
-    (lambda: unet_keys(koala()), "KOALA"),
-    (lambda: unet_keys(tiny_sd()), "a distilled small SD"),
     (
         lambda: with_shape(unet_keys(sdxl()), "attn2.to_k.weight", 1, 4096),
         "an unknown UNet (width 320, in 4, con",
     ),
-    (lambda: unet_keys(sdxl()) | {"v_pred": []}, "v-prediction or EDM checkpoint (key v_pred)"),
-    (lambda: unet_keys(sdxl()) | {"ztsnr": []}, "v-prediction or EDM checkpoint (key ztsnr)"),
+    (lambda: unet_keys(sdxl()) | {"edm_mean": [4]}, "an EDM checkpoint (key edm_mean)"),
     (
-        lambda: unet_keys(sdxl()) | {"edm_mean": [4]},
-        "v-prediction or EDM checkpoint (key edm_mean)",
+        lambda: unet_keys(sdxl()) | {"edm_vpred.sigma_max": []},
+        "an EDM checkpoint (key edm_vpred.sigma_max)",
     ),
     (
         lambda: unet_keys(sd15()) | {UNET + "input_blocks.1.1.time_stack.0.weight": [1]},
@@ -196,6 +259,41 @@ def test_other_files_are_named(tmp_path, keys, message):
         identify(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert message in str(caught.value)
+
+
+# ---- what the network predicts
+
+
+@pytest.mark.parametrize(
+    "marks, metadata, v, zero_snr",
+    [
+        ((), {}, False, False),
+        (("v_pred",), {}, True, False),
+        (("v_pred", "ztsnr"), {}, True, True),  # NoobAI-XL
+        (("ztsnr",), {}, True, True),  # noise alone tells nothing to a network that predicts noise
+        ((), {"modelspec.prediction_type": "v"}, True, False),  # kohya
+        ((), {"modelspec.predict_key": "v"}, True, False),  # ComfyUI
+        ((), {"modelspec.prediction_type": "epsilon"}, False, False),
+    ],
+)
+def test_files_that_predict_v(tmp_path, marks, metadata, v, zero_snr):
+    """By keys or metadata; --prediction overrules both."""
+    path, keys = tmp_path / "model.safetensors", dict.fromkeys(marks, [0])
+    header_file(path, unet_keys(ssd1b()) | keys, metadata=metadata)
+    says = ssd1b_config().unet
+    assert identify(path).unet == dataclasses.replace(says, v=v, zero_snr=zero_snr)
+    assert open_checkpoint(path, "eps").config.unet == says
+    by_flag = dataclasses.replace(says, v=True, zero_snr=zero_snr)
+    assert open_checkpoint(path, "v").config.unet == by_flag
+
+
+def test_a_model_that_predicts_v_is_saved_as_one(tmp_path, capsys):
+    """With the keys by which other programs know it, which loading takes as used."""
+    unet = dataclasses.replace(CONFIG.unet, v=True, zero_snr=True)
+    config = dataclasses.replace(CONFIG, unet=unet)
+    path = write_model(tmp_path / "v.safetensors", config=config)
+    assert {"v_pred", "ztsnr"} <= read_header(path)[0].keys()
+    assert load_model(path).config == config and capsys.readouterr().out == ""
 
 
 # ---- variations in the wild
@@ -246,6 +344,43 @@ def test_a_vae_of_its_own(tmp_path, contents):
         )
         vae = load_model(tmp_path / "no.safetensors", vae_path=tmp_path / "vae.safetensors")[1]
         assert all(torch.equal(value, other[key]) for key, value in vae.state_dict().items())
+
+
+def test_a_tiny_decoder(tmp_path, contents, model):
+    """TAESD in its own names, in diffusers' and with a prefix; an encoder, a decoder of other
+    latents and a model of another factor are refused in one line.
+    """
+    config = dataclasses.replace(CONFIG, vae=dataclasses.replace(CONFIG.vae, channels=(16,) * 4))
+    metadata, path = {"minilcm.config": to_json(config)}, tmp_path / "f8.safetensors"
+    save_file({k: v for k, v in contents[0].items() if not k.startswith(VAE)}, path, metadata)
+    own = {k: torch.full_like(v, 0.01) for k, v in TinyDecoder().state_dict().items()}
+
+    def in_diffusers(key: str) -> str:
+        number, rest = key.split(".", 1)
+        return f"decoder.layers.{int(number) - 1}.{rest}"
+
+    encoder = {"encoder.layers.0.weight": torch.zeros(64, 3, 3, 3)}
+    spellings = own, {in_diffusers(k): v for k, v in own.items()} | encoder
+    for tensors in (*spellings, {f"taesd_decoder.{k}": v for k, v in own.items()}):
+        save_file(tensors, tmp_path / "taesd.safetensors")
+        vae = load_model(path, vae_path=tmp_path / "taesd.safetensors").vae
+        assert isinstance(vae, TinyDecoder) and not any(p.is_meta for p in vae.parameters())
+        assert all(torch.equal(value, own[key]) for key, value in vae.state_dict().items())
+    with pytest.raises(ValueError, match="taesd.safetensors: a tiny decoder of SD or SDXL"):
+        load_model(model, vae_path=tmp_path / "taesd.safetensors")
+    taesd3 = own | {"1.weight": torch.zeros(64, 16, 3, 3)}
+    its_encoder = {
+        "0.weight": encoder["encoder.layers.0.weight"],
+        "3.conv.0.weight": own["7.weight"],
+    }
+    for tensors, line in (
+        (taesd3, r"tiny decoder: 1.weight is \(64, 16, 3, 3\), not \(64, 4, 3, 3\)"),
+        (its_encoder, "no VAE in the file"),
+        (own | {"19.bias": torch.full((3,), torch.nan)}, "19.bias has values that are not finite"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=f"other.safetensors: {line}"):
+            load_model(path, vae_path=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +467,64 @@ def test_two_text_towers_round_trip(tmp_path):
     again, metadata_again = read_tensors(tmp_path / "again.safetensors")
     assert metadata == metadata_again and tensors.keys() == again.keys()
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+def test_sd2_layout(tmp_path, capsys):
+    """OpenCLIP-H under cond_stage_model.model., also as sgm has it; what SD2 does not read of it,
+    its 24th layer and projection, needs no line; saved again the file is the same.
+    """
+    path = write_model(tmp_path / "sd2.safetensors", config=SD2)
+    tensors, metadata = read_tensors(path)
+    tower = "cond_stage_model.model."
+    ours = {k.removeprefix(tower): x for k, x in tensors.items() if k.startswith(tower)}
+    expected = tiny_text(0, SD2.text).tower.state_dict()
+    assert ours.keys() == expected.keys()
+    assert {k for k in tensors if not k.startswith((UNET, VAE, tower))} == set()
+    last = {k.replace(".22.", ".23."): x.clone() for k, x in ours.items() if ".22." in k}
+    last |= {"text_projection": torch.ones(32, 32), "logit_scale": torch.ones(())}
+    last |= {"attn_mask": torch.ones(77, 77)}
+    others = {k: x for k, x in tensors.items() if not k.startswith(tower)}
+    for prefix in (tower, "conditioner.embedders.0.model."):
+        more = {prefix + k: x.contiguous() for k, x in (ours | last).items()}
+        save_file(others | more, tmp_path / "other.safetensors", metadata)
+        unet, vae, text, config = load_model(tmp_path / "other.safetensors")
+        state = text.tower.state_dict()
+        assert all(torch.equal(state[k], expected[k].half().float()) for k in expected)
+        assert config == SD2 and capsys.readouterr().out == ""
+    save_model(tmp_path / "again.safetensors", unet.state_dict(), vae, text, config)
+    again, _ = read_tensors(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k], tensors[k]) for k in tensors)
+
+
+def test_sd2_by_its_header(tmp_path, capsys):
+    """512 pixels and noise, or 768 and v: by --prediction, since a file of SD2.x does not tell; a
+    line says so unless the metadata does.
+    """
+    path = header_file(tmp_path / "sd2.safetensors", unet_keys(sd2()))
+    assert identify(path) == sd2_config()
+    assert "SD2.x, taken to predict noise; give --prediction v" in capsys.readouterr().out
+    by_v = dataclasses.replace(sd2_config(), size=768, unet=dataclasses.replace(sd2(), v=True))
+    assert open_checkpoint(path, "v").config == by_v
+    assert open_checkpoint(path, "eps").config == sd2_config()
+    for word, config in (("v", by_v), ("epsilon", sd2_config())):
+        said = {"modelspec.prediction_type": word}
+        assert identify(header_file(path, unet_keys(sd2()), metadata=said)) == config
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("config, count", [("SD2", 23 * 6), ("TWO_TOWERS", 2 * 6 + 1)])
+def test_where_a_lora_finds_the_weights_of_text_towers(tmp_path, config, count):
+    """Every weight that a LoRA may change while drawing is found in the file, the same numbers: in
+    Hugging Face's names for CLIP-L, in open_clip's for OpenCLIP-H and bigG.
+    """
+    path = write_model(tmp_path / "model.safetensors", config=globals()[config])
+    where, tensors = places(read_header(path)[0]), read_tensors(path)[0]
+    weights = lora_weights(load_model(path).text)
+    assert len(weights) == count
+    for key, weight in weights.items():
+        place = where[key.removesuffix(".weight")]
+        assert torch.equal(place.view(tensors[place.key].float()), weight)
 
 
 BIG_G = "conditioner.embedders.1.model."
@@ -428,7 +621,9 @@ def test_big_g_in_hugging_faces_layout(tmp_path, two_towers):
 
 VAE_KEYS = {  # diffusers' AutoencoderKL -> the official key; 4 levels
     "encoder.down_blocks.0.resnets.1.conv1.weight": "encoder.down.0.block.1.conv1.weight",
-    "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": "encoder.down.1.block.0.nin_shortcut.bias",
+    "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": (
+        "encoder.down.1.block.0.nin_shortcut.bias"
+    ),
     "encoder.down_blocks.2.downsamplers.0.conv.weight": "encoder.down.2.downsample.conv.weight",
     "decoder.up_blocks.0.resnets.2.norm2.weight": "decoder.up.3.block.2.norm2.weight",
     "decoder.up_blocks.2.upsamplers.0.conv.bias": "decoder.up.1.upsample.conv.bias",
@@ -494,7 +689,7 @@ def test_dtype_of_the_weights(model):
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", [emoji, sd15, sdxl, ssd1b])
+@pytest.mark.parametrize("family", [emoji, sd15, sd2, sdxl, ssd1b])
 def test_config_round_trip(model, family):
     """A config comes back equal, tuples as tuples and None as None, from JSON and from a file."""
     config = dataclasses.replace(CONFIG, unet=family())
@@ -568,9 +763,8 @@ def test_keys_outside_the_three_parts(tmp_path, contents, capsys):
 def test_no_config_and_a_config_of_another_version(tmp_path, contents):
     """Others' checkpoints have no minilcm.config; a damaged or newer one is refused in one line."""
     tensors, path = contents[0], tmp_path / "bad.safetensors"
-    assert (
-        "detected an unknown UNet (width 32, in 4, context 32, adm None, depths (0, 0, 1)"
-        in error_of(path, tensors, {"format": "pt"})
+    assert "detected an unknown UNet (width 32, in 4, context 32, adm None)" in error_of(
+        path, tensors, {"format": "pt"}
     )
     config = json.loads(contents[1]["minilcm.config"])
     newer = config | {"unet": config["unet"] | {"flash": True}}

@@ -16,11 +16,11 @@ from minilcm.files import safetensors_file as safefile
 from minilcm.files.lora_file import read_recipe, read_tau, write_tau
 from minilcm.files.lora_keys import split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
-from minilcm.lora import Tau, target_paths
+from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
 from minilcm.merge import combine, delta, distance
-from minilcm.model.unet import UNet, emoji, sd15, sdxl, ssd1b
+from minilcm.model.unet import UNet, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 
-FAMILIES = (emoji, sd15, ssd1b, sdxl)
+FAMILIES = (emoji, sd15, sd2, ssd1b, sdxl, vega, small_sd, tiny_sd)
 FLAT = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
@@ -128,6 +128,23 @@ def test_recipe_is_in_the_header(tmp_path):
     _, metadata = safefile.read_tensors(tmp_path / "lora.safetensors")
     assert metadata["minilcm.w"] == "7.5" and metadata["ss_network_dim"] == "1,2,3,4"
     assert metadata["ss_network_alpha"] == "1.3,2.3,3.3,4.3"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [TARGETS, ATTENTION])
+def test_round_trip_of_every_family(tmp_path, family, targets):
+    """Also where diffusers' names of one family are all among another's, as small-sd's attention
+    is among SD1.x's.
+    """
+    with torch.device("meta"):
+        unet = UNet(family())
+    tau = {}
+    for path in target_paths(unet, targets):
+        out, *fan_in = unet.get_submodule(path).weight.shape
+        up = torch.zeros(out, 1, *[1] * (len(fan_in) - 1))
+        tau[path] = up, torch.zeros(1, *fan_in), 1.0
+    write_tau(tmp_path / "lora.safetensors", tau, {})
+    assert same(read_tau(tmp_path / "lora.safetensors"), tau)
 
 
 # ---- names

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
-from test_checkpoint import TEXT, UNET, VAE, koala, tiny_sd, unet_keys, vega, with_shape
+from test_checkpoint import TEXT, UNET, VAE, unet_keys, with_shape
 from tiny import CONFIG, write_model
 from torch import Tensor
 
-from minilcm.files.identify import to_json
+from minilcm.files.identify import SUPPORTED, to_json
 from minilcm.lora import target_paths
 from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
@@ -37,7 +38,7 @@ REFUSALS = {
     "R5": "inpainting, pix2pix, video",
     "R6": "unknown structure",
     "R7": "missing weights",
-    "R8": "v-prediction and EDM",
+    "R8": "EDM",
     "R9": "wrong shape",
     "R10": "diffusers' layout",  # R11, a full LCM, is none here: minilcm runs it
     "R12": "LoRA of another family",
@@ -463,10 +464,6 @@ def other_families() -> dict[str, Case]:
 # ---- checkpoints of others, by their keys and shapes
 
 
-def sd2() -> UNetConfig:
-    return dataclasses.replace(sd15(), context_dim=1024, linear=True, heads=None, head_dim=64)
-
-
 def refiner() -> UNetConfig:
     down, up = ((0, 0), (4, 4), (4, 4), (0, 0)), ((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0))
     return UNetConfig(
@@ -479,34 +476,20 @@ def upscaler() -> UNetConfig:
     return UNetConfig((256, 512, 512, 1024), down, 1, up, context_dim=1024, heads=8, linear=True)
 
 
-def koala_700m() -> Shapes:
-    config = dataclasses.replace(
-        koala(), down=((0,), (2,), (5,)), middle=None, up=((5, 5), (2, 2), (0, 0))
-    )
-    return {k: shape for k, shape in unet_keys(config).items() if "middle_block" not in k}
-
-
 def channels(config: UNetConfig, n: int) -> Shapes:
     return with_shape(unet_keys(config), "input_blocks.0.0.weight", 1, n)
 
 
 def foreign_checkpoints() -> dict[str, Case]:
-    ours = "; supported: SD1.x, SDXL base, SSD-1B"
-    theirs = "; supported are SD1.x, SDXL base and SSD-1B single files"
+    ours, theirs = (
+        f"; supported: {re.escape(SUPPORTED)}",
+        f"; supported are single files of {re.escape(SUPPORTED)}",
+    )
     first, cond_proj = UNET + "input_blocks.0.0.weight", UNET + "time_embedding.cond_proj.weight"
     video = UNET + "input_blocks.1.1.time_stack.0.ff.net.2.weight"
-    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816, "
-    facts += r"depths \(0, 0, 2, 2, 10, 10\), middle 10\)"
+    facts = r"an unknown UNet \(width 320, in 4, context 4096, adm 2816\)"
     unets = {
-        "R4 SD2": (lambda: unet_keys(sd2()), "SD2.x"),
         "R4 SDXL refiner": (lambda: unet_keys(refiner()), "the SDXL refiner"),
-        "R4 Segmind Vega": (lambda: unet_keys(vega()), "Segmind Vega"),
-        "R4 KOALA 1B": (lambda: unet_keys(koala()), "KOALA"),
-        "R4 KOALA 700M": (koala_700m, "KOALA"),
-        "R4 BK-SDM": (
-            lambda: unet_keys(tiny_sd()),
-            r"a distilled small SD \(BK-SDM, SDXS or the like\)",
-        ),
         "R4 x4 upscaler": (lambda: channels(upscaler(), 7), "the x4 upscaler"),
         "R5 SD1 inpainting": (
             lambda: channels(sd15(), 9),
@@ -569,13 +552,21 @@ def foreign_checkpoints() -> dict[str, Case]:
     for name, key in (("a GAN", "model.0.weight"), ("ControlNet", "control_model.out.0.weight")):
         line = rf"not an LDM checkpoint \(first key: {key}\)"
         out[f"R6 {name}"] = case("model", partial(dict, {key: [1]}), line, theirs)
+    kernel = UNET + "input_blocks.4.0.out_layers.3.weight"
+    for name, change in (("missing", {}), ("without axes", {kernel: []})):
+        keys = {k: s for k, s in unet_keys(sd15()).items() if k != kernel} | change
+        line = r"UNet: input_blocks\.4\.0\.out_layers\.3\.weight is missing, or no kernel"
+        out[f"R9 a kernel {name}"] = Case("model", partial(dict, keys), line)
+    low = {
+        k: s
+        for k, s in unet_keys(sd15()).items()
+        if not k.startswith((UNET + "input_blocks.10.", UNET + "input_blocks.11."))
+    }
+    line = "a network of these sizes cannot be built"
+    out["R9 more blocks up than down"] = Case("model", partial(dict, low), line)
     out["R6 empty"] = case("model", save({}), r"not an LDM checkpoint \(first key: none\)", theirs)
-    for name, key in (
-        ("v-prediction", "v_pred"),
-        ("zero terminal SNR", "ztsnr"),
-        ("Playground v2.5", "edm_mean"),
-    ):
-        line = rf"a v-prediction or EDM checkpoint \(key {key}\); LCM-LoRA expects epsilon"
+    for name, key in (("CosXL", "edm_vpred.sigma_max"), ("Playground v2.5", "edm_mean")):
+        line = rf"an EDM checkpoint \(key {key}\){ours}"
         out[f"R8 {name}"] = Case("model", lambda key=key: unet_keys(sdxl()) | {key: [1]}, line)
     return out
 

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from make_reference import REFERENCE, about, filled
 from safetensors.torch import load_file
 from tiny import TWO_TOWERS, tiny_text
@@ -15,6 +16,7 @@ from minilcm.model.text import (
     clip_l_to_open_clip,
     lora_weights,
     open_clip_to_clip_l,
+    sd2_text,
     sdxl_text,
     tokenizer,
     with_sizes,
@@ -65,6 +67,39 @@ def test_attention_is_causal(text, reference):
     before, after = text(reference["tokens"]), text(tokens)
     torch.testing.assert_close(before[1, :4], after[1, :4], rtol=0, atol=1e-6)
     assert (before[1, 4:] - after[1, 4:]).abs().amax(dim=1).min() > 1e-3
+
+
+# ---- SD2: OpenCLIP-H
+
+
+def test_sd2_equals_transformers(reference, capsys):
+    """The penultimate of three layers, through the final norm: exact GELU, padded with 0; to 1e-5.
+    Without the last layer, which is not read.
+    """
+    config = TextConfig(width=48, layers=2, heads=4, open_clip=True)
+    text = TextEncoder(config).requires_grad_(False)
+    h = filled(about(REFERENCE / "text.safetensors")["keys"]["big"])
+    h = clip_l_to_open_clip({key.removeprefix("big."): value for key, value in h.items()})
+    text.tower.load_state_dict({k: x for k, x in h.items() if k in text.tower.state_dict()})
+    prompts = about(REFERENCE / "text.safetensors")["prompts"]
+    assert torch.equal(text.tokenize(prompts), reference["tokens_big"])
+    context, vector = text.encode(prompts)
+    norm = h["ln_final.weight"], h["ln_final.bias"]
+    expected = F.layer_norm(reference["penultimate_big"], (48,), *norm)
+    torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text.null_cond(1).context, context[:1])  # of prompt ""
+    assert vector is None
+    text.tokenize(["a " * 100])
+    assert "prompt cut after 75 tokens" in capsys.readouterr().out
+
+
+def test_sd2_is_openclip_h():
+    """340,387,840 parameters of OpenCLIP ViT-H-14's text tower without its last layer and
+    projection, in diffusers' text_encoder of SD2.
+    """
+    with torch.device("meta"):
+        text = TextEncoder(sd2_text())
+    assert sum(x.numel() for x in text.parameters()) == 340_387_840
 
 
 # ---- SDXL: two towers

@@ -14,7 +14,7 @@ from minilcm.model.unet import Cond, UNet, UNetConfig, emoji, sd15, sdxl, ssd1b
 
 FAMILIES = {"sd15": sd15, "sdxl": sdxl, "ssd1b": ssd1b}
 
-# The four small UNets of make_reference.py, which tells diffusers block types and layer counts
+# The five small UNets of make_reference.py, which tells diffusers block types and layer counts
 COMMON = dict(channels=(32, 64, 64), context_dim=48, groups=8)
 KINDS = {
     "sd": UNetConfig(
@@ -45,6 +45,7 @@ KINDS = {
     "emoji": UNetConfig(
         **COMMON, down=((0,), (1,), (1,)), middle=1, up=((1, 1), (1, 1), (0, 0)), heads=4
     ),
+    "tiny": UNetConfig(**COMMON, down=((1,),) * 3, middle=0, up=((1, 1),) * 3, heads=8),
 }
 
 

@@ -1,8 +1,8 @@
 """Reference tensors by other people's code: run this file to write the four files beside it.
 
     samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
-    unet.safetensors      diffusers' UNet2DConditionModel in four small shapes
-    vae.safetensors       diffusers' AutoencoderKL, four levels and three
+    unet.safetensors      diffusers' UNet2DConditionModel in five small shapes
+    vae.safetensors       diffusers' AutoencoderKL, four levels and three, and AutoencoderTiny
     text.safetensors      transformers' CLIPTextModel on open_clip's tokens
 
 The committed files were made on a CPU with torch 2.14.1, diffusers 0.42.1, transformers 5.24.0,
@@ -156,6 +156,18 @@ def make_samplers() -> None:
     z_init = 0.8 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     tensors = {"z_T": z_T, "img2img/z_init": z_init, "img2img/noise": z_T.clone()}
 
+    v = dict(prediction_type="v_prediction")  # toy_eps is taken for v
+    zero_snr = dict(rescale_betas_zero_snr=True)
+    for kind, says in (("v", v), ("v_zero_snr", v | zero_snr)):
+        for steps in (1, 4):
+            scheduler = LCMScheduler(**schedule, **says, original_inference_steps=50)
+            scheduler.set_timesteps(steps, original_inference_steps=50)
+            rng = generators()
+            z_t = draw(rng)
+            for t in scheduler.timesteps:
+                z_t, z0 = scheduler.step(toy_eps(z_t, t), t, z_t, generator=rng, return_dict=False)
+            tensors[f"lcm_{kind}/{steps}/z0"] = z0
+
     for strength in (1.0, 0.8, 0.5):
         for steps in STEPS if strength == 1 else (4,):
             scheduler = LCMScheduler(**schedule, original_inference_steps=50)
@@ -171,8 +183,8 @@ def make_samplers() -> None:
             tensors[f"{key}/z0"] = z0
             tensors[f"{key}/timesteps"] = scheduler.timesteps.clone()
 
-    def run(key, make):
-        for steps in STEPS:
+    def run(key, make, counts=STEPS):
+        for steps in counts:
             scheduler = make()
             scheduler.set_timesteps(steps)
             z_t = z_T
@@ -184,6 +196,9 @@ def make_samplers() -> None:
     # eta is an argument of step, 0 by default
     ddim = dict(**schedule, clip_sample=False, set_alpha_to_one=False)
     run("ddim_trailing", lambda: DDIMScheduler(**ddim, timestep_spacing="trailing", steps_offset=0))
+    ends = dict(timestep_spacing="trailing", steps_offset=0)
+    run("ddim_v", lambda: DDIMScheduler(**ddim, **v, **ends), (1, 4))
+    run("ddim_v_zero_snr", lambda: DDIMScheduler(**ddim, **v, **zero_snr, **ends), (1, 4))
     run("ddim_leading", lambda: DDIMScheduler(**ddim, timestep_spacing="leading", steps_offset=1))
     dpmpp = dict(
         **schedule,
@@ -286,6 +301,14 @@ def unet_kinds() -> dict[str, dict]:
             up_block_types=(cross_up, cross_up, up),
             attention_head_dim=4,
         ),
+        "tiny": dict(
+            **common,
+            layers_per_block=1,
+            down_block_types=(cross_down,) * 3,
+            mid_block_type=None,
+            up_block_types=(cross_up,) * 3,
+            attention_head_dim=8,
+        ),
     }
 
 
@@ -359,7 +382,7 @@ def vae_to_ldm(name: str, shape: tuple[int, ...], levels: int) -> tuple[str, tup
 @torch.no_grad()
 def make_vae() -> None:
     """Posterior mean and std of pixels, and pixels of a latent, all without the scale factor."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
     g = torch.Generator().manual_seed(4)
     pixels = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
@@ -381,6 +404,9 @@ def make_vae() -> None:
         z = torch.randn(posterior.mean.shape, generator=g)
         tensors |= {f"{kind}/mean": posterior.mean, f"{kind}/std": posterior.std}
         tensors |= {f"{kind}/z": z, f"{kind}/decoded": vae.decode(z).sample}
+    tiny = AutoencoderTiny(encoder_block_out_channels=(64,), num_encoder_blocks=(1,))
+    keys["tiny"] = fill_module(tiny.decoder, lambda name, shape: (f"decoder.{name}", shape))
+    tensors["tiny/decoded"] = tiny.decode(tensors["f8/z"]).sample
     save("vae.safetensors", tensors, {"versions": versions("torch", "diffusers"), "keys": keys})
 
 
