@@ -147,7 +147,7 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
         error(f"--strength is {args.strength}; give a number from {1 / GRID:g} to 1")
     g = args.guidance
     if g is not None and (not math.isfinite(g) or g < 1 and g != 0):
-        error(f"--guidance is {g}; give 1 or more; 1 is none, and so is 0")
+        error(f"--guidance is {g}; give 1 or more (1 is off, and so is 0)")
     if args.device == "cuda" and not torch.cuda.is_available():
         error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -263,8 +263,8 @@ def draw_all(
         seconds = time.perf_counter() - start
     if latents:
         evaluations = args.steps * (1 if w == 0 or full_lcm else 2)
-        each = " a picture" if len(jobs) > 1 else ""
-        print(f"{evaluations} evaluations, {seconds / len(latents):.2f} s{each}")
+        each, s = " a picture" if len(jobs) > 1 else "", "s" if evaluations > 1 else ""
+        print(f"{evaluations} evaluation{s}, {seconds / len(latents):.2f} s{each}")
     return latents
 
 

@@ -110,8 +110,9 @@ def speeds_up(lora: Path) -> bool:
     name.
     """
     recipe = read_recipe(lora)
-    named = "lcm" in lora.name.lower()
-    return recipe.get("objective") == "lcm" or "combined" in recipe or named
+    if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
+        return True
+    return "lcm" in recipe["loras"].lower() if "loras" in recipe else "combined" in recipe
 
 
 def on_settings(
@@ -120,8 +121,14 @@ def on_settings(
     """`args` are sample.py's; `shipped`: whether the model is, for which an LCM-LoRA is at hand."""
     config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
     full_lcm, (width, height) = config.unet.w_dim is not None, args.size
-    merged = "lcm" in checkpoint.metadata.get("minilcm.merged", "")
-    lcm = merged or any(speeds_up(path) for path in loras)
+    merged = checkpoint.metadata.get("minilcm.merged", "")
+    merged_lcm = "lcm" in (merged + checkpoint.metadata.get("minilcm.loras", "")).lower()
+    given_lcm = any(speeds_up(path) for path in loras)
+    lcm = merged_lcm or given_lcm
+    if merged:
+        yield f"merged into this model: {merged}"
+    if merged_lcm and given_lcm:
+        yield "that is an LCM-LoRA already; leave the --lora of another out"
     if needs_lcm and not loras and not lcm and not full_lcm:
         yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
     if needs_lcm and loras and not lcm and shipped:

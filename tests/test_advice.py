@@ -1,5 +1,6 @@
 """advice.py: what is said of prompts and settings before a picture is drawn."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -137,13 +138,18 @@ def test_lora_tags():
     [
         ({}, ""),
         ({"loras": []}, "no --lora: few steps will be blurred"),
-        ({"loras": [], "merged": "lcm_lora.safetensors:1"}, ""),
-        ({"loras": [], "merged": "style.safetensors:1"}, "no --lora: few steps will be blurred"),
+        ({"loras": [], "merged": ["fast.safetensors:1", "lcm"]}, ""),
+        ({"loras": [], "merged": ["lcm_lora.safetensors:1", None]}, ""),
+        ({"loras": [], "merged": ["a.safetensors:1", "diffusion"]}, "no --lora: few steps will"),
+        ({"merged": ["fast.safetensors:1", "lcm"]}, "that is an LCM-LoRA already; leave"),
         ({"loras": [], "sampler": "ddim", "guidance": 8.0}, ""),
         ({"guidance": 2.0}, ""),
         ({"guidance": 8.0}, "guidance 8 is too much for an LCM-LoRA; give --guidance 1 to 2"),
         ({"guidance": 4.0, "sampler": "ddim"}, "give --guidance 1 to 2, or no LCM-LoRA"),
-        ({"guidance": 4.0, "sampler": "dpmpp", "loras": [], "merged": "lcm:1"}, "or no LCM-LoRA"),
+        (
+            {"guidance": 4.0, "sampler": "dpmpp", "loras": [], "merged": ["lcm:1", "lcm"]},
+            "or no LCM",
+        ),
         ({"negative": "rocket"}, "--negative changes nothing: it needs a --guidance above 1"),
         ({"negative": "rocket", "guidance": 1.5}, ""),
         (
@@ -159,9 +165,13 @@ def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     """One line where a picture will be spoilt or a flag ignored, and none where it will not."""
     monkeypatch.setattr("minilcm.advice.speeds_up", lambda path: "lcm" in path.name)
     args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32)) | flags
-    merged = {"minilcm.merged": flags["merged"]} if "merged" in flags else {}
+    merged, objective = flags.get("merged", (None, None))
+    recipe = json.dumps([{"file": "x.safetensors", "objective": objective}])
+    metadata = {"minilcm.merged": merged, "minilcm.loras": recipe} if merged else {}
     unet = replace(CONFIG.unet, w_dim=flags.get("w_dim"))
-    checkpoint = Checkpoint(Path("x"), {}, merged, replace(CONFIG, unet=unet))
+    checkpoint = Checkpoint(Path("x"), {}, metadata, replace(CONFIG, unet=unet))
     loras = flags.get("loras", [Path("lcm.safetensors")])
     lines = list(on_settings(Namespace(**args), checkpoint, loras, False))
+    if merged:
+        assert lines.pop(0) == f"merged into this model: {merged}"
     assert len(lines) == bool(told) and (not told or told in lines[0])

@@ -709,7 +709,7 @@ MISTAKES = [
     (["pizza", "--seed", "x"], "invalid int value: 'x'"),
     (["pizza", "--guidance", "strong"], "invalid float value: 'strong'"),
     (["pizza", "--guidance", "nan"], "--guidance is nan"),
-    (["pizza", "--guidance", "0.5"], "--guidance is 0.5; give 1 or more; 1 is none, and so is 0"),
+    (["pizza", "--guidance", "0.5"], "--guidance is 0.5; give 1 or more (1 is off, and so is 0)"),
     (["pizza", "--guidance", "-1"], "--guidance is -1.0; give 1 or more"),
     (["pizza", "--seed", "-2"], "--seed is -2; give 0 to 18446744073709551615, or -1"),
     (["pizza", "--seed", "88888888888888888888"], "--seed is 88888888888888888888; give 0 to"),
