@@ -2,8 +2,9 @@
 
     python sample.py "a slice of pizza"
     python sample.py "penguin" "rocket, noto style, on a pink background" --sheet sheet.png
-    python sample.py "cat face" --lora weights/emoji/blueprint.safetensors:0.8 --lora lcm:1.0
+    python sample.py "cat face, blueprint style" --lora blueprint:0.8 --lora lcm
     python sample.py "cat face" --sampler ddim --steps 25 --guidance 3
+    python sample.py --again pictures/0000_a-slice-of-pizza_seed0.png
 
 With an LCM-LoRA the guidance is distilled into the weights: --guidance 1 (off) is right, at most 2.
 The paper's w is guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2
@@ -11,10 +12,12 @@ tau_lcm.
 """
 
 import argparse
-import difflib
 import math
 import re
+import secrets
+import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +26,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm import __version__
-from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
+from minilcm.advice import advise, lora_tags, speeds_up
+from minilcm.data.emoji import COLORS, STYLES
+from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
+from minilcm.data.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
-from minilcm.files.identify import open_checkpoint
-from minilcm.files.lora_file import check_lora, parse_lora, read_recipe, read_tau
+from minilcm.files.identify import Config, open_checkpoint
+from minilcm.files.lora_file import check_lora, parse_lora, read_tau
 from minilcm.files.names import split_parts
 from minilcm.files.tools import Lora
 from minilcm.generate import SAMPLERS, generate, timesteps
@@ -38,10 +43,15 @@ from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
+from minilcm.output import plain_output
 from minilcm.schedule import make_schedule
 from minilcm.solver import EpsFn, guided_eps
 
 WEIGHTS = Path(__file__).parent / "weights/emoji"
+SEEDS = 1 << 64  # PyTorch's generators take 0 to one less; on the CPU the lower 32 bits count
+
+
+# ---- the command line
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,47 +61,62 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     grammar = "what to draw: NAME[, STYLE style][, on a COLOR background]"
     add("prompts", nargs="*", metavar="PROMPT", help=grammar)
-    add("--list", action="store_true", help="print the names the model knows, one a line, and stop")
+    add(
+        "--list", action="store_true", help="print the names, styles and colours it knows, and stop"
+    )
+    again = "draw this picture again, from the recipe inside it, with the flags given besides"
+    add("--again", type=Path, metavar="FILE.png", help=again)
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
-    add("--seed", type=int, default=0, help="picture i of all, prompt by prompt, has seed + i")
-    steps = ", ".join(f"{name} 1-{x.most} (default {x.steps})" for name, x in SAMPLERS.items())
-    add("--steps", type=int, help=f"sampling steps: {steps}")
-    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
-    guidance = "1 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's own)"
-    add("--guidance", type=float, help=guidance)
-    add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
-    add(
-        "--lora",
-        action="append",
-        metavar="FILE[:LAMBDA]",
-        help="add a LoRA, times LAMBDA (default 1); repeatable. The word lcm means the shipped "
-        "LCM-LoRA, which the shipped model uses with --sampler lcm if no --lora is given; other "
-        "models need their own",
-    )
-    from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
-    image = f"start from this picture (image to image, --sampler {from_image})"
-    add("--image", type=Path, metavar="FILE", help=image)
-    add("--strength", type=float, default=0.5, help="of --image, 0-1: how much to redraw (0.5)")
+    seed = "picture i of all, prompt by prompt, has seed + i (default 0; -1: a random one)"
+    add("--seed", type=int, default=0, help=seed)
+    add_flags_of_sampling(add)
     add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
-    add(
-        "--model",
-        type=Path,
-        default=WEIGHTS / "model.safetensors",
-        help="a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)",
-    )
+    model = "a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)"
+    add("--model", type=Path, default=WEIGHTS / "model.safetensors", help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
     vae = "a VAE, or a tiny decoder (TAESD, TAESDXL), in place of the checkpoint's"
     add("--vae", type=Path, metavar="FILE", help=vae)
     add("--dtype", choices=DTYPES, help="of UNet and text encoder (default: the fastest safe one)")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=cuda, help="default: cuda if available")
+    device = "mps is Apple's GPU (default: cuda if available, else cpu)"
+    add("--device", choices=["cpu", "cuda", "mps"], default=cuda, help=device)
     where = "one picture's file, or a folder (default pictures/)"
     add("--out", default="pictures/", metavar="FILE.png|DIR/", help=where)
     add("--sheet", type=Path, metavar="FILE.png", help="also write a labelled sheet of all")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.again:
+        if args.prompts:
+            parser.error(f"--again draws the picture's own prompt; leave out {args.prompts[0]!r}")
+        flags, prompt = read_command(args.again)
+        args = parser.parse_args([*flags, *argv, "--", prompt])
+    args.argv = argv
     check_values(args, parser.error)
     return args
+
+
+def add_flags_of_sampling(add: Callable) -> None:
+    steps = ", ".join(f"{name} 1-{x.most} (default {x.steps})" for name, x in SAMPLERS.items())
+    add("--steps", type=int, help=f"sampling steps: {steps}")
+    add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
+    guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
+    add("--guidance", type=float, help=guidance)
+    add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
+    lora = (
+        "add a LoRA, times LAMBDA (default 1); repeatable. The words lcm, blueprint and papercut "
+        "mean the shipped files; the shipped model takes lcm with --sampler lcm if no --lora is "
+        "given; other models need their own"
+    )
+    add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
+    from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
+    image = f"start from this picture (image to image, --sampler {from_image})"
+    add("--image", type=Path, metavar="FILE", help=image)
+    add("--strength", type=float, help="of --image, 0-1: how much to redraw (default 0.5)")
+
+
+def is_png(out: str | Path) -> bool:
+    return str(out).lower().endswith(".png")
 
 
 def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
@@ -99,25 +124,39 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
     args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
     args.negative = " ".join(args.negative.split())
+    count = len(args.prompts) * args.count
     if not args.prompts and not args.list:
         error('no prompt; try: python sample.py "a slice of pizza"')
+    for tag, lora in lora_tags(" ".join([*args.prompts, args.negative])):
+        lcm = "" if args.lora or args.sampler != "lcm" else " --lora lcm"
+        error(f"{tag} in a prompt is not read; give --lora {lora}{lcm}")
     if args.count < 1:
         error(f"--count is {args.count}; give 1 or more")
-    if args.out.endswith(".png") and len(args.prompts) * args.count > 1:
-        count = len(args.prompts) * args.count
+    if not -1 <= args.seed < SEEDS:
+        error(f"--seed is {args.seed}; give 0 to {SEEDS - 1}, or -1 for a random one")
+    if args.seed + count > SEEDS:
+        error(f"--seed {args.seed} leaves no seeds for {count} pictures; the last is {SEEDS - 1}")
+    if is_png(args.out) and count > 1:
         error(f"--out {args.out} is one file for {count} pictures; give a folder: DIR/")
-    if re.search(r"\.(jpe?g|webp|gif|bmp|tiff?)$", args.out, re.IGNORECASE):
+    suffix = Path(args.out).suffix.lower()
+    if not is_png(args.out) and args.out[-1:] != "/" and suffix in Image.registered_extensions():
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
-    if args.sheet and args.sheet.suffix != ".png":
+    if args.sheet and not is_png(args.sheet):
         error(f"--sheet {args.sheet}: give a file that ends in .png")
     if args.image and not SAMPLERS[args.sampler].stochastic:
         error("--image needs --sampler lcm")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        error(f"--guidance is {args.guidance}; give a number, 1 for none")
+    if args.strength is not None and not args.image:
+        error("--strength tells how much of --image to redraw; give --image FILE too")
+    args.strength = 0.5 if args.strength is None else args.strength
     if not 1 / GRID <= args.strength <= 1:
         error(f"--strength is {args.strength}; give a number from {1 / GRID:g} to 1")
+    g = args.guidance
+    if g is not None and (not math.isfinite(g) or g < 1 and g != 0):
+        error(f"--guidance is {g}; give 1 or more (1 is off, and so is 0)")
     if args.device == "cuda" and not torch.cuda.is_available():
         error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        error("--device mps, but PyTorch sees no GPU of Apple's; give --device cpu")
 
 
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
@@ -132,45 +171,43 @@ def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
     return size
 
 
-def nearest_names(prompt: str, names: tuple[str, ...]) -> list[str]:
-    """[] if the prompt holds a known name, or a word that only one name has; else the three most
-    similar names.
-    """
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
-    once = [w for w in words if sum(w in name.split() for name in names) == 1]
-    if once or any(f" {name} " in f" {' '.join(words)} " for name in names):
-        return []
-    return difflib.get_close_matches(prompt.lower(), names, n=3, cutoff=0.0)
-
-
-def speeds_up(path: Path) -> bool:
-    """Whether the recipe in this LoRA file says that it holds an LCM-LoRA, alone or combined with
-    others.
-    """
-    recipe = read_recipe(path)
-    return recipe.get("objective") == "lcm" or "combined" in recipe
-
-
 # ---- the steps of main
 
 
-def read_loras(
-    args: argparse.Namespace, shapes: dict[str, Tensor], full_lcm: bool
-) -> tuple[list[Lora], list[Tau]]:
-    """What --lora names, or else the shipped LCM-LoRA where it belongs; `shapes` is of the model
-    that it must fit.
+def settle(args: argparse.Namespace, config: Config) -> tuple[int, int]:
+    """Fill in what depends on the model: size, guidance, LoRA, dtype; -> height and width of the
+    latent.
     """
-    needs_lcm = SAMPLERS[args.sampler].needs_lcm_lora
-    shipped = args.model.resolve() == (WEIGHTS / "model.safetensors").resolve()
-    words = args.lora or (["lcm"] if shipped and needs_lcm else [])
-    loras = [parse_lora(word) for word in words]
-    lcm = WEIGHTS / "lcm_lora.safetensors"
-    loras = [(lcm if str(path) == "lcm" else path, lam) for path, lam in loras]
-    if needs_lcm and not loras and not full_lcm:
-        print("no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model")
+    way, shipped = SAMPLERS[args.sampler], is_shipped(args.model)
+    factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
+    coarsest = factor * 2 ** (len(config.unet.channels) - 1)  # pixels per point of the lowest level
+    args.size = parse_size(args.size, config.size, coarsest)
+    # an LCM-LoRA has its guidance in the weights; a full LCM takes it as an input
+    own = 1.0 if way.needs_lcm_lora and config.unet.w_dim is None else config.guidance
+    args.guidance = own if args.guidance is None else max(1.0, args.guidance)  # 0 is off, too
+    words = args.lora or (["lcm"] if shipped and way.needs_lcm_lora else [])
+    args.lora = [f"{path}:{lam}" for path, lam in map(parse_lora, words)]
+    args.dtype = args.dtype or str(default_dtype(args.device)).removeprefix("torch.")
+    if args.seed == -1:
+        args.seed = secrets.randbelow(1 << 32)
+        print(f"seed {args.seed}")
+    return args.size[1] // factor, args.size[0] // factor
+
+
+def is_shipped(model: Path) -> bool:
+    return model.resolve() == (WEIGHTS / "model.safetensors").resolve()
+
+
+def lora_file(path: Path) -> Path:
+    """The shipped file for `lcm`, `blueprint` or `papercut`; any other path is itself."""
+    shipped = WEIGHTS / ("lcm_lora.safetensors" if str(path) == "lcm" else f"{path}.safetensors")
+    return shipped if str(path) == "lcm" or not path.exists() and shipped.is_file() else path
+
+
+def read_loras(words: list[str], shapes: dict[str, Tensor]) -> tuple[list[Lora], list[Tau]]:
+    """What --lora names; `shapes` is of the model that it must fit."""
+    loras = [(lora_file(path), lam) for path, lam in map(parse_lora, words)]
     taus = [read_tau(path) for path, _ in loras]
-    if needs_lcm and shipped and not any(speeds_up(path) for path, _ in loras):
-        print("no LCM-LoRA among these --lora: few steps will be blurred; add --lora lcm")
     for (path, _), tau in zip(loras, taus):
         check_lora(shapes, tau, str(path))
     return loras, taus
@@ -181,16 +218,19 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
     of_unet, of_text = split_parts(combine(taus, [lam for _, lam in loras]))
     merge_into(unet, of_unet)
     merge_into(lora_weights(text), of_text)
+    for path, lam in loras:
+        print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {path.stem}, times {lam:g}")
 
 
-def encode(
-    args: argparse.Namespace, text: TextEncoder, size: tuple[int, int]
-) -> tuple[list[Cond], Cond]:
+def encode(args: argparse.Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
     """(the Cond of each prompt, that of --negative or the null condition), on the CPU."""
-    with resident(text, args.device):
+    # Apple's GPUs may err in PyTorch's own attention, which is the text encoder's: see layers.py
+    with resident(text, "cpu" if args.device == "mps" else args.device):
         # one at a time: a batch rounds differently
-        conds = [text.encode([prompt], size).to("cpu") for prompt in args.prompts]
-        neg_cond = text.encode([args.negative], size) if args.negative else text.null_cond(1, size)
+        conds = [text.encode([prompt], args.size).to("cpu") for prompt in args.prompts]
+        neg_cond = text.null_cond(1, args.size)
+        if args.negative:
+            neg_cond = text.encode([args.negative], args.size)
     return conds, neg_cond.to("cpu")
 
 
@@ -199,60 +239,65 @@ def draw_all(
     unet: UNet,
     conds: list[Cond],
     neg_cond: Cond,
-    w: float,
     shape: tuple[int, ...],
     image: Tensor | None,
 ) -> list[Tensor]:
-    """The latents of each prompt's --count pictures; on Ctrl-C those that are drawn."""
+    """The latents of each prompt's --count pictures, on the CPU; on Ctrl-C those that are drawn."""
     jobs = [cond for cond in conds for _ in range(args.count)]
-    latents, schedule = [], make_schedule(unet.cfg.v, unet.cfg.zero_snr)
+    latents, w, full_lcm = [], args.guidance - 1, unet.cfg.w_dim is not None
+    schedule = make_schedule(unet.cfg.v, unet.cfg.zero_snr)
 
     def network(cond: Cond) -> EpsFn:
-        if unet.cfg.w_dim is not None:  # a full LCM takes w itself, as an input
+        if full_lcm:  # takes w itself, as an input
             w_emb = guidance_embedding(torch.tensor([w]), unet.cfg.w_dim).to(args.device)
             return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
         return guided_eps(unet, cond, neg_cond.to(args.device), w)
 
+    strength = args.strength if args.image else 1.0
+    how = dict(image=image, strength=strength, device=args.device, schedule=schedule)
     with resident(unet, args.device):
+        start = time.perf_counter()
         # one picture at a time: its bytes cannot depend on its neighbours
         bar = tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)
         for i, cond in enumerate(bar):
             eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
-            strength = args.strength if args.image else 1.0
-            how = dict(image=image, strength=strength, device=args.device, schedule=schedule)
             try:
-                latents.append(generate(eps_fn, seeds, shape, args.sampler, args.steps, **how))
+                z0 = generate(eps_fn, seeds, shape, args.sampler, args.steps, **how)
             except KeyboardInterrupt:
                 print(f"stopped after {i} of {len(jobs)} pictures")
                 break
+            latents.append(z0.cpu())
+        seconds = time.perf_counter() - start
+    if latents:
+        evaluations = args.steps * (1 if w == 0 or full_lcm else 2)
+        each, s = " a picture" if len(jobs) > 1 else "", "s" if evaluations > 1 else ""
+        print(f"{evaluations} evaluation{s}, {seconds / len(latents):.2f} s{each}")
     return latents
 
 
 def write_pictures(
-    args: argparse.Namespace, images: list[Image.Image], settings: dict[str, str]
+    args: argparse.Namespace, images: list[Image.Image], recipe: dict[str, object]
 ) -> None:
-    """A PNG for each image, with its recipe in A1111's form, and the sheet."""
-    out = Path(args.out)
-    # pictures of earlier runs are kept
-    there = out.glob("[0-9][0-9][0-9][0-9]_*.png") if out.is_dir() else []
-    first = max((int(path.name[:4]) + 1 for path in there), default=0)
+    """A PNG for each image, with its recipe, and the sheet. Pictures of other runs are kept."""
     jobs = [prompt for prompt in args.prompts for _ in range(args.count)]
-    for i, (prompt, picture) in enumerate(zip(jobs, images)):
-        recipe = settings | {"Seed": str(args.seed + i)}
-        order = "Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "Lora", "Version"
-        parameters = f"{prompt}\n" + (
-            f"Negative prompt: {args.negative}\n" if args.negative else ""
-        )
-        parameters += ", ".join(f"{key}: {recipe[key]}" for key in order)
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        name = f"{first + i:04d}_{slug}_seed{args.seed + i}.png"
-        path = out if args.out.endswith(".png") else out / name
-        save_png(path, picture, parameters)
+    model = None if is_shipped(args.model) else args.model
+    for seed, (prompt, picture) in enumerate(zip(jobs, images), args.seed):
+        text = parameters(prompt, args.negative, recipe | {"Seed": seed})
+        what = picture, text, command_line(args, prompt, seed, model)
+        path = Path(args.out)
+        if is_png(args.out):
+            save_new_png(path, *what)
+        else:
+            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+            path = save_numbered(path, f"{slug}_seed{seed}", *what)
         print(path)
     if args.sheet and images:
-        labels = [f"{prompt} ({args.seed + i})" for i, prompt in enumerate(jobs[: len(images)])]
-        sheet = contact_sheet(images, labels, min(6, len(images)))
-        save_png(args.sheet, sheet, " ".join(sys.argv[1:]))
+        zoom = max(1, 256 // max(images[0].size))  # whole-number: pixels stay pixels
+        large = [x.resize((zoom * x.width, zoom * x.height), Image.NEAREST) for x in images]
+        labels = [f"{prompt} ({seed})" for seed, prompt in enumerate(jobs, args.seed)]
+        columns = args.count if args.count > 1 else min(6, len(images))
+        sheet = contact_sheet(large, labels[: len(images)], columns)
+        save_new_png(args.sheet, sheet, shlex.join(["python", "sample.py", *args.argv]))
         print(args.sheet)
 
 
@@ -262,55 +307,48 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.model, args.prediction)
     config = checkpoint.config
     if args.list:
-        return print("\n".join(config.names))
-    full_lcm = config.unet.w_dim is not None  # takes w as an input, and no LCM-LoRA
-    # an LCM-LoRA has its guidance in the weights
-    usual = config.guidance if full_lcm or not SAMPLERS[args.sampler].needs_lcm_lora else 1.0
-    guidance = usual if args.guidance is None else args.guidance
-    factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
-    coarsest = factor * 2 ** (len(config.unet.channels) - 1)  # pixels per point of the lowest level
-    size = width, height = parse_size(args.size, config.size, coarsest)
+        return list_names(config)
+    height, width = settle(args, config)
     grid = timesteps(args.sampler, args.steps, args.strength if args.image else 1.0)
-    pixels = read_image(args.image, size) if args.image else None
-    loras, taus = read_loras(args, weight_shapes(checkpoint.header), full_lcm)
+    pixels = read_image(args.image, args.size) if args.image else None
+    loras, taus = read_loras(args.lora, weight_shapes(checkpoint.header))
     for path in [args.out] + ([args.sheet] if args.sheet else []):  # a wrong path costs no work
-        folder = Path(path).parent if str(path).endswith(".png") else Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-    for prompt in args.prompts:
-        if config.names and (near := nearest_names(prompt, config.names)):
-            names = ", ".join(near)
-            print(f"{prompt!r} holds no name this model knows; nearest: {names} (all: --list)")
+        if is_png(path) and Path(path).exists():
+            raise ValueError(f"{path}: exists, and is kept; give another name")
+        (Path(path).parent if is_png(path) else Path(path)).mkdir(parents=True, exist_ok=True)
+    recipe = recipe_of(args, loras)
+    if args.again:
+        check_same_files(args.again, recipe)
+    advise(args, checkpoint, [path for path, _ in loras], WEIGHTS)
 
     # ---- the model, with the LoRA in its weights
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
-    unet, vae, text, _ = load_checkpoint(checkpoint, dtype, args.vae)
+    unet, vae, text, _ = load_checkpoint(checkpoint, DTYPES[args.dtype], args.vae)
     if args.image and isinstance(vae, TinyDecoder):
         raise ValueError(f"{args.vae}: a decoder alone cannot read --image; leave out --vae")
     add_loras(unet, text, loras, taus)
 
     # ---- prompts -> latents -> pictures
-    conds, neg_cond = encode(args, text, size)
+    conds, neg_cond = encode(args, text)
     image = None if pixels is None else vae.encode_mean(pixels)
-    at = " ".join(map(str, grid))
-    print(f"{args.sampler}, {args.steps} steps at t = {at}, {str(dtype)[6:]} on {args.device}")
-    shape = (4, height // factor, width // factor)
-    latents = draw_all(args, unet, conds, neg_cond, guidance - 1, shape, image)
-    decode = vae.decode if width * height <= 1024 * 1024 else vae.decode_tiled
+    at, how = " ".join(map(str, grid)), f"{args.dtype} on {args.device}"
+    print(f"{args.sampler}, {args.steps} steps at t = {at}, guidance {args.guidance:g}, {how}")
+    latents = draw_all(args, unet, conds, neg_cond, (4, height, width), image)
+    decode = vae.decode if args.size[0] * args.size[1] <= 1024 * 1024 else vae.decode_tiled
     with resident(vae, args.device):
-        images = [to_images(decode(z0))[0] for z0 in latents]
-    settings = {
-        "Steps": str(args.steps),
-        "Sampler": args.sampler,
-        "CFG scale": f"{guidance:g}",
-        "Size": f"{width}x{height}",
-        "Model": args.model.stem,
-        "Lora": ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras) or "none",
-        "Version": f"minilcm {__version__}",
-    }
-    write_pictures(args, images, settings)
+        images = [to_images(decode(z0.to(args.device)))[0] for z0 in latents]
+    write_pictures(args, images, recipe)
+
+
+def list_names(config: Config) -> None:
+    """The closed list of what a model can draw, or a line that there is none."""
+    if not config.names:
+        return print("this model has no list of names: describe what you like")
+    print("\n".join(config.names))
+    print(f"styles: {', '.join(STYLES)}\nbackgrounds: {', '.join(COLORS)}")
 
 
 if __name__ == "__main__":
+    plain_output()
     try:
         main(parse())
     except (ValueError, OSError) as error:

@@ -116,9 +116,11 @@ def add_lora(
 
     A is drawn by `generator`, B is zero, so the model's output does not change yet. Both are
     float32. lora_alpha defaults to the rank. Raises ValueError for a rank that `check_rank`
-    refuses.
+    refuses, or if a target has a LoRA, which this would replace.
     """
     check_rank(model, rank, targets)
+    if there := lora_layers(model).keys() & target_paths(model, targets):
+        raise ValueError(f"{min(there)} has a LoRA already; sum two by merge.combine")
     model.requires_grad_(False)
     parameters = []
     for path in target_paths(model, targets):

@@ -34,6 +34,8 @@ def guided_eps(
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
+    if null_cond is None:
+        raise ValueError(f"w is {w}: guidance needs null_cond, for example text.null_cond(b)")
     both = cond.cat(null_cond)  # (2b, n, d)
 
     def eps_fn(z_t: Tensor, t: int | Tensor) -> Tensor:
@@ -50,23 +52,24 @@ def check_steps(steps: int, most: int = T) -> None:
 
 
 def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
-    """Pairs (t_start, t_end), descending; t_end = -1 stands for the end of the schedule.
+    """Pairs (t_start, t_end), descending, each t_end the next t_start; the last is at most 0, the
+    end of the schedule.
 
     trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for
-    few steps. leading is what SD1.5's own config says: 4 steps start at 751. t_end = t_start - T //
-    steps always, as in diffusers.
+    few steps. leading is what SD1.5's own config says: 4 steps start at 751. diffusers' t_end is
+    t_start - T // steps, which misses the next t_start where `steps` does not divide T.
     """
     check_steps(steps)
     r = T // steps
     if spacing == "leading":
-        starts = [r * i + 1 for i in reversed(range(steps))]  # steps_offset 1
+        first = 0 if steps == T else 1  # diffusers' steps_offset, where there is room for it
+        starts = [r * i + first for i in reversed(range(steps))]
     elif spacing == "trailing":
-        starts = [
-            int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))
-        ]  # numpy rounds half to even
+        # numpy rounds half to even; arange can have one entry too many, for 61 steps as an example
+        starts = [int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))[:steps]]
     else:
         raise ValueError(f"spacing is {spacing!r}; choose trailing or leading")
-    return [(t, t - r) for t in starts]
+    return list(zip(starts, [*starts[1:], starts[-1] - r]))
 
 
 def ddim_step(
@@ -88,7 +91,7 @@ def sample_ddim(
     eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
 ) -> Tensor:
     """z0 (b, c, h, w) from noise z_T by `steps` DDIM steps. Equals diffusers' DDIMScheduler with
-    SD's settings.
+    SD's settings where `steps` divides 1,000.
     """
     z_t = z_T
     for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
@@ -123,7 +126,10 @@ def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
     """
     if spacing == "linspace":
         check_steps(steps)
-        return [int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[:0:-1]]
+        # a set: 1,000 steps would stop twice at 500
+        return sorted(
+            {int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[1:]}, reverse=True
+        )
     if spacing != "trailing":
         raise ValueError(f"spacing is {spacing!r}; choose trailing or linspace")
     return [t for t, _ in ddim_grid(steps)]

@@ -224,6 +224,18 @@ def test_wrong_arguments_are_refused():
     assert all(torch.equal(up, before[path]) for path, (up, _, _) in get_tau(unet).items())
 
 
+def test_a_second_lora_does_not_replace_the_first():
+    """add_lora on a layer that has one is refused and changes nothing; on others it is not."""
+    unet = tiny_unet()
+    parameters = add_lora(unet, 2, targets=("to_q",))
+    with pytest.raises(ValueError, match="to_q has a LoRA already"):
+        add_lora(unet, 4)
+    assert all(p.requires_grad for p in parameters) and get_tau(unet).keys() == set(
+        target_paths(unet, ("to_q",))
+    )
+    add_lora(unet, 4, targets=("to_k",))
+
+
 @pytest.mark.parametrize("family, count", [(emoji, None), (sd15, 278), (ssd1b, 423), (sdxl, 788)])
 def test_targets_are_the_official_lcm_loras(family, count):
     """As many modules as the released LCM-LoRAs; not conv_in, out, embeddings or norms."""

@@ -20,8 +20,10 @@ from tiny import CONFIG, ROOT, png, random_tau, tiny_unet, write_model
 
 import sample
 from minilcm.data.pictures import read_image, to_images
-from minilcm.files.checkpoint import load_model
+from minilcm.files.checkpoint import load_model, weight_shapes
+from minilcm.files.identify import open_checkpoint
 from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.safetensors_file import sha256
 from minilcm.generate import SAMPLERS, generate
 from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
@@ -29,8 +31,6 @@ from minilcm.merge import merge_into
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
-
-EMOJI_NAMES = tuple((ROOT / "weights/emoji/names.txt").read_text().splitlines()[:64])
 
 
 @pytest.fixture(scope="module")
@@ -202,29 +202,47 @@ def test_size(draw):
 
 
 def test_sheet(draw, tmp_path):
-    """--sheet adds one picture with all of them, in order, in a folder of its own."""
+    """--sheet adds one picture with all of them, a row for each prompt, each of their pixels a
+    square of 8 x 8, in a folder of its own; its text is the command line, quoted.
+    """
     pictures = draw("pizza", "rocket", "--count", "2", "--sheet", str(tmp_path / "new/sheet.png"))
     sheet = np.array(Image.open(tmp_path / "new/sheet.png")).astype(int)
     assert len(pictures) == 4
+    tall = sheet.shape[0] // 2
     for i, data in enumerate(pictures.values()):
-        x = i * (96 + 8) + 4 + (96 - 32) // 2  # a cell is at least 96 wide, for its label
-        assert np.array_equal(sheet[4:36, x : x + 32], levels(data))
+        x, y = i % 2 * (256 + 8) + 4, i // 2 * tall + 4
+        cell = sheet[y : y + 256, x : x + 256]
+        assert np.array_equal(cell, levels(data).repeat(8, axis=0).repeat(8, axis=1))
+    text = Image.open(tmp_path / "new/sheet.png").text["parameters"]
+    assert shlex.split(text)[-1] == str(tmp_path / "new/sheet.png") and " pizza rocket " in text
+
+
+def test_sheet_of_one_picture_a_prompt(draw, tmp_path):
+    """Six in a row then."""
+    draw(*"abcdefg", "--steps", "1", "--sheet", str(tmp_path / "sheet.png"))
+    assert Image.open(tmp_path / "sheet.png").width == 6 * (256 + 8)
 
 
 @pytest.mark.parametrize(
-    "sampler, line",
+    "sampler, line, evaluations",
     [
-        (["lcm"], "lcm, 4 steps at t = 999 759 499 259, float32 on cpu"),
-        (["lcm", "--steps", "2"], "lcm, 2 steps at t = 999 499, float32 on cpu"),
-        (["ddim", "--steps", "4"], "ddim, 4 steps at t = 999 749 499 249, float32 on cpu"),
-        (["dpmpp", "--steps", "2"], "dpmpp, 2 steps at t = 999 499, float32 on cpu"),
+        ("lcm", "lcm, 4 steps at t = 999 759 499 259, guidance 1, float32 on cpu", 4),
+        ("lcm --steps 2", "lcm, 2 steps at t = 999 499, guidance 1, float32 on cpu", 2),
+        ("lcm --guidance 2", "lcm, 4 steps at t = 999 759 499 259, guidance 2, float32 on cpu", 8),
+        ("ddim --steps 4", "ddim, 4 steps at t = 999 749 499 249, guidance 3, float32 on cpu", 8),
+        ("dpmpp --steps 2", "dpmpp, 2 steps at t = 999 499, guidance 3, float32 on cpu", 4),
     ],
 )
-def test_the_grid_is_printed(draw, capsys, sampler, line):
-    """The timesteps of a run are told before it starts; then each file's path."""
-    draw("pizza", "--dtype", "float32", "--sampler", *sampler)
+def test_the_grid_is_printed(draw, capsys, sampler, line, evaluations):
+    """LoRA, timesteps and guidance of a run are told before it starts; then how often the network
+    was asked, how long that took, and each file's path.
+    """
+    draw("pizza", "--dtype", "float32", "--sampler", *sampler.split())
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == line and out[1].endswith("0000_pizza_seed0.png") and len(out) == 2
+    out = [x for x in out if "too much for an LCM-LoRA" not in x]
+    assert out[0] == "LCM-LoRA added: lcm, times 1" and out[1] == line and len(out) == 4
+    assert re.fullmatch(rf"{evaluations} evaluations, \d+\.\d\d s", out[2])
+    assert out[3].endswith("0000_pizza_seed0.png")
 
 
 def test_default_steps(draw, capsys):
@@ -232,6 +250,89 @@ def test_default_steps(draw, capsys):
     for sampler, steps in (("lcm", 4), ("ddim", 25), ("dpmpp", 20)):
         draw("pizza", "--sampler", sampler)
         assert f"{sampler}, {steps} steps" in capsys.readouterr().out
+
+
+# ---- the recipe
+
+
+def test_again_draws_the_same_file(draw, files, tmp_path):
+    """--again FILE.png gives the file itself, byte for byte, whatever it was drawn with; flags
+    beside it change what they name.
+    """
+    picture, style = str(files / "picture.png"), "style.safetensors:-0.3"
+    for i, (flags, loras) in enumerate(
+        (
+            (["pizza"], ["lcm.safetensors"]),
+            (["pizza", "rocket", "--count", "2", "--seed", "7"], ["lcm.safetensors", style]),
+            (["a 'b' \"c\" $HOME; d", "--sampler", "ddim", "--steps", "3"], []),
+            (
+                ["pizza", "--image", picture, "--strength", "0.4", "--steps", "2"],
+                ["lcm.safetensors"],
+            ),
+            (["--guidance", "1.7", "--negative=-a b", "--size", "64x32", "--", "-x"], [style]),
+        )
+    ):
+        drawn = draw("--dtype", "float32", *flags, loras=loras, out=f"{tmp_path}/first{i}/")
+        for name, data in drawn.items():
+            out = tmp_path / f"again{i}/{name}"
+            path = str(tmp_path / f"first{i}" / name)
+            sample.main(sample.parse(["--again", path, "--out", str(out)]))
+            assert out.read_bytes() == data
+    sample.main(sample.parse(["--again", path, "--seed", "5", "--out", f"{tmp_path}/seed/"]))
+    assert [x.name for x in (tmp_path / "seed").iterdir()] == ["0000_x_seed5.png"]
+    with pytest.raises(SystemExit, match="leave out 'pizza'"):
+        sample.parse(["pizza", "--again", path])
+
+
+def test_again_wants_the_same_files(draw, files, tmp_path):
+    """Another model, LoRA or picture under the same name is refused with what was and what is."""
+    for name in ("model", "lcm"):
+        (tmp_path / f"{name}.safetensors").write_bytes((files / f"{name}.safetensors").read_bytes())
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    argv = ["pizza", "--model", f"{tmp_path}/model.safetensors", "--device", "cpu"]
+    argv += ["--lora", f"{tmp_path}/lcm.safetensors", "--image", f"{tmp_path}/red.png"]
+    sample.main(sample.parse([*argv, "--out", f"{tmp_path}/x.png"]))
+    hashes = {
+        x: sha256(tmp_path / x)[:10] for x in ("model.safetensors", "lcm.safetensors", "red.png")
+    }
+    recipe = lines_in((tmp_path / "x.png").read_bytes())[-1]
+    assert f"Model hash: {hashes['model.safetensors']}, " in recipe
+    assert f'Lora hashes: "lcm: {hashes["lcm.safetensors"]}"' in recipe
+    assert "Denoising strength: 0.5, Init image: red.png, " in recipe
+    assert f"Init image hash: {hashes['red.png']}" in recipe and "Precision: " in recipe
+
+    write_model(tmp_path / "other.safetensors", seed=1)
+    write_tau(tmp_path / "lora.safetensors", random_tau(tiny_unet(), 5, 2, 3.0), {})
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "blue.png")
+    for name, other, kind in (
+        ("model.safetensors", "other.safetensors", "Model"),
+        ("lcm.safetensors", "lora.safetensors", "Lora"),
+        ("red.png", "blue.png", "Init image"),
+    ):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes((tmp_path / other).read_bytes())
+        with pytest.raises(ValueError, match=rf"x.png: drawn with other files: {kind} hash.* now "):
+            sample.main(
+                sample.parse(["--again", f"{tmp_path}/x.png", "--out", f"{tmp_path}/y.png"])
+            )
+        (tmp_path / name).write_bytes(whole)
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_a_random_seed_is_told_and_kept(draw, capsys):
+    """--seed -1 is a new seed each time, printed, in the name and in the recipe."""
+    (one,), (other,) = (draw("pizza", "--seed", "-1", "--steps", "1") for _ in "ab")
+    seeds = re.findall(r"^seed (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [one, other] == [f"0000_pizza_seed{seed}.png" for seed in seeds] and one != other
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 + 5, 2**64 - 1])
+def test_seeds_have_64_bits(draw, seed):
+    """As in other programs; PyTorch's generator on the CPU makes use of the lower 32."""
+    drawn = only(draw("pizza", "--seed", str(seed), "--steps", "1"))
+    assert f"Seed: {seed}," in lines_in(drawn)[1]
+    low = only(draw("pizza", "--seed", str(seed % 2**32), "--steps", "1"))
+    assert same_picture(drawn, low) and drawn != low
 
 
 # ---- guidance
@@ -248,6 +349,15 @@ def test_negative_counts_above_guidance_1_only(draw):
     ddim = ("pizza", "--sampler", "ddim", "--steps", "3")
     assert draw(*ddim) == draw(*ddim, "--guidance", f"{CONFIG.guidance}")
     assert not same_picture(only(draw(*ddim)), only(draw(*ddim, "--guidance", "1")))
+
+
+def test_guidance_0_is_off_as_1(draw, capsys):
+    """As the cards of the LCM-LoRAs have it: the prompt is heard, and nothing guides."""
+    for flags in ([], ["--sampler", "ddim", "--steps", "2"]):
+        assert draw("pizza", "--guidance", "0", *flags) == draw("pizza", "--guidance", "1", *flags)
+    assert "--negative" not in capsys.readouterr().out
+    draw("pizza", "--guidance", "0", "--negative", "rocket")
+    assert "--negative changes nothing" in capsys.readouterr().out
 
 
 def test_an_empty_negative_is_the_null_prompt(draw):
@@ -295,6 +405,25 @@ def test_a_lora_of_the_text_encoder_changes_the_picture(draw, tmp_path):
     argv = "pizza", "--sampler", "ddim", "--steps", "2"
     with_text = draw(*argv, loras=[f"{tmp_path}/text.safetensors"])
     assert not same_picture(only(with_text), only(draw(*argv, loras=[])))
+
+
+@pytest.mark.parametrize("word", ["blueprint", "blueprint:1.0", "papercut"])
+def test_the_shipped_styles_have_words(files, tmp_path, monkeypatch, word):
+    """`--lora blueprint` is blueprint.safetensors beside the shipped model; a file of that name
+    comes first.
+    """
+    monkeypatch.setattr(sample, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    name = word.split(":")[0]
+    shapes = weight_shapes(open_checkpoint(files / "model.safetensors").header)
+    whole = (files / "style.safetensors").read_bytes()
+    (tmp_path / f"{name}.safetensors").write_bytes(whole)
+    ((path, lam),), _ = sample.read_loras([word], shapes)
+    assert path == tmp_path / f"{name}.safetensors" and lam == 1
+    (tmp_path / name).write_bytes(whole)
+    assert sample.read_loras([name], shapes)[0] == [(Path(name), 1)]
+    with pytest.raises(ValueError, match="^openmoji: no such file"):
+        sample.read_loras(["openmoji"], shapes)
 
 
 def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
@@ -447,9 +576,12 @@ def test_long_prompts_say_what_is_ignored(draw, capsys):
 
 
 def test_list(draw, files, capsys):
-    """--list prints the names, one a line, and needs no prompt and no LoRA."""
+    """--list prints the names, one a line, then styles and colours; it needs no prompt, no LoRA."""
     sample.main(sample.parse(["--list", "--model", str(files / "model.safetensors")]))
-    assert capsys.readouterr().out.splitlines() == list(CONFIG.names)
+    *names, styles, colors = capsys.readouterr().out.splitlines()
+    assert names == list(CONFIG.names)
+    assert styles == "styles: noto, twemoji, fluent, emojione"
+    assert colors.startswith("backgrounds: white, black, pink, ")
 
 
 def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
@@ -458,34 +590,6 @@ def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if "no name" in line]
     assert len(told) == 1 and told[0].startswith(
         "'a rokcet' holds no name this model knows; nearest: rocket"
-    )
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "pizza",
-        "a slice of pizza",
-        "Pizza, noto style",
-        "apple",
-        "two penguins? penguin!",
-        "CAT FACE",
-        "rocket, on a pink background",
-    ],
-)
-def test_known_names(prompt):
-    """A whole name in the prompt, or a word that only one name has, is known, in any case."""
-    assert sample.nearest_names(prompt, EMOJI_NAMES) == []
-
-
-@pytest.mark.parametrize(
-    "prompt, near", [("pengiun", "penguin"), ("helicopter", None), ("", None), ("???", None)]
-)
-def test_unknown_names(prompt, near):
-    """Three names are offered, among them the one that was misspelt."""
-    offered = sample.nearest_names(prompt, EMOJI_NAMES)
-    assert (
-        len(offered) == 3 and set(offered) <= set(EMOJI_NAMES) and (near is None or near in offered)
     )
 
 
@@ -562,6 +666,27 @@ MISTAKES = [
     ("pizza --seed x", "invalid int value: 'x'"),
     ("pizza --guidance strong", "invalid float value: 'strong'"),
     ("pizza --guidance nan", "--guidance is nan"),
+    ("pizza --guidance 0.5", "--guidance is 0.5; give 1 or more (1 is off, and so is 0)"),
+    ("pizza --guidance -1", "--guidance is -1.0; give 1 or more"),
+    ("pizza --seed -2", "--seed is -2; give 0 to 18446744073709551615, or -1"),
+    ("pizza --seed 88888888888888888888", "--seed is 88888888888888888888; give 0 to"),
+    ("pizza --seed 18446744073709551615 --count 2", "leaves no seeds for 2 pictures"),
+    ("pizza --strength 0.5", "--strength tells how much of --image to redraw"),
+    (
+        "'pizza <lora:blueprint:0.8>'",
+        "<lora:blueprint:0.8> in a prompt is not read; give --lora blueprint:0.8",
+    ),
+    ("pizza --negative '<lyco:my style>'", "give --lora my style:1"),
+    ("pizza --device mps", "--device mps, but PyTorch sees no GPU of Apple's"),
+    ("--again {f}/none.png", "none.png: no such file"),
+    ("--again {f}/words.txt", "words.txt: no picture by sample.py"),
+    ("--again {f}/picture.png", "picture.png: no picture by sample.py"),
+    ("--again {f}", ": no picture by sample.py"),
+    ("pizza --out {f}/picture.png", "picture.png: exists, and is kept"),
+    ("pizza --sheet {f}/picture.png", "picture.png: exists, and is kept"),
+    ("pizza rocket --out {t}/x.PNG", "is one file for 2 pictures"),
+    ("pizza --out x.TGA", "--out x.TGA: pictures are written as .png"),
+    ("pizza --out x.avif", "--out x.avif: pictures are written as .png"),
     ("pizza --dtype int8", "invalid choice: 'int8'"),
     ("pizza --device tpu", "invalid choice: 'tpu'"),
     ("pizza rocket --out {t}/x.png", "is one file for 2 pictures; give a folder: DIR/"),
@@ -613,6 +738,7 @@ def test_as_a_command(bad_files, tmp_path, monkeypatch):
         (["pizza", "--model", str(bad_files / "model.safetensors"), "--size", "1x1"], "--size 1x1"),
     ):
         monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+        monkeypatch.setattr("minilcm.output.plain_output", lambda: None)  # stdout is pytest's here
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
         assert caught.value.code.startswith("sample.py: ") and message in caught.value.code
@@ -691,4 +817,5 @@ def test_tiny_decoder(files, tmp_path):
     got = levels((tmp_path / "x.png").read_bytes())
     assert got.shape == (64, 64, 3) and np.abs(got - expected.numpy()).max() <= 1
     with pytest.raises(ValueError, match="a decoder alone cannot read --image; leave out --vae"):
+        (tmp_path / "x.png").unlink()
         sample.main(sample.parse([*argv, "--image", str(files / "picture.png")]))

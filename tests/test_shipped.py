@@ -5,6 +5,7 @@ from safetensors import safe_open
 from tiny import ROOT
 
 import sample
+from minilcm.advice import nearest_names
 from minilcm.files.checkpoint import load_model
 from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_recipe, read_tau
@@ -71,5 +72,5 @@ def test_the_first_command_draws_what_it_says(tmp_path):
 def test_the_readme_prompt_holds_a_known_name():
     """`a slice of pizza` is understood; an unknown thing gets its neighbours named."""
     names = load_model(WEIGHTS / "model.safetensors")[3].names
-    assert sample.nearest_names("a slice of pizza", names) == []
-    assert len(sample.nearest_names("a submarine", names)) == 3
+    assert nearest_names("a slice of pizza", names) == []
+    assert len(nearest_names("a submarine", names)) == 3

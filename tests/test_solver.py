@@ -23,10 +23,12 @@ from minilcm.solver import (
 
 
 def test_ddim_grid_golden():
-    """diffusers 0.42.1's DDIMScheduler's starts and ends: t_end = t_start - 1000//steps."""
+    """Starts of diffusers 0.42.1's DDIMScheduler, and its ends too where steps divides 1000; for 3
+    it ends the second step at 333, which is not the next start.
+    """
     assert ddim_grid(1) == [(999, -1)]
     assert ddim_grid(2) == [(999, 499), (499, -1)]
-    assert ddim_grid(3) == [(999, 666), (666, 333), (332, -1)]
+    assert ddim_grid(3) == [(999, 666), (666, 332), (332, -1)]
     assert ddim_grid(4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
     # 1000 - 62.5 i: numpy rounds halves to even
     assert [t for t, _ in ddim_grid(16)][:8] == [999, 937, 874, 811, 749, 687, 624, 561]
@@ -69,6 +71,25 @@ def test_dpmpp_grid_golden():
         549,
         *range(500, 0, -50),
     ]
+
+
+EVERY = range(1, 1001)  # numbers of steps
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_grids_of_every_number_of_steps(spacing):
+    """As many timesteps as steps, descending, none below 0, and each end is the next start.
+    (linspace has only 999 to give.)
+    """
+    for steps in EVERY:
+        if spacing == "linspace":
+            starts, ends = (grid := dpmpp_grid(steps, spacing)), [*grid[1:], 0]
+        else:
+            starts, ends = zip(*ddim_grid(steps, spacing))
+        assert len(starts) == (999 if (steps, spacing) == (1000, "linspace") else steps)
+        assert all(a > b for a, b in zip(starts, ends[:-1]))
+        assert [*ends[:-1]] == [*starts[1:]] and ends[-1] <= 0 <= starts[-1] <= starts[0] <= 999
+        assert starts[0] == 999 or spacing == "leading"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +223,39 @@ def test_ddim_follows_the_ode(gaussian, schedule):
     assert error[10] > 20 * error[1000]
 
 
+@pytest.mark.parametrize("kind", ["ddim", "dpmpp", "dpmpp_linspace"])
+def test_every_number_of_steps_ends_at_its_place(gaussian, schedule64, kind):
+    """N steps on N(m, s^2) end within 2/N of the exact ODE, for every N from 1 to 1,000: all of
+    them in one batch, row N - 1 with its own grid, and for some the sampler itself.
+    """
+    spacing = "linspace" if kind == "dpmpp_linspace" else "trailing"
+    if kind == "ddim":
+        grids = [[t for t, _ in ddim_grid(steps)] for steps in EVERY]
+    else:
+        grids = [dpmpp_grid(steps, spacing) for steps in EVERY]
+    t = torch.tensor([[*grid, *[0] * (1001 - len(grid))] for grid in grids])  # (1000, 1001)
+    last = torch.tensor([len(grid) - 1 for grid in grids])  # (1000,)
+    z_T = torch.ones(1000, 1, 1, 1).double()
+    z, x0_last, z0 = z_T, None, torch.zeros_like(z_T)
+    for i in range(1000):
+        x0, is_last = gaussian.x0(z, t[:, i]), (last == i).reshape(-1, 1, 1, 1)
+        if kind == "ddim":
+            z = ddim_step(z, x0, gaussian.eps(z, t[:, i]), t[:, i + 1], schedule64)
+            z0 = torch.where(is_last, z, z0)
+        else:
+            z0 = torch.where(is_last, x0, z0)
+            z = dpmpp_2m_step(z, x0, x0_last, t[:, i - 1], t[:, i], t[:, i + 1], schedule64)
+            x0_last = x0
+    error = (z0 - gaussian.ode(z_T, 999, 0)).abs().flatten()
+    assert (error * torch.tensor(EVERY)).max() < 2
+    for steps in (1, 3, 61, 103, 501):
+        if kind == "ddim":
+            one = sample_ddim(gaussian.eps, z_T[:1], schedule64, steps)
+        else:
+            one = sample_dpmpp_2m(gaussian.eps, z_T[:1], schedule64, steps, spacing)
+        assert one.item() == pytest.approx(z0[steps - 1].item(), abs=1e-5)
+
+
 # ---- order of convergence
 
 
@@ -309,6 +363,8 @@ def test_guidance_costs_one_call(gaussian):
     torch.testing.assert_close(plain, gaussian.eps(z_t.double(), 499).float(), rtol=0, atol=1e-5)
     guided_eps(unet, cond, null_cond, 1.0)(z_t, 499)
     assert calls == [(2, (), 2), (4, (4,), 4)]
+    with pytest.raises(ValueError, match="w is 1.0: guidance needs null_cond"):
+        guided_eps(unet, cond, None, 1.0)
 
 
 def test_guidance_arithmetic_is_float32():

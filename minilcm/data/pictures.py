@@ -3,8 +3,10 @@ and contact sheets.
 """
 
 import io
+import itertools
 import math
 import random
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,9 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
     x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = (h - size[1]) // 2, (w - size[0]) // 2
+    if size[0] * size[1] < 0.9 * w * h:
+        shape = f"{image.width}x{image.height}"
+        print(f"{path}: {shape}, of which the middle is used, in the shape of {size[0]}x{size[1]}")
     return x[:, :, top : top + size[1], left : left + size[0]]
 
 
@@ -115,14 +120,53 @@ def crop(
 # ---- written
 
 
-def save_png(path: str | Path, image: Image.Image, parameters: str) -> None:
+def save_png(path: str | Path, image: Image.Image, parameters: str, command: str = "") -> None:
     """Write a PNG, atomically, with A1111's text chunk `parameters`, whose first line is the
-    prompt.
+    prompt, and in the chunk `command` the line that draws it again.
     """
     info = PngInfo()
     info.add_text("parameters", parameters)
+    if command:
+        info.add_text("command", command)
     with atomic(path) as part:
         image.save(part, "PNG", pnginfo=info)
+
+
+def save_new_png(path: Path, image: Image.Image, parameters: str, command: str = "") -> None:
+    """`save_png` under a name that is free. Raises FileExistsError if it is not, whoever else
+    writes to the folder at the same time.
+    """
+    open(path, "x").close()  # the name is ours from here on
+    try:
+        save_png(path, image, parameters, command)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def save_numbered(
+    folder: Path, name: str, image: Image.Image, parameters: str, command: str = ""
+) -> Path:
+    """`save_new_png` as NUMBER_name.png, one above the highest number that is in the folder."""
+    numbers = [re.match(r"([0-9]+)_.*\.png$", path.name) for path in folder.iterdir()]
+    first = max((int(m[1]) + 1 for m in numbers if m), default=0)
+    for number in itertools.count(first):
+        path = folder / f"{number:04d}_{name}.png"
+        try:
+            save_new_png(path, image, parameters, command)
+            return path
+        except FileExistsError:  # by another run, a moment ago
+            continue
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines at most `width` pixels wide, as long as they can be; line breaks are kept."""
+    for letters in range(max(1, width // 2), 0, -1):
+        # [""]: an empty line stays one
+        lines = [y for x in text.split("\n") for y in textwrap.wrap(x, letters) or [""]]
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines
 
 
 def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
@@ -131,10 +175,7 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
     """
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
-    letters = width // 6
-    lines = [
-        [y for x in s.split("\n") for y in textwrap.wrap(x, letters) or [""]] for s in labels
-    ]  # [""]: keep empty lines
+    lines = [wrap(label, font, width) for label in labels]
     tall = 13 * max(map(len, lines)) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + tall + 8)), "white")

@@ -25,6 +25,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([args.cos(), args.sin()], dim=-1)  # (b, dim)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, each (b, heads, n, d)."""
+    if q.device.type == "mps":  # PyTorch 2.8 there misreads other layouts (pytorch#163597)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the time embedding added between them, and a skip (1x1 where the
     channels change).
@@ -101,7 +108,7 @@ class CrossAttention(nn.Module):
         q, k, v = (
             rearrange(y, "b n (heads d) -> b heads n d", heads=self.heads) for y in (q, k, v)
         )
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return self.to_out(rearrange(y, "b heads n d -> b n (heads d)"))
 
 

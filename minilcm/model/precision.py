@@ -16,13 +16,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """The fastest safe dtype: float16 on CUDA; on a CPU bfloat16 if it has the instructions, else
-    float32.
+    float32, as on Apple's GPUs.
 
     A CPU without them emulates bfloat16 and float16, some 170 times slower than float32.
     """
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    # PyTorch for Apple silicon or a Jetson is built without oneDNN, and then has no such operator
+    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return torch.bfloat16 if kind == "cpu" and has_bfloat16() else torch.float32
 
 
 def forward_dtype(device: str) -> torch.dtype:

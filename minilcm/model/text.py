@@ -184,8 +184,10 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, prompts: list[str], size: tuple[int, int] = (1024, 1024)) -> Cond:
         """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); `size` = (W, H) in pixels,
-        SDXL only.
+        SDXL only. Raises ValueError for one string, which would be a prompt for each letter.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"encode takes a list of prompts; give [{prompts!r}]")
         device = self.tower.positional_embedding.device
         ids = self.tokenize(prompts).to(device)
         if not self.cfg.big:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import Upsample
+from .layers import Upsample, attention
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AttnBlock(nn.Module):
         q, k, v = (
             rearrange(proj(y), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v)
         )
-        y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, h*w, c)
+        y = attention(q, k, v)  # (b, 1, h*w, c)
         return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=h))
 
 

@@ -1,11 +1,20 @@
 """Pixels to pictures: rounding, the recipe in the PNG, contact sheets; and back, to start from."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minilcm.data.pictures import contact_sheet, read_image, save_png, to_images
+from minilcm.data.pictures import (
+    contact_sheet,
+    read_image,
+    save_new_png,
+    save_numbered,
+    save_png,
+    to_images,
+)
 
 
 def test_to_images_rounds_to_the_nearest_level():
@@ -92,6 +101,60 @@ def test_contact_sheet_labels():
     contact_sheet([image] * 3, ["", "a\nb", "寿司 🍣 é"], 2)
 
 
+def test_labels_stay_in_their_cells():
+    """Also of wide letters, of words without a space and of letters that are all alike in width."""
+    image = Image.new("RGB", (128, 128), "white")
+    for label in ("W" * 60, "WWW MMM " * 9, "i" * 300, "寿司" * 40):
+        beside = np.array(contact_sheet([image, image], [label, ""], 2))
+        assert beside[132:, :136].min() < 128 and beside[:, 136:].min() == 255
+
+
+def test_numbers_in_names_are_numbers(tmp_path):
+    """After 9999 comes 10000 and then 10001, whatever else is in the folder."""
+    image = Image.new("RGB", (4, 4))
+    for name in (
+        "9999_old_seed0.png",
+        "123456_notes.txt",
+        "12a_x.png",
+        "20000.png",
+        "x_30000_.png",
+    ):
+        (tmp_path / name).write_text("mine")
+    names = [save_numbered(tmp_path, name, image, "").name for name in ("rocket", "rocket", "cat")]
+    assert names == ["10000_rocket.png", "10001_rocket.png", "10002_cat.png"]
+    assert (tmp_path / "9999_old_seed0.png").read_text() == "mine"
+
+
+def test_no_picture_of_another_run_is_overwritten(tmp_path):
+    """Eight writers, one folder, one name: each of 80 pictures is there, and none is empty."""
+
+    def write(writer):
+        for i in range(10):
+            save_numbered(tmp_path, "rocket", Image.new("RGB", (4, 4)), f"{writer} {i}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    texts = [Image.open(path).text["parameters"] for path in tmp_path.iterdir()]
+    assert sorted(texts) == sorted(f"{writer} {i}" for writer in range(8) for i in range(10))
+
+
+def test_a_new_png_leaves_what_is_there(tmp_path, monkeypatch):
+    """A name that is taken is refused; one whose picture could not be written is free again."""
+    path, image = tmp_path / "x.png", Image.new("RGB", (4, 4))
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        save_new_png(path, image, "")
+    assert path.read_text() == "mine"
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_new_png(tmp_path / "y.png", image, "")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # ---- reading
 
 
@@ -119,6 +182,13 @@ def test_read_image_scales_and_crops_the_centre(tmp_path, size, source):
         assert abs(values.mean()) < 0.05
         covered = target / (zoom * length)  # the part of the gradient that is in the frame
         assert values[-1] - values[0] == pytest.approx(2 * covered * (1 - 1 / target), abs=0.12)
+
+
+@pytest.mark.parametrize("source, told", [((64, 96), True), ((64, 64), False), ((65, 64), False)])
+def test_read_image_says_what_is_cut_off(tmp_path, capsys, source, told):
+    gradient(*source).save(tmp_path / "portrait.png")
+    read_image(tmp_path / "portrait.png", (32, 32))
+    assert ("portrait.png: 64x96, of which the middle" in capsys.readouterr().out) == told
 
 
 def test_read_image_of_the_right_size_is_exact(tmp_path):

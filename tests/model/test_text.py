@@ -321,3 +321,9 @@ def test_an_empty_caption_is_the_null_condition():
 def test_byte_pairs_are_the_whole_prompts(prompt):
     """Splitting a prompt at its commas first, and remembering the phrases, changes no token."""
     assert byte_pairs(prompt) == byte_pairs(prompt) == tokenizer().encode(prompt)
+
+
+def test_one_string_is_not_a_list_of_prompts():
+    """encode("cat face") would be eight prompts of a letter each."""
+    with pytest.raises(ValueError, match=r"give \['cat face'\]"):
+        tiny_text().encode("cat face")

@@ -1,0 +1,157 @@
+"""What is said before a picture is drawn, a line each: what will be ignored or will spoil it.
+
+a prompt     names, styles and colours that the model does not know; syntax of other programs
+settings     few steps without an LCM-LoRA, guidance with one, a size the model never saw
+"""
+
+import difflib
+import json
+import re
+import tarfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from .data.emoji import COLORS, STYLES
+from .files.identify import Checkpoint
+from .files.lora_file import read_recipe
+from .generate import SAMPLERS
+
+# ---- prompts
+
+SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "with", "and", "style", "background"}
+
+
+def read_keywords(art: Path) -> dict[str, set[str]]:
+    """{name: the words that the drawings' labels and keywords have for it} from the emoji art's
+    .tar shards; {} without them.
+    """
+    words: dict[str, set[str]] = {}
+    for shard in sorted(art.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    meta = json.load(tar.extractfile(member))
+                    told = " ".join([meta["label"], *meta["keywords"]]).lower().split()
+                    words.setdefault(meta["name"], set()).update(told)
+    return words
+
+
+def nearest_names(
+    prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]] | None = None
+) -> list[str]:
+    """[] if the prompt holds a known name, or a word that stands for one name only and is part of
+    it; else at most three names: those that share words with the prompt, or else are spelt alike.
+    """
+    spaced = " ".join(re.findall(r"[a-z0-9]+", prompt.lower()))
+    words = set(spaced.split()) - SMALL_WORDS
+    meanings = {name: {*name.split(), *(keywords or {}).get(name, ())} for name in names}
+    meant = {word: [name for name in names if word in meanings[name]] for word in words}
+    known = [word for word, found in meant.items() if len(found) == 1 and word in found[0].split()]
+    if known or any(f" {name} " in f" {spaced} " for name in names):
+        return []
+    shared = {name: len(words & meanings[name]) for found in meant.values() for name in found}
+    # of names that share as many words, the one that means least besides
+    best = sorted(shared, key=lambda name: (-shared[name], len(meanings[name])))
+    return best[:3] or difflib.get_close_matches(prompt.lower(), names, n=3, cutoff=0.0)
+
+
+OTHER_SYNTAX = re.compile(
+    r"<\w+:[^<>]*>"  # A1111: <lora:name:0.8>, <hypernet:...>
+    r"|\([^()]*:\s*[\d.]+\s*\)|\(\([^()]*\)+"  # (word:1.3), ((word))
+    r"|\[[^\[\]]+\]"  # [word], [from:to:0.5], [a|b]
+    r"|\{[^{}]*\}|__[\w/-]+__"  # dynamic prompts: {a|b}, __file__
+    r"|\bembedding:\S+"  # ComfyUI
+    r"|\b\w+(?:\+\+|--)"  # compel: word++
+    r"|\b(?:BREAK|AND)\b"
+)
+
+
+def other_syntax(prompt: str) -> list[str]:
+    """The parts of a prompt that mean something to other programs, and are plain words here."""
+    return OTHER_SYNTAX.findall(prompt)
+
+
+def lora_tags(prompt: str) -> list[tuple[str, str]]:
+    """(tag, FILE:LAMBDA) of A1111's <lora:name:0.8> in a prompt."""
+    tags = re.finditer(r"<(?:lora|lyco):([^<>:]*)(?::([\d.]+))?[^<>]*>", prompt)
+    return [(m[0], f"{m[1]}:{m[2] or 1}") for m in tags]
+
+
+def on_prompt(
+    prompt: str, names: tuple[str, ...], weights: Path, styled: bool = False
+) -> Iterator[str]:
+    """About one prompt. `names`: all that the model knows, () if that is no closed list; `weights`:
+    the folder of the shipped model; `styled`: whether a LoRA may have taught it other styles.
+    """
+    if parts := other_syntax(prompt):
+        yield f"{' '.join(parts)}: read as plain words, not as other programs would"
+    if not names:
+        return
+    if near := nearest_names(prompt, names):
+        near = nearest_names(prompt, names, read_keywords(weights / "art")) or near
+        nearest = f"nearest: {', '.join(near)} (all: --list)"
+        yield f"{prompt!r} holds no name this model knows; {nearest}"
+    for style in re.findall(r"(\w+) style\b", prompt.lower()):
+        if style not in STYLES and not styled:
+            there = (weights / f"{style}.safetensors").is_file()
+            more = f"; give --lora {style} --lora lcm" if there else ""
+            yield f"{style} style is none this model knows, which are {', '.join(STYLES)}{more}"
+    for color in re.findall(r"\bon an? ([\w ]+) background\b", prompt.lower()):
+        if color not in COLORS:
+            yield f"{color} is no background this model knows, which are {', '.join(COLORS)}"
+
+
+# ---- settings
+
+
+def speeds_up(lora: Path) -> bool:
+    """Whether a file seems to hold an LCM-LoRA, alone or combined with others, by its recipe or its
+    name.
+    """
+    recipe = read_recipe(lora)
+    if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
+        return True
+    return "lcm" in recipe["loras"].lower() if "loras" in recipe else "combined" in recipe
+
+
+def on_settings(
+    args: Namespace, checkpoint: Checkpoint, loras: list[Path], shipped: bool
+) -> Iterator[str]:
+    """`args` are sample.py's; `shipped`: whether the model is, for which an LCM-LoRA is at hand."""
+    config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
+    full_lcm, (width, height) = config.unet.w_dim is not None, args.size
+    merged = checkpoint.metadata.get("minilcm.merged", "")
+    merged_lcm = "lcm" in (merged + checkpoint.metadata.get("minilcm.loras", "")).lower()
+    given_lcm = any(speeds_up(path) for path in loras)
+    lcm = merged_lcm or given_lcm
+    if merged:
+        yield f"merged into this model: {merged}"
+    if merged_lcm and given_lcm:
+        yield "that is an LCM-LoRA already; leave the --lora of another out"
+    if needs_lcm and not loras and not lcm and not full_lcm:
+        yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
+    if needs_lcm and loras and not lcm and shipped:
+        yield "no LCM-LoRA among these --lora: few steps will be blurred; add --lora lcm"
+    if lcm and args.guidance > 2:
+        other = "--guidance 1 to 2" if needs_lcm else "--guidance 1 to 2, or no LCM-LoRA"
+        yield f"guidance {args.guidance:g} is too much for an LCM-LoRA; give {other}"
+    if args.negative and (full_lcm or args.guidance == 1):
+        why = "a full LCM takes none" if full_lcm else "it needs a --guidance above 1"
+        yield f"--negative changes nothing: {why}"
+    if not 0.5 <= width * height / config.size**2 <= 2:
+        own = f"{config.size}x{config.size}"
+        yield f"--size {width}x{height} is far from this model's {own}: shapes will break up"
+
+
+def advise(args: Namespace, checkpoint: Checkpoint, loras: list[Path], weights: Path) -> None:
+    """Print all that there is to say. `weights`: the folder of the shipped model."""
+    shipped = args.model.resolve() == (weights / "model.safetensors").resolve()
+    lines = list(on_settings(args, checkpoint, loras, shipped))
+    styled = any(not speeds_up(path) for path in loras)
+    names = checkpoint.config.names
+    for prompt in args.prompts:
+        lines += on_prompt(prompt, names, weights, styled)
+    lines += on_prompt(args.negative, (), weights)
+    for line in lines:
+        print(line)

@@ -1,0 +1,95 @@
+"""The recipe inside a picture: what made it, in the form of A1111, and the command that draws it
+again.
+"""
+
+import re
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+from PIL import Image
+
+from .. import __version__
+from ..files.safetensors_file import sha256
+
+# ---- written
+
+
+def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, object]:
+    """What made the pictures of a run of sample.py, under A1111's names. A hash is ten digits of a
+    file's sha256, by which model sites know it.
+    """
+    recipe = {
+        "Steps": args.steps,
+        "Sampler": args.sampler,
+        "CFG scale": f"{args.guidance:g}",
+        "Seed": None,  # each picture's own
+        "Size": "{}x{}".format(*args.size),
+        "Model": args.model.stem,
+        "Lora": ", ".join(f"{path.stem}:{lam:g}" for path, lam in loras) or "none",
+        "Version": f"minilcm {__version__}",
+        "Precision": f"{args.dtype} on {args.device}",
+        "Model hash": sha256(args.model)[:10],
+    }
+    if loras:
+        hashes = ", ".join(f"{path.stem}: {sha256(path)[:10]}" for path, _ in loras)
+        recipe["Lora hashes"] = f'"{hashes}"'
+    if args.vae:
+        recipe["VAE hash"] = sha256(args.vae)[:10]
+    if args.image:
+        recipe |= {"Denoising strength": args.strength, "Init image": args.image.name}
+        recipe["Init image hash"] = sha256(args.image)[:10]
+    return recipe
+
+
+def command_line(args: Namespace, prompt: str, seed: int, model: Path | None) -> str:
+    """The line that draws one of the pictures, quoted for a shell, with all values, also those that
+    no flag gave; `model` is None for the shipped one.
+    """
+    used = "steps", "sampler", "guidance", "negative", "lora", "prediction", "vae", "image"
+    used += "dtype", "device"
+    flags = {"seed": seed, "model": model, "size": "{}x{}".format(*args.size)}
+    flags |= {flag: getattr(args, flag) for flag in used}
+    flags |= {"strength": args.strength} if args.image else {}
+    words = [f"--lora={lora}" for lora in flags.pop("lora")]
+    words += [f"--{flag}={value}" for flag, value in flags.items() if value not in (None, "")]
+    return shlex.join(["python", "sample.py", *words, "--", prompt])
+
+
+def parameters(prompt: str, negative: str, recipe: dict[str, object]) -> str:
+    """What A1111 writes and reads."""
+    lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in recipe.items())])
+
+
+# ---- read
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The text chunks of a picture that sample.py drew. Raises ValueError for any other file."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            texts = image.info
+        if "parameters" in texts and shlex.split(texts["command"])[:2] == ["python", "sample.py"]:
+            return texts
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{path}: no picture by sample.py with its recipe inside")
+
+
+def read_command(path: Path) -> tuple[list[str], str]:
+    """(flags, prompt) of the command line inside a picture."""
+    *flags, _, prompt = shlex.split(read_texts(path)["command"])[2:]
+    return flags, prompt
+
+
+def check_same_files(path: Path, recipe: dict[str, object]) -> None:
+    """Raises ValueError unless the picture was drawn with files of the hashes in the recipe."""
+    drawn = read_texts(path)["parameters"]
+    for name, value in recipe.items():
+        if "hash" in name and f"{name}: {value}" not in drawn:
+            then = re.search(rf'{name}: ("[^"]*"|\w+)', drawn)
+            then = then[1] if then else "none"
+            raise ValueError(f"{path}: drawn with other files: {name} {then}, now {value}")
