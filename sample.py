@@ -141,8 +141,8 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     suffix = Path(args.out).suffix.lower()
     if not is_png(args.out) and args.out[-1:] != "/" and suffix in Image.registered_extensions():
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
-    if args.sheet and not is_png(args.sheet):
-        error(f"--sheet {args.sheet}: give a file that ends in .png")
+    if args.sheet and (not is_png(args.sheet) or args.sheet == Path(args.out)):
+        error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
     if args.image and not SAMPLERS[args.sampler].stochastic:
         error("--image needs --sampler lcm")
     if args.strength is not None and not args.image:

@@ -698,6 +698,7 @@ MISTAKES = [
     ("pizza --sheet {f}/words.txt/sheet.png", "words.txt"),
     ("pizza --out x.jpg", "--out x.jpg: pictures are written as .png"),
     ("pizza --sheet {t}/sheet.jpg", "give a file that ends in .png"),
+    ("pizza --sheet {t}/x.png --out {t}/x.png", "in .png, other than --out"),
     ("pizza --stepz 4", "unrecognized arguments: --stepz"),
     ("'pizza \udcff'", "surrogates not allowed"),
 ]
