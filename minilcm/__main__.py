@@ -13,7 +13,6 @@ dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averag
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from .files.lora_file import parse_lora
 from .files.tools import combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
+from .output import plain_output
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,11 +140,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    plain_output()
     try:
         main(parse())
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"minilcm: {error}")
     except KeyboardInterrupt:

@@ -1,0 +1,37 @@
+"""What is printed tells of the work, and never stops it."""
+
+import io
+import os
+import sys
+
+
+class Output(io.TextIOWrapper):
+    """Text for a reader who may go away: from then on it goes nowhere."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.go_nowhere(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.go_nowhere(error)
+
+    def go_nowhere(self, error: OSError) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if self is sys.stdout and not isinstance(error, BrokenPipeError):  # `| head` needs no word
+            print(f"nothing more can be printed ({error.strerror})", file=sys.stderr)
+
+
+def plain_output() -> None:
+    """From here on no print raises: not when `| head` has seen enough or the disk is full, nor for
+    a letter that the terminal's encoding lacks, which is shown as \\u5bff.
+    """
+    for name in ("stdout", "stderr"):
+        if stream := getattr(sys, name):  # None where the program was started without
+            how = dict(encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, Output(stream.detach(), **how))

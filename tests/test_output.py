@@ -1,0 +1,54 @@
+"""Work goes on when what it prints is not read, or cannot be spelled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+PROGRAM = """
+import sys
+from minilcm.output import plain_output
+plain_output()
+for i in range(5000):
+    print("a line that nobody reads")
+    print("nor this", file=sys.stderr)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def start(code: str, *argv, unbuffered: str = "", **how) -> subprocess.Popen:
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED=unbuffered)
+    environment |= how.pop("env", {})
+    return subprocess.Popen([sys.executable, "-c", code, *argv], env=environment, **how)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_goes_away(tmp_path, unbuffered):
+    """`2>&1 | head -1`: the work is done, and the exit is quiet."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, unbuffered=unbuffered)
+    program = start(PROGRAM, tmp_path / "work", **how)
+    assert program.stdout.readline() == b"a line that nobody reads\n"
+    program.stdout.close()
+    assert program.wait() == 0 and (tmp_path / "work").read_text() == "done"
+
+
+def test_a_full_disk_is_said_once(tmp_path):
+    """Standard output on a full disk: one line on standard error."""
+    program = PROGRAM.replace('print("nor this", file=sys.stderr)', "")
+    with open("/dev/full", "w") as full:
+        run = start(program, tmp_path / "work", stdout=full, stderr=subprocess.PIPE, text=True)
+        _, errors = run.communicate()
+    assert run.returncode == 0 and (tmp_path / "work").read_text() == "done"
+    assert errors == "nothing more can be printed (No space left on device)\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_letters_that_the_encoding_lacks(encoding):
+    """They are shown by their number, as is a byte of a file name that is no letter at all."""
+    text = "from minilcm.output import plain_output; plain_output(); print('a 寿 \\udcff')"
+    run = start(text, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
+    shown = "寿" if encoding == "utf-8" else r"\u5bff"
+    assert run.communicate()[0].decode(encoding).splitlines() == [rf"a {shown} \udcff"]
+    assert run.returncode == 0
