@@ -51,6 +51,7 @@ from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
+from minilcm.output import plain_output
 from minilcm.run import diagnostics, processes
 from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan
@@ -402,6 +403,7 @@ def loop(
 
 
 if __name__ == "__main__":
+    plain_output()
     try:
         main(parse())
     except (ValueError, OSError) as error:

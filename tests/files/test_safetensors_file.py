@@ -1,5 +1,10 @@
 """Files are whole or absent."""
 
+import errno
+import os
+import stat
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,3 +72,32 @@ def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
     with pytest.raises(ValueError) as caught:
         read_tensors(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacks", ["chmod", "fsync of folders", "opening of folders"])
+def test_a_share_that_lacks_something_takes_the_file(tmp_path, monkeypatch, lacks):
+    """What makes a finished file safer, or readable to others, is no reason to throw it away."""
+    sync, open_fd, tried = os.fsync, os.open, []
+
+    def refuse(what):
+        tried.append(what)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    def fsync(fd):
+        return refuse("fsync of folders") if stat.S_ISDIR(os.fstat(fd).st_mode) else sync(fd)
+
+    def open_file(path, *args, **kwargs):
+        return (
+            refuse("opening of folders") if Path(path).is_dir() else open_fd(path, *args, **kwargs)
+        )
+
+    if lacks == "chmod":
+        monkeypatch.setattr(Path, "chmod", lambda *_, **__: refuse("chmod"))
+    elif lacks == "fsync of folders":
+        monkeypatch.setattr(os, "fsync", fsync)
+    else:
+        monkeypatch.setattr(os, "open", open_file)
+    with atomic(tmp_path / "x") as part:
+        part.write_text("done")
+    assert tried == [lacks] and [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "done"
