@@ -385,7 +385,9 @@ def loop(
         if nets.target_unet is not None:
             update_ema(nets.target_unet, training.unet)
         if average:
-            # average <- mu average + (1 - mu) weights, mu growing to its rate
+            # average <- mu average + (1 - mu) weights, mu growing to its rate. Of a LoRA this
+            # averages A and B apart, which merge.py warns of; of near iterates it differs from the
+            # average of B A by a term of second order in their distance
             mu = min(args.average, (step + 1) / (step + 10))
             weights = [x.detach() for x in named.values()]
             torch._foreach_lerp_(list(average.values()), weights, 1 - mu)
