@@ -103,7 +103,10 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(
                 f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"'
             )
-        yield file, " ".join(captions[0].split())
+        try:
+            yield file, one_line(captions[0])
+        except UnicodeEncodeError:
+            raise ValueError(f"{table}: {captions[0]!a} holds half a letter; mend it") from None
 
 
 def decoded(data: bytes) -> str:
@@ -118,10 +121,21 @@ def decoded(data: bytes) -> str:
     return text
 
 
+def one_line(text: str) -> str:
+    """Blanks and line breaks as single spaces. Raises UnicodeEncodeError for half a letter, as JSON
+    cut within an emoji has, or a file's name in another encoding than the system's.
+    """
+    return " ".join(text.encode().decode().split())
+
+
 def read_repeats(folder: Path) -> tuple[int, str] | None:
     """kohya's folder name 10_sks dog -> (10, "sks dog"); None for any other name."""
     if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
         return None
+    try:
+        one_line(folder.name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: its name, a caption, is not UTF-8; rename it") from None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
         raise ValueError(
             f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME"
@@ -134,7 +148,7 @@ def read_caption(file: Path, name: str | None) -> str:
     for beside in (file.with_suffix(".txt"), file.with_suffix(".caption")):
         if beside.exists():
             try:
-                return " ".join(decoded(beside.read_bytes()).split())
+                return one_line(decoded(beside.read_bytes()))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{beside}: cannot be read ({error}); save it as UTF-8") from None
     if name is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..model.vae import VAE
-from .folders import decoded
+from .folders import decoded, one_line
 from .pictures import crop, nearest, open_picture, picture_suffixes
 
 
@@ -63,7 +63,7 @@ def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
             caption = (
                 decoded(parts["txt"]) if "txt" in parts else meta.get("caption") or meta["text"]
             )
-            yield name, picture, " ".join(caption.split())
+            yield name, picture, one_line(caption)
         except (StopIteration, ValueError, KeyError, AttributeError):
             print(f"{shard}: {name} skipped, it needs a picture and a caption in .txt or .json")
 

@@ -232,6 +232,12 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
         ({"1.5_cat/1.png": None}, "1.5_cat", "1.5 repeats"),
         ({"20240105_trip/1.png": None}, "20240105_trip", "20240105 repeats"),
         ({"10_/1.png": None}, "10_", "10 repeats; call it N_NAME"),
+        ({"10_\udc94L/1.png": None}, "10_\udc94L", "its name, a caption, is not UTF-8; rename it"),
+        (
+            {"1.png": None, "metadata.jsonl": r'{"file_name": "1.png", "text": "a \ud83d"}'},
+            "metadata.jsonl",
+            r"'a \ud83d' holds half a letter",
+        ),
     ],
 )
 def test_bad_folders_give_one_line(tmp_path, files, at, message):
