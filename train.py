@@ -10,14 +10,17 @@
 
 diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the
 teacher's trajectory: the teacher is the model itself with its LoRA off (for a full LCM: a frozen
-copy), guided by w. At every save, --out gets lora.safetensors (or model.safetensors), a sheet of
-pictures and a line of measurements in metrics.jsonl. It also keeps the last two states, from which
---resume continues as if never stopped. Under torchrun, a --shutdown-timeout of some seconds leaves
-time to save on Ctrl-C.
+copy), guided by w. At every save, --out gets lora.safetensors (or model.safetensors; of a full LCM
+also its averaged target), a sheet of pictures and a line of measurements in metrics.jsonl. The loss
+of a step is noisy; to see whether training helps, compare the fixed loss of one save with the next:
+it is the mean over the same 8 batches with the same noise. --out also keeps the last two states,
+from which --resume continues as if never stopped. Under torchrun, a --shutdown-timeout of some
+seconds leaves time to save on Ctrl-C.
 """
 
 import argparse
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilcm.data.batches import Batch, in_background
-from minilcm.data.open import Reading, open_data
+from minilcm.data.open import Reading, Source, find_data, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
 from minilcm.files.identify import (
     FAMILIES,
@@ -43,11 +46,12 @@ from minilcm.files.identify import (
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, update_ema
-from minilcm.lora import ATTENTION, TARGETS, check_rank, get_tau, set_tau
+from minilcm.lora import ATTENTION, TARGETS, check_rank, check_tau, get_tau, set_tau
 from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
+from minilcm.output import plain_output
 from minilcm.run import diagnostics, processes
 from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan
@@ -55,7 +59,7 @@ from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 # Flags that do not change a run's numbers
-NOT_OF_THE_RUN = ("resume", "out", "device", "compile", "save_every", "plan", "w_range")
+NOT_OF_THE_RUN = ("resume", "out", "cache", "device", "compile", "save_every", "plan", "w_range")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,6 +84,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", type=Path, metavar="FILE", help=init)
     add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
+    cache = "keep encoded pictures there, for other runs too (default: in cache/ of --out)"
+    add("--cache", type=Path, metavar="DIR", help=cache)
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
     accumulate = "sum the gradients of N batches per step (default 1)"
@@ -92,18 +98,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
     add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
-    rate = "learning rate: 100 steps of warm-up, then cosine to 0 (default 3e-4)"
+    rate = (
+        "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
+        "(default 3e-4)"
+    )
     add("--lr", type=float, default=3e-4, help=rate)
     guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
     add("--w", metavar="W[:HIGH]", help=guidance)
-    add("--k", type=int, default=T // GRID, help="lcm: skipping interval in timesteps (default 20)")
-    average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full)"
+    skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
+    add("--k", type=int, default=T // GRID, help=skip)
+    average = (
+        "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); of a "
+        "LoRA's two factors apart, which is close for weights of one run"
+    )
     add("--average", type=float, metavar="MU", help=average)
     looks = "times each picture is cut, or drawing composed, and encoded (default 8)"
     add("--looks", type=int, default=8, help=looks)
     readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
     add("--workers", type=int, default=1, metavar="N", help=readers)
-    add("--seed", type=int, default=0, help="of all randomness (default 0)")
+    add("--seed", type=int, default=0, help="of all randomness, 0 to 2^64 - 1 (default 0)")
     save = "save and draw a sheet every N steps (default 500)"
     add("--save-every", type=int, default=500, metavar="N", help=save)
     add("--resume", action="store_true", help="continue from the last state in --out")
@@ -124,17 +137,26 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     """Call `error` for the first senseless value; fill in what depends on other flags."""
     if args.plan is None and (args.data is None or args.out is None):
         error("--data and --out are required, except with --plan")
+    if args.plan is None and args.out.resolve() == args.data.resolve():
+        error(f"--out and --data are both {args.out}: sheets would be read as data; give another")
     if args.init is not None and args.rank is None:
         error(f"--init {args.init} is a LoRA to start from; give its --rank in place of --full")
+    if args.init is not None and args.alpha is not None:
+        error(f"--alpha is {args.alpha}, but --init {args.init} has its own; leave --alpha out")
     for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
         if getattr(args, flag) < 1:
             error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
-    if args.seed < 0 or args.lr < 0:  # negative seeds are for what is measured
-        error(f"--seed is {args.seed}, --lr is {args.lr}; give 0 or more")
+    if not 0 <= args.seed < 2**64:  # negative seeds are for what is measured
+        error(f"--seed is {args.seed}; give 0 to {2**64 - 1}")
+    if not 0 <= args.lr < math.inf:
+        error(f"--lr is {args.lr}; give 0 or more")
     if args.alpha is not None and not 0 < args.alpha < math.inf:
         error(f"--alpha is {args.alpha}; give a number above 0")
     if args.k >= T:
         error(f"--k is {args.k}; give a number of timesteps below {T}")
+    if args.k % (T // GRID):
+        where = f"where another begins (t = 19, 39, ..., {T - 1}) or at t = 0"
+        error(f"--k is {args.k}; give a multiple of {T // GRID}: a skip must end {where}")
     if args.average is None and args.objective == "diffusion" and args.full:
         args.average = 0.9995
     if args.average is not None and not 0 < args.average < 1:
@@ -174,6 +196,8 @@ def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objec
     base = load_checkpoint(checkpoint, torch.float16 if frozen else torch.float32)
     if args.rank is not None:
         check_rank(base.unet, args.rank, objective.targets)  # before an hour of encoding
+    if args.init is not None:
+        check_tau(base.unet, read_tau(args.init), args.rank, objective.targets, str(args.init))
     return base
 
 
@@ -190,7 +214,7 @@ def start_training(
     wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     if args.init is not None:
-        set_tau(unet, read_tau(args.init), str(args.init))
+        set_tau(unet, read_tau(args.init))
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
     if how.process == 0:
@@ -217,19 +241,24 @@ def main(args: argparse.Namespace) -> None:
         step = Step(args.batch, size, args.device, half, bool(args.average), args.accumulate)
         return plan(objective, config, step, args.plan)
 
-    # ---- the model, and the state to continue from
+    # ---- the data, the model, and the state to continue from
+    source = find_data(args.data)
     process, world = processes.start_processes(args.device)
-    if process == 0:
-        states.start_folder(args.out, args.resume)
-    base = load_base(args, checkpoint, objective)
-    flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
-    flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
-    state = states.latest_state(args.out) if args.resume else None
-    if state is not None:
-        states.check_flags(flags, states.read_run(state)["flags"])
-    how = reading(args, size, process, world)
-    train(args, objective, base, model_sha256, how, flags, state)
+    with states.locked(args.out) if process == 0 else nullcontext():
+        if process == 0:
+            states.start_folder(args.out, args.resume)
+        base = load_base(args, checkpoint, objective)
+        model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
+        # what is compared when the run is resumed: files by what is in them
+        flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
+        flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
+        flags |= {"data": source.identity()}
+        flags |= {"init": f"sha256 {sha256(args.init)[:10]}"} if args.init else {}
+        state = states.latest_state(args.out) if args.resume else None
+        if state is not None:
+            states.check_flags(flags, states.read_run(state)["flags"])
+        how = reading(args, size, process, world)
+        train(args, objective, base, model_sha256, source, how, flags, state)
 
 
 def train(
@@ -237,6 +266,7 @@ def train(
     objective: Objective,
     base: Model,
     model_sha256: str,
+    source: Source,
     how: Reading,
     flags: dict[str, str],
     state: Path | None,
@@ -246,7 +276,7 @@ def train(
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
-    data = open_data(args.data, base, model_sha256, args.out.parent / "cache", how)
+    data = open_data(source, base, model_sha256, args.cache or args.out / "cache", how)
     null_cond = text.null_cond(args.batch)
     prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
     data.free()
@@ -278,7 +308,7 @@ def train(
         fixed_loss, tau = diagnostics.loss_on(fixed, batch_loss), get_tau(training.unet)
         record, columns = diagnostics.measure(objective, networks, probe, schedule, tau)
         training.swap_average()
-        say(f"step {step} loss {loss:.4f} fixed {fixed_loss:.4f}", flush=True)
+        say(f"step {step}: loss {loss:.4f}, fixed loss {fixed_loss:.4f}", flush=True)
         if first:
             losses = {"step": step, "loss": loss, "fixed_loss": fixed_loss}
             diagnostics.append_metrics(args.out / "metrics.jsonl", losses | record)
@@ -293,17 +323,33 @@ def train(
     start = states.restore(state, training, data.positions, how.process) if state else 0
     if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
-    source = batches(args.seed, start * args.accumulate)
+    drawn = batches(args.seed, start * args.accumulate)
     if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
-        source = in_background(source)
+        drawn = in_background(drawn)
     if args.compile:
         training.unet.compile(dynamic=False)
-    loop(args, source, training, batch_loss, save, look, start, how)
+    loop(args, drawn, training, batch_loss, save, look, start, how)
+    say(how_to_draw(args, data.prompts[0]))
+
+
+def how_to_draw(args: argparse.Namespace, prompt: str) -> str:
+    """Where the result and its sheet are, and the line that draws with it."""
+    result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
+    shipped = args.model.resolve() == SHIPPED.resolve()
+    if args.full:
+        words = ["--model", result]
+    else:
+        words = [*([] if shipped else ["--model", args.model]), "--lora", result]
+    if args.objective == "diffusion":  # few steps need an LCM-LoRA; the shipped model has one
+        words += ["--lora", "lcm"] if shipped and not args.full else ["--sampler", "ddim"]
+    line = shlex.join(["python", "sample.py", prompt, *map(str, words)])
+    sheet = args.out / f"step_{args.steps:06d}.png"
+    return f"{result} is done, {sheet} is its sheet; to draw with it:\n{line}"
 
 
 def loop(
     args: argparse.Namespace,
-    source: Iterator[Batch],
+    drawn: Iterator[Batch],
     training: states.Training,
     batch_loss: Callable[[Batch], Tensor],
     save: Callable[[int], None],
@@ -325,7 +371,7 @@ def loop(
 
         loss = 0.0
         for i in range(args.accumulate):
-            batch = next(source)
+            batch = next(drawn)
             with processes.sync_gradients(nets.net, i == args.accumulate - 1):
                 part = batch_loss(batch) / args.accumulate
                 part.backward()
@@ -341,7 +387,9 @@ def loop(
         if nets.target_unet is not None:
             update_ema(nets.target_unet, training.unet)
         if average:
-            # average <- mu average + (1 - mu) weights, mu growing to its rate
+            # average <- mu average + (1 - mu) weights, mu growing to its rate. Of a LoRA this
+            # averages A and B apart, which merge.py warns of; of near iterates it differs from the
+            # average of B A by a term of second order in their distance
             mu = min(args.average, (step + 1) / (step + 10))
             weights = [x.detach() for x in named.values()]
             torch._foreach_lerp_(list(average.values()), weights, 1 - mu)
@@ -359,6 +407,7 @@ def loop(
 
 
 if __name__ == "__main__":
+    plain_output()
     try:
         main(parse())
     except (ValueError, OSError) as error:

@@ -118,9 +118,10 @@ def lcd_loss(
     LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient.
     n (b,), w (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the
     pair is (t, t - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999,
-    but one DDIM step of that length is a coarser teacher; with k = 1 the signal would have to
-    travel through 999 hops. `together`: the teacher gets cond and null_cond (b rows each) in one
-    batch of 2b, which takes more memory and is faster on a GPU.
+    but one DDIM step of that length is a coarser teacher. k is a multiple of the grid's 20, so that
+    a skip ends where others begin, or at t = 0: smaller skips never reach t = 0, where alone f is
+    known, and a constant network would have next to no loss. `together`: the teacher gets cond and
+    null_cond (b rows each) in one batch of 2b, which takes more memory and is faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
     t_start = train_grid().to(z0.device)[n]

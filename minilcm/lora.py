@@ -104,6 +104,18 @@ def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) 
         )
 
 
+def check_tau(model: nn.Module, tau: Tau, rank: int, targets: tuple[str, ...], name: str) -> None:
+    """Raises ValueError unless tau has the layers and the rank that `add_lora` would make."""
+    paths = target_paths(model, targets)
+    if odd := set(paths) ^ set(tau):
+        counts = f"{len(tau)} layers, this run {len(paths)}"
+        raise ValueError(f"{name}: it adapts {counts}; first difference: {min(odd)}")
+    for path, (_, down, _) in tau.items():
+        if len(down) != rank:
+            has = f"{path} has rank {len(down)}, this run {rank}"
+            raise ValueError(f"{name}: {has}; give --rank {len(down)}")
+
+
 def add_lora(
     model: nn.Module,
     rank: int,
@@ -164,23 +176,13 @@ def get_tau(model: nn.Module) -> Tau:
     }
 
 
-def set_tau(model: nn.Module, tau: Tau, name: str = "LoRA") -> None:
+def set_tau(model: nn.Module, tau: Tau) -> None:
     """Copy tau, {path: (up, down, lora_alpha)}, into the layers that `add_lora` adapted, as a start
-    for training.
-
-    Raises ValueError if the layers or their ranks differ; `name` is what the message calls tau.
+    for training. Whether it fits is `check_tau`'s question.
     """
     layers = lora_layers(model)
-    if layers.keys() != tau.keys():
-        path = min(layers.keys() ^ tau.keys())
-        raise ValueError(
-            f"{name}: it adapts {len(tau)} layers, this run {len(layers)}; first difference: {path}"
-        )
     for path, (up, down, lora_alpha) in tau.items():
         layer = layers[path]
-        if len(down) != layer.rank:
-            r, ours = len(down), layer.rank
-            raise ValueError(f"{name}: {path} has rank {r}, this run {ours}; give --rank {r}")
         layer.lora_alpha = lora_alpha
         with torch.no_grad():
             layer.lora_up.weight.copy_(up.view_as(layer.lora_up.weight))

@@ -198,11 +198,12 @@ def loss_of(
 
 
 def learning_rate(
-    peak: float, step: int, steps: int, warmup: int = 100, floor: float = 0.0
+    peak: float, step: int, steps: int, warmup: float | None = None, floor: float = 0.0
 ) -> float:
-    """At step 0 ... steps - 1: a linear warm-up, times a cosine from 1 to `floor`."""
-    return (
-        peak
-        * min(1, (step + 1) / warmup)
-        * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
+    """At step 0 ... steps - 1: a linear warm-up, times a cosine from 1 to `floor`.
+
+    The warm-up takes a tenth of the steps, 100 at most, unless `warmup` says how many.
+    """
+    warmup = min(100, steps / 10) if warmup is None else warmup
+    rising = min(1, (step + 1) / warmup)
+    return peak * rising * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -1,5 +1,7 @@
 """The networks of each objective: student, teacher, target; a dry run of each on a fake card."""
 
+import math
+
 import pytest
 import torch
 from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet
@@ -185,3 +187,16 @@ def test_learning_rate_ends_at_its_floor():
     assert learning_rate(2.0, 5000, 10000) == pytest.approx(1.0)
     assert learning_rate(2.0, 10**6, 10**6) == pytest.approx(0)
     assert learning_rate(2.0, 10**6, 10**6, floor=0.01) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("steps, warmup", [(50, 5), (300, 30), (1000, 100), (16000, 100)])
+def test_warm_up_takes_a_tenth_of_a_short_run(steps, warmup):
+    """lr = min(1, (step + 1) / warmup) (1 + cos(pi step / steps)) / 2: a run of 50 steps, too, gets
+    near its peak, 1, in the end of its warm-up.
+    """
+    for step in (0, warmup - 1, warmup, steps - 1):
+        rising = min(1, (step + 1) / warmup)
+        expected = rising * (1 + math.cos(math.pi * step / steps)) / 2
+        assert learning_rate(1.0, step, steps) == pytest.approx(expected)
+    assert max(learning_rate(1.0, step, steps) for step in range(steps)) > 0.97
+    assert learning_rate(1.0, 0, 1) == 1

@@ -67,9 +67,8 @@ def batch_order(
             index, m = [], len(members[bucket])
             for i in places:  # the i-th example of this bucket in the whole run
                 if not index or i % m == 0:
-                    permuted = torch.Generator().manual_seed(
-                        seed * 1_000_003 + i // m + (bucket << 40)
-                    )
+                    mixed = seed * 1_000_003 + i // m + (bucket << 40)
+                    permuted = torch.Generator().manual_seed(mixed % 2**64)
                     order = torch.randperm(m, generator=permuted)
                 index.append(members[bucket][order[i % m]])
             yield index, rng, generator

@@ -84,8 +84,6 @@ def is_art(shard: Path) -> bool:
     """Whether a tar is the emoji art, which has keywords and no captions, and not a shard of
     captioned pictures.
     """
-    if not shard.is_file():
-        raise ValueError(f"{shard}: no such file")
     try:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:

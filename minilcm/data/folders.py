@@ -4,15 +4,20 @@ read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--
 step is given
 """
 
+import codecs
 import csv
 import io
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .pictures import PICTURES
+from .pictures import picture_suffixes
+
+BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv")  # of pictures
 
 
 class Picture(NamedTuple):
@@ -29,7 +34,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     cat.png beside cat.txt or cat.caption; metadata.jsonl or metadata.csv, there or in a subfolder,
     with file_name and text or caption (Hugging Face's imagefolder); subfolders 10_NAME, whose
     pictures come 10 times an epoch and have NAME as caption where a .txt is missing (kohya's).
-    Raises ValueError if a caption or picture is missing, or if there is no picture at all.
+    Prints what is left out. Raises ValueError if a caption or picture is missing, or if there is no
+    picture at all.
     """
     path = Path(path)
     if not path.is_dir():
@@ -44,13 +50,21 @@ def read_pictures(path: str | Path) -> list[Picture]:
         for folder in path.iterdir()
         if folder.is_dir() and (named := read_repeats(folder))
     }
-    files = set(listed)
-    for folder in {path, *kohya, *(table.parent for table in tables)}:
-        files |= {
-            f
-            for f in folder.iterdir()
-            if f.suffix.lower() in PICTURES and not f.name.startswith(".")
-        }
+    folders, suffixes = {path, *kohya, *(table.parent for table in tables)}, picture_suffixes()
+    files, left = set(listed), Counter()
+    for file in path.rglob("*"):
+        inside, suffix = file.relative_to(path), file.suffix.lower()
+        if any(part.startswith(".") for part in inside.parts) or not file.is_file():
+            continue
+        if file.parent in folders and suffix in suffixes:
+            files.add(file)
+        elif file not in listed and file.parent in folders and suffix not in BESIDE:
+            left[suffix or "without a suffix"] += 1
+        elif file not in listed and suffix in suffixes:
+            left[f"in {inside.parent}/"] += 1
+    if left:
+        kinds = ", ".join(f"{n} {what}" for what, n in sorted(left.items()))
+        print(f"{path}: left out: {kinds}; read is what Pillow opens, here and in N_NAME/")
     pictures = []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
@@ -67,7 +81,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
 def read_table(table: Path) -> Iterator[tuple[Path, str]]:
     """(picture, caption) of each row of a metadata.jsonl or metadata.csv."""
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        text = decoded(table.read_bytes())
         if table.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
@@ -89,13 +103,39 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(
                 f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"'
             )
-        yield file, " ".join(captions[0].split())
+        try:
+            yield file, one_line(captions[0])
+        except UnicodeEncodeError:
+            raise ValueError(f"{table}: {captions[0]!a} holds half a letter; mend it") from None
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is neither.
+
+    Without the mark, most UTF-16 would be read as letters with zero bytes between them.
+    """
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if wide else "utf-8-sig")
+    if odd := [x for x in text if unicodedata.category(x) == "Cc" and not x.isspace()]:
+        raise ValueError(f"it holds the control character {odd[0]!a}")
+    return text
+
+
+def one_line(text: str) -> str:
+    """Blanks and line breaks as single spaces. Raises UnicodeEncodeError for half a letter, as JSON
+    cut within an emoji has, or a file's name in another encoding than the system's.
+    """
+    return " ".join(text.encode().decode().split())
 
 
 def read_repeats(folder: Path) -> tuple[int, str] | None:
     """kohya's folder name 10_sks dog -> (10, "sks dog"); None for any other name."""
     if not (match := re.fullmatch(r"([-+]?[0-9.]*[0-9])_(.*)", folder.name)):
         return None
+    try:
+        one_line(folder.name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: its name, a caption, is not UTF-8; rename it") from None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
         raise ValueError(
             f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME"
@@ -108,7 +148,7 @@ def read_caption(file: Path, name: str | None) -> str:
     for beside in (file.with_suffix(".txt"), file.with_suffix(".caption")):
         if beside.exists():
             try:
-                return " ".join(beside.read_text(encoding="utf-8-sig").split())
+                return one_line(decoded(beside.read_bytes()))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{beside}: cannot be read ({error}); save it as UTF-8") from None
     if name is None:

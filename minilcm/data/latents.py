@@ -50,11 +50,10 @@ def cache_latents(
 
     targets = buckets(1024), or [(512, 512)] for squares. `vae_id` identifies the VAE, for example
     by its file's sha256. A look is kept as a file in `folder`, named by a hash of the picture's
-    bytes, targets, look and `vae_id`; if that file exists, nothing is encoded. An unreadable
-    picture is reported and skipped. Raises ValueError if none is readable, or a latent is not
-    finite.
+    bytes, targets, look and `vae_id`; if that file exists, nothing is encoded. Prints which
+    pictures are unreadable, and skipped, and whether much is cut off. Raises ValueError if none is
+    readable, or a latent is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     examples, skipped = [], 0
     for picture in tqdm(pictures, desc="latents", disable=None):
         try:
@@ -77,9 +76,9 @@ def cache_latents(
                     raise ValueError(
                         f"{picture.file}: latent is not finite; SDXL's VAE needs float32"
                     )
-                write_tensors(
-                    file, {"mean": mean[0], "std": std[0]}, {"size_ids": json.dumps(size_ids)}
-                )
+                folder.mkdir(parents=True, exist_ok=True)
+                ids = {"size_ids": json.dumps(size_ids)}
+                write_tensors(file, {"mean": mean[0], "std": std[0]}, ids)
             header, metadata = read_header(file)
             shape = header["mean"].shape[1:]
             examples += [
@@ -89,7 +88,18 @@ def cache_latents(
         print(f"{skipped} of {len(pictures)} pictures skipped")
     if not examples:
         raise ValueError(f"none of {len(pictures)} pictures can be read, first: {pictures[0].file}")
+    say_what_is_cut_off([example.size_ids for example in examples])
     return examples
+
+
+def say_what_is_cut_off(size_ids: list[list[int]]) -> None:
+    """A line, if a fifth or more of some picture is outside its cut, as of a portrait's square."""
+    zooms = [sorted((h / H, w / W)) for H, W, _, _, h, w in size_ids]  # smaller, larger
+    outside = [1 - low / high for low, high in zooms]
+    if max(outside) >= 0.2:
+        n, most = sum(x >= 0.2 for x in outside), round(100 * max(outside))
+        what = f"{n} of {len(outside)} cuts leave out up to {most} % of their picture"
+        print(f"{what}, at random sides; crop it yourself to choose what is seen")
 
 
 @torch.no_grad()

@@ -15,10 +15,28 @@ from ..model.unet import Cond
 from ..model.vae import VAE
 from .batches import batches
 from .emoji import art_batches, cache_art, is_art, read_art, split_art
-from .folders import read_pictures
-from .latents import cache_latents, cache_text, read_cond
-from .pictures import buckets
+from .folders import Picture, read_pictures
+from .latents import cache_latents, cache_text, digest, read_cond, say_what_is_cut_off
+from .pictures import buckets, picture_suffixes
 from .shards import stream_batches
+
+
+class Source(NamedTuple):
+    """The files behind --data: shards, or pictures."""
+
+    path: Path
+    shards: list[Path]
+    pictures: list[Picture]
+
+    def identity(self) -> str:
+        """The same wherever the files lie: how many they are, and a hash of names, sizes and
+        captions. Pictures, which may be terabytes, are not read for it.
+        """
+        of_art = self.path.glob("held_out.txt")
+        files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
+        sizes = [(file.name, file.stat().st_size) for file in files]
+        said = [(x.caption, x.repeats) for x in self.pictures]
+        return f"{len(files)} files, digest {digest(sizes, said)[:10]}"
 
 
 class Reading(NamedTuple):
@@ -54,20 +72,31 @@ class Data(NamedTuple):
             module.cpu()
 
 
-def open_data(path: Path, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Find out what `path` is. Pictures of folders, and the emoji art, are encoded here; shards
-    while training.
+def find_data(path: Path) -> Source:
+    """Find out what `path` is. Raises ValueError as `read_pictures`, or if it holds both kinds."""
+    if path.suffix == ".tar":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        return Source(path, [path], [])
+    if not (shards := sorted(path.glob("*.tar"))):
+        return Source(path, [], read_pictures(path))
+    if beside := [f for f in path.iterdir() if f.suffix.lower() in picture_suffixes()]:
+        both = f"{shards[0].name} and {beside[0].name}"
+        raise ValueError(f"{path}: has shards and pictures, {both}; give them a folder each")
+    return Source(path, shards, [])
+
+
+def open_data(source: Source, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
+    """Pictures of folders, and the emoji art, are encoded here; shards while training.
 
     Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three
     do.
     """
-    _, vae, text, config = model
-    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    (path, shards, pictures), (_, vae, text, config) = source, model
     if shards and is_art(shards[0]):
         return open_art(path, vae, text, config, how)
     if shards:
         return open_shards(shards, vae, text, how)
-    pictures = read_pictures(path)
     captions = [p.caption for p in pictures]
     targets = buckets(how.size) if config.unet.adm else [(how.size, how.size)]
     latents = cache_latents(vae, model_sha256, pictures, cache, targets, how.looks, how.device)
@@ -90,7 +119,9 @@ def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -
         place = how.process, how.world, at, how.drop
         return stream_batches(vae, shards, how.size, how.batch, seed, start, *place)
 
-    return Data(eight(next(streamed(-1))[1]), streamed, encoder(text), positions, [])
+    _, captions, size_ids, _ = next(streamed(-1))
+    say_what_is_cut_off(size_ids.tolist())
+    return Data(eight(captions), streamed, encoder(text), positions, [])
 
 
 def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:

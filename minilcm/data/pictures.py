@@ -21,7 +21,12 @@ from torch import Tensor
 
 from ..files.safetensors_file import atomic
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+def picture_suffixes() -> set[str]:
+    """ ".png", ".jpg" and the suffixes of all other kinds of pictures that this Pillow opens."""
+    kinds = Image.registered_extensions()
+    images = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")}
+    return {suffix for suffix, kind in kinds.items() if kind in images}
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -37,12 +42,21 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def open_picture(data: bytes) -> Image.Image:
     """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is
-    no picture.
+    no picture, or none knows which of its numbers is white.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGBA")
+        image = Image.open(io.BytesIO(data))
+        kind, image = image.format, ImageOps.exif_transpose(image)
+        # grey of 16 bits: Pillow's convert would make white of all above 255
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+            levels = np.asarray(image.convert("I")) / 257  # 65,535 is white
+            image = Image.fromarray(levels.round().astype(np.uint8))
+        image = image if image.mode in ("I", "F") else image.convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
         raise ValueError(f"not a readable picture ({type(error).__name__})") from None
+    if image.mode != "RGBA":
+        what = "whole numbers" if image.mode == "I" else "fractions"
+        raise ValueError(f"{kind} of {what}, of which none is known to be white; save it as .png")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -56,8 +70,10 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{path}: no such file")
     try:
         image = open_picture(Path(path).read_bytes())
-    except (OSError, ValueError):  # a folder, for one
+    except OSError:  # a folder, for one
         raise ValueError(f"{path}: not a readable picture") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     x = to_pixels(image)[None]  # (1, 3, h, w)
     zoom = max(size[0] / image.width, size[1] / image.height)
     h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))

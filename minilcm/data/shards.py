@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..model.vae import VAE
-from .pictures import PICTURES, crop, nearest, open_picture
+from .folders import decoded, one_line
+from .pictures import crop, nearest, open_picture, picture_suffixes
 
 
 class Sample(NamedTuple):
@@ -53,15 +54,16 @@ def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
 
     A sample without a picture or a caption is reported and skipped.
     """
+    kinds = picture_suffixes()
     for name, group in groupby(members(shard), key=lambda member: member[0]):
         parts = {suffix: data for _, suffix, data in group}
         try:
-            picture = next(parts[x[1:]] for x in PICTURES if x[1:] in parts)
-            meta = {} if "txt" in parts else json.loads(parts["json"])
+            picture = next(data for suffix, data in parts.items() if f".{suffix}" in kinds)
+            meta = {} if "txt" in parts else json.loads(decoded(parts["json"]))
             caption = (
-                parts["txt"].decode() if "txt" in parts else meta.get("caption") or meta["text"]
+                decoded(parts["txt"]) if "txt" in parts else meta.get("caption") or meta["text"]
             )
-            yield name, picture, " ".join(caption.split())
+            yield name, picture, one_line(caption)
         except (StopIteration, ValueError, KeyError, AttributeError):
             print(f"{shard}: {name} skipped, it needs a picture and a caption in .txt or .json")
 

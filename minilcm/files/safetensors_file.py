@@ -27,14 +27,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with open(part, "rb") as f:
+        with open(part, "r+b") as f:
             os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        with suppress(OSError):  # some mounts have no modes
+        with suppress(OSError):  # not on every share
             part.chmod(0o666 & ~umask)  # safetensors writes for the owner only
         os.replace(part, path)
-        with suppress(OSError):  # and some cannot sync a folder
+        with suppress(OSError):  # not every system can sync a folder, or open one
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # the new name, too

@@ -3,8 +3,13 @@ stopped.
 """
 
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 from typing import NamedTuple
 
 import torch
@@ -44,15 +49,48 @@ class Training(NamedTuple):
             x.copy_(y), y.copy_(kept)
 
 
-def start_folder(folder: Path, resume: bool) -> None:
-    """Make the folder of a run, and remove what a killed run left half written."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside the block no other process trains into the folder; the file `.lock` tells which does.
+
+    The system drops a lock when its process ends, however it ends. Raises ValueError if the folder
+    is locked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if list(folder.glob("state_*.safetensors")) and not resume:
+    with open(folder / ".lock", "a+") as file:
+        try:
+            from fcntl import LOCK_EX, LOCK_NB, lockf
+
+            lockf(file, LOCK_EX | LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ValueError(f"{folder}: {owner} trains into it; give another --out") from None
+        except (OSError, ImportError):
+            pass  # a file system, or a Windows, without such locks
+        file.truncate(0)
+        print(f"process {os.getpid()} on {gethostname()}", end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+def start_folder(folder: Path, resume: bool) -> None:
+    """Refuse to write over a run, and remove what a killed run left half written."""
+    if states_in(folder) and not resume:
         raise ValueError(
             f"{folder} already holds a run; continue it with --resume, or give another --out"
         )
     for part in folder.glob(".*.part"):
-        part.unlink()
+        if re.match(r"\.(lora|model|target|state_\d+|step_\d+)\.", part.name):
+            part.unlink()
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states of a run, the oldest first: by number, as step 1,000,000 comes after 999,999."""
+    named = {path: re.fullmatch(r"state_(\d+)", path.stem) for path in folder.glob("*.safetensors")}
+    return sorted((path for path, x in named.items() if x), key=lambda path: int(named[path][1]))
 
 
 def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
@@ -99,7 +137,7 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
 
 def latest_state(folder: str | Path) -> Path:
     """The newest complete state of a run. Raises ValueError if there is none."""
-    for path in sorted(Path(folder).glob("state_*.safetensors"), reverse=True):
+    for path in reversed(states_in(Path(folder))):
         try:
             read_run(path)
             return path
@@ -177,13 +215,12 @@ def save_run(
     """The result and the state, of which two are kept; `run` has step, flags and positions.
 
     Every process must call this, and the `first` one writes: lora.safetensors with the recipe, or
-    model.safetensors.
+    model.safetensors; of a full LCM target.safetensors, too. The official script also writes both,
+    as `unet` and `unet_target`.
     """
     weights = {}
     for name, x in (training.average or training.named).items():
-        x = whole(
-            x
-        )  # one at a time on the GPU; all of them only in the main memory of the first process
+        x = whole(x)  # one at a time on the GPU; all only in the main memory of the first process
         weights |= {name: x.detach().cpu()} if first else {}
     tensors = state_tensors(training.saved(), training.optimizer, keep=first)
     if not first:
@@ -201,6 +238,9 @@ def save_run(
     else:
         config = replace(base.config, unet=training.unet.cfg)
         save_model(folder / "model.safetensors", weights, base.vae, base.text, config)
+        target = {k[7:]: x for k, x in tensors.items() if k.startswith("target.")}
+        if target:
+            save_model(folder / "target.safetensors", target, base.vae, base.text, config)
     save_state(folder / f"state_{run['step']:06d}.safetensors", tensors, run)
-    for old in sorted(folder.glob("state_*.safetensors"))[:-2]:
+    for old in states_in(folder)[:-2]:
         old.unlink()

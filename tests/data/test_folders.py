@@ -74,6 +74,48 @@ def test_captions_in_txt_or_caption(tmp_path):
     ]
 
 
+KINDS = {
+    "jfif": "JPEG",
+    "jpe": "JPEG",
+    "tif": "TIFF",
+    "jp2": "JPEG2000",
+    "gif": "GIF",
+    "TIFF": "TIFF",
+}
+
+
+def test_what_pillow_opens_is_read_and_the_rest_is_told(tmp_path, capsys):
+    """Whatever its suffix is called; one line counts what is left out, by suffix and by folder."""
+    for suffix, kind in KINDS.items():
+        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{suffix}.{suffix}", kind)
+        put(tmp_path, {f"{suffix}.txt": f"a {suffix}"})
+    assert sorted(caption for _, caption, _ in read(tmp_path)) == sorted(f"a {x}" for x in KINDS)
+    assert not capsys.readouterr().out
+    put(tmp_path, {"a.heic": b"x", "b.HEIC": b"x", "a.txt": "x", "cats/1.png": None})
+    put(tmp_path, {".hidden.heic": b"x", "cats/1.txt": "x", "list.json": "{}", "clip.mpg": b"x"})
+    assert len(read(tmp_path)) == len(KINDS)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}: left out: 2 .heic, 1 .mpg, 1 in cats/; ")
+
+
+@pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a cat", "黒 猫"])
+def test_captions_in_utf_16(tmp_path, code, text):
+    """Read if they say so by a byte order mark; else they would be "a\\0 \\0c...", and are refused
+    by name.
+    """
+    put(tmp_path, {"1.png": None, "1.txt": ("\ufeff" + text + "\r\n").encode(code)})
+    rows = json.dumps({"file_name": "1.png", "text": "x"}) + "\n"
+    put(tmp_path, {"t/1.png": None, "t/metadata.jsonl": ("\ufeff" + rows).encode(code)})
+    assert [caption for _, caption, _ in read(tmp_path)] == [text, "x"]
+    put(tmp_path, {"1.txt": text.encode(code)})
+    with pytest.raises(ValueError, match="1.txt: cannot be read .*; save it as UTF-8"):
+        read(tmp_path)
+    put(tmp_path, {"1.txt": text, "t/metadata.jsonl": rows.encode(code)})
+    with pytest.raises(ValueError, match="metadata.jsonl: not UTF-8 with one picture a line"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("column", ["text", "caption"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_imagefolder(tmp_path, kind, column):
@@ -188,6 +230,12 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
         ({"1.5_cat/1.png": None}, "1.5_cat", "1.5 repeats"),
         ({"20240105_trip/1.png": None}, "20240105_trip", "20240105 repeats"),
         ({"10_/1.png": None}, "10_", "10 repeats; call it N_NAME"),
+        ({"10_\udc94L/1.png": None}, "10_\udc94L", "its name, a caption, is not UTF-8; rename it"),
+        (
+            {"1.png": None, "metadata.jsonl": r'{"file_name": "1.png", "text": "a \ud83d"}'},
+            "metadata.jsonl",
+            r"'a \ud83d' holds half a letter",
+        ),
     ],
 )
 def test_bad_folders_give_one_line(tmp_path, files, at, message):
@@ -457,6 +505,24 @@ def test_only_what_changed_is_encoded_again(tmp_path, monkeypatch):
         "another",
         "copy",
     ]
+
+
+def test_a_portrait_cut_square_is_told(tmp_path, capsys):
+    """100 x 200 loses half of its height, 90 x 100 a tenth, which is no matter; a target of its own
+    shape loses nothing.
+    """
+    pictures = [Picture(tmp_path / f"{w}.png", "x") for w in (90, 100, 150)]
+    for picture, size in zip(pictures, [(90, 100), (100, 200), (150, 100)]):
+        Image.new("RGB", size, "red").save(picture.file)
+    cache_latents(CountingVAE(), "", pictures, tmp_path / "cache", [(16, 16)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 of 3 cuts leave out up to 50 % of their picture")
+    cache_latents(
+        CountingVAE(), "", pictures, tmp_path / "cache", [(16, 16)]
+    )  # also when found again
+    assert capsys.readouterr().out == line + "\n"
+    cache_latents(CountingVAE(), "", pictures, tmp_path / "cache", [(16, 16), (32, 16), (16, 24)])
+    assert not capsys.readouterr().out
 
 
 def test_bad_pictures_are_named_and_skipped(tmp_path, capsys):

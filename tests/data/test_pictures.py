@@ -9,6 +9,7 @@ from PIL import Image
 
 from minilcm.data.pictures import (
     contact_sheet,
+    open_picture,
     read_image,
     save_new_png,
     save_numbered,
@@ -204,6 +205,32 @@ def test_read_image_takes_any_mode(tmp_path, mode):
     name = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (20, 20)).save(name)
     assert read_image(name, (16, 16)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "PPM"])
+def test_grey_of_16_bits_keeps_its_levels(tmp_path, kind):
+    """Level 257 k of 65,535 is level k of 255, from black to white; halves between round up."""
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    path = tmp_path / "grey"
+    if kind == "PPM":  # which Pillow opens in mode I
+        path.write_bytes(b"P5 16 16 65535 " + levels.astype(">u2").tobytes())
+    elif kind == "big-endian TIFF":  # mode I;16B
+        Image.fromarray(levels.astype(">u2")).save(path, "TIFF")
+    else:
+        Image.fromarray(levels).save(path, kind)
+    assert Image.open(path).mode.startswith("I")
+    image = open_picture(path.read_bytes())
+    assert np.array_equal(np.asarray(image)[..., 0], levels // 257) and image.mode == "RGB"
+    x = read_image(path, (16, 16))
+    assert x.min() == -1 and x.max() == 1
+
+
+@pytest.mark.parametrize("kind, what", [(np.int32, "whole numbers"), (np.float32, "fractions")])
+def test_numbers_of_no_known_white_are_refused(tmp_path, kind, what):
+    """Is 1.0 white, or 255, or 65,535? In one line that names the file and what to do."""
+    Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=f"x.tiff: TIFF of {what}.*; save it as .png$"):
+        read_image(tmp_path / "x.tiff", (8, 8))
 
 
 def test_read_image_shows_transparency_as_white(tmp_path):

@@ -79,9 +79,13 @@ def test_captions_of_all_kinds(tmp_path, capsys):
         "x/c.PNG": picture(2),
         "x/c.json": b'{"caption": "no"}',
         "x/c.seg.png": b"?",
+        "d.jfif": picture(3),
+        "d.txt": "\ufeffin UTF-16".encode("utf-16-le"),
+        "d.cls": b"7",
     }
     shard = write_tar(tmp_path / "a.tar", files)
-    assert sorted(x.caption for x in islice(stream([shard], TARGETS), 3)) == ["b", "c", "one two"]
+    captions = sorted(x.caption for x in islice(stream([shard], TARGETS), 4))
+    assert captions == ["b", "c", "in UTF-16", "one two"]
     assert not capsys.readouterr().out
 
 
@@ -216,12 +220,13 @@ def test_damaged_samples_are_named_and_skipped(tmp_path, capsys):
         "7.json": b"[]",
         "8.png": picture(8),
     }
-    files |= {"8.json": b'{"caption": 8}'}
+    files |= {"a.png": picture(10), "a.json": rb'{"caption": "half a letter: \ud83d"}'}
+    files |= {"8.json": b'{"caption": 8}', "9.png": picture(9), "9.txt": "x".encode("utf-16-le")}
     shard = write_tar(tmp_path / "bad.tar", files)
     samples = list(islice(stream([shard], TARGETS), 3))
     assert numbers(samples) == [6, 6, 6]
     lines = capsys.readouterr().out.splitlines()
-    for name in "01234578":
+    for name in "012345789a":
         assert any(line.startswith(f"{shard}: {name} skipped, ") for line in lines)
     assert not any(f": {6} skipped" in line for line in lines)
     again = next(stream([shard], TARGETS, skip=samples[1].position))

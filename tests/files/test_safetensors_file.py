@@ -68,26 +68,33 @@ def test_what_is_no_safetensors_file_gives_one_line(tmp_path, content):
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("lacks", ["fsync", "chmod"])
-def test_mounts_without_modes_or_synced_folders(tmp_path, lacks, monkeypatch):
-    """Some CIFS, FUSE and exFAT mounts refuse both: the file is written all the same."""
-    fsync = os.fsync
+@pytest.mark.parametrize("lacks", ["chmod", "fsync of folders", "opening of folders"])
+def test_a_share_that_lacks_something_takes_the_file(tmp_path, monkeypatch, lacks):
+    """What makes a finished file safer, or readable to others, is no reason to throw it away."""
+    sync, open_fd, tried = os.fsync, os.open, []
 
-    def no_folders(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(fd)
+    def refuse(what):
+        tried.append(what)
+        raise OSError(errno.EINVAL, "Invalid argument")
 
-    def no_modes(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+    def fsync(fd):
+        return refuse("fsync of folders") if stat.S_ISDIR(os.fstat(fd).st_mode) else sync(fd)
 
-    if lacks == "fsync":
-        monkeypatch.setattr(os, "fsync", no_folders)
+    def open_file(path, *args, **kwargs):
+        return (
+            refuse("opening of folders") if Path(path).is_dir() else open_fd(path, *args, **kwargs)
+        )
+
+    if lacks == "chmod":
+        monkeypatch.setattr(Path, "chmod", lambda *_, **__: refuse("chmod"))
+    elif lacks == "fsync of folders":
+        monkeypatch.setattr(os, "fsync", fsync)
     else:
-        monkeypatch.setattr(Path, "chmod", no_modes)
-    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
-    assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
-    assert read_tensors(tmp_path / "x.safetensors")[0]["a"] == 1
+        monkeypatch.setattr(os, "open", open_file)
+    with atomic(tmp_path / "x") as part:
+        part.write_text("done")
+    assert tried == [lacks] and [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "done"
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0\nsize 4265146304\n"

@@ -133,8 +133,10 @@ def main() -> None:
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
 
     seen, held_out = split_art(read_art(HERE / "art"), HERE / "art/held_out.txt")
+    shown = args.steps * args.batch  # no use in preparing more than that
+    seen, held_out = (art[:: max(1, len(art) // shown)] for art in (seen, held_out[::3]))
     pool, _ = pool_of(seen, SIZE, args.looks, args.seed, args.device)
-    fixed = pool_of(held_out[::3], SIZE, 1, -1, args.device)[0] / 127.5 - 1
+    fixed = pool_of(held_out, SIZE, 1, -1, args.device)[0] / 127.5 - 1
 
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
