@@ -80,7 +80,7 @@ def find_data(path: Path) -> Source:
         return Source(path, [path], [])
     if not (shards := sorted(path.glob("*.tar"))):
         return Source(path, [], read_pictures(path))
-    if beside := [f for f in path.iterdir() if f.suffix.lower() in picture_suffixes()]:
+    if beside := [f for f in path.glob("[!.]*") if f.suffix.lower() in picture_suffixes()]:
         both = f"{shards[0].name} and {beside[0].name}"
         raise ValueError(f"{path}: has shards and pictures, {both}; give them a folder each")
     return Source(path, shards, [])

@@ -25,6 +25,9 @@ def test_a_tar_does_not_hide_pictures(tmp_path):
     with pytest.raises(ValueError, match=r"mixed: has shards and pictures, backup.tar and \d.png;"):
         find_data(tmp_path / "mixed")
     assert find_data(tmp_path / "mixed/backup.tar").shards == [tmp_path / "mixed/backup.tar"]
+    write_tar(tmp_path / "0.tar", {})
+    (tmp_path / "._0.png").touch()  # a leftover of macOS
+    assert find_data(tmp_path).shards == [tmp_path / "0.tar"]
 
 
 def test_identity_is_that_of_the_content(tmp_path, monkeypatch):
