@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import Gaussian
+from gaussian import Gaussian
 
 from minilcm.schedule import (
     Schedule,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import Gaussian
+from gaussian import Gaussian
 from make_reference import STEPS, draw, generators, toy_eps
 from tiny import noise
 

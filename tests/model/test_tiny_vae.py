@@ -1,6 +1,5 @@
 import torch
-from conftest import REFERENCE
-from make_reference import about, filled
+from make_reference import REFERENCE, about, filled
 from safetensors.torch import load_file
 
 from minilcm.files.checkpoint import tiny_keys
