@@ -84,7 +84,7 @@ for style in STYLES:
         f"{STYLE} --data {{out}}/styles/{style} --model {{out}}/model.safetensors "
         f"--out {{out}}/{style}",
         needs=("model", "styles"),
-        share=0.04,
+        share=0.1,
         batch=(16, 64),
     )
 
