@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.advice import advise, lora_tags, speeds_up
+from minilcm.cli.advice import advise, lora_tags, speeds_up
+from minilcm.cli.output import plain_output
+from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.data.emoji import COLORS, STYLES
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
-from minilcm.data.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, open_checkpoint
 from minilcm.files.lora_file import check_lora, parse_lora, read_tau
@@ -43,7 +44,6 @@ from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
-from minilcm.output import plain_output
 from minilcm.schedule import make_schedule
 from minilcm.solver import EpsFn, guided_eps
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minilcm.cli.output import plain_output
 from minilcm.data.batches import Batch, in_background
 from minilcm.data.open import Reading, Source, find_data, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
@@ -51,7 +52,6 @@ from minilcm.model.precision import forward_dtype, resident
 from minilcm.model.text import with_sizes
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
-from minilcm.output import plain_output
 from minilcm.run import diagnostics, processes
 from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from .cli.output import plain_output
 from .files.lora_file import parse_lora
 from .files.tools import combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
-from .output import plain_output
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -947,7 +947,7 @@ def test_art_of_other_names_only(files, tmp_path):
 def test_as_a_command(files, monkeypatch, capsys):
     """`python train.py` leaves an error with one line and exit 1; --help explains, exit 0."""
     # pytest has an output of its own
-    monkeypatch.setattr("minilcm.output.plain_output", lambda: None)
+    monkeypatch.setattr("minilcm.cli.output.plain_output", lambda: None)
     for argv, message in (
         (
             flags(files, files / "model.safetensors", "lcm", 1),
