@@ -11,13 +11,13 @@ The paper's w is guidance - 1. Several --lora add up exactly: tau_mix = lambda1 
 tau_lcm.
 """
 
-import argparse
 import math
 import re
 import secrets
 import shlex
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.advice import advise, lora_tags, speeds_up
+from minilcm.cli.advice import advise, lora_tags, speeds_up
+from minilcm.cli.output import run_script
+from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.data.emoji import COLORS, STYLES
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
-from minilcm.data.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, open_checkpoint
 from minilcm.files.lora_file import check_lora, parse_lora, read_tau
@@ -43,7 +44,6 @@ from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
-from minilcm.output import plain_output
 from minilcm.schedule import make_schedule
 from minilcm.solver import EpsFn, guided_eps
 
@@ -54,9 +54,8 @@ SEEDS = 1 << 64  # PyTorch's generators take 0 to one less; on the CPU the lower
 # ---- the command line
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, exit 1
     add = parser.add_argument
     grammar = "what to draw: NAME[, STYLE style][, on a COLOR background]"
@@ -119,7 +118,7 @@ def is_png(out: str | Path) -> bool:
     return str(out).lower().endswith(".png")
 
 
-def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
+def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     """Call `error` for the first senseless value; fill in what depends on other flags."""
     args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
     args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
@@ -174,7 +173,7 @@ def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
 # ---- the steps of main
 
 
-def settle(args: argparse.Namespace, config: Config) -> tuple[int, int]:
+def settle(args: Namespace, config: Config) -> tuple[int, int]:
     """Fill in what depends on the model: size, guidance, LoRA, dtype; -> height and width of the
     latent.
     """
@@ -222,7 +221,7 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
         print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {path.stem}, times {lam:g}")
 
 
-def encode(args: argparse.Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
+def encode(args: Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
     """(the Cond of each prompt, that of --negative or the null condition), on the CPU."""
     # Apple's GPUs may err in PyTorch's own attention, which is the text encoder's: see layers.py
     with resident(text, "cpu" if args.device == "mps" else args.device):
@@ -235,7 +234,7 @@ def encode(args: argparse.Namespace, text: TextEncoder) -> tuple[list[Cond], Con
 
 
 def draw_all(
-    args: argparse.Namespace,
+    args: Namespace,
     unet: UNet,
     conds: list[Cond],
     neg_cond: Cond,
@@ -275,9 +274,7 @@ def draw_all(
     return latents
 
 
-def write_pictures(
-    args: argparse.Namespace, images: list[Image.Image], recipe: dict[str, object]
-) -> None:
+def write_pictures(args: Namespace, images: list[Image.Image], recipe: dict[str, object]) -> None:
     """A PNG for each image, with its recipe, and the sheet. Pictures of other runs are kept."""
     jobs = [prompt for prompt in args.prompts for _ in range(args.count)]
     model = None if is_shipped(args.model) else args.model
@@ -302,7 +299,7 @@ def write_pictures(
 
 
 @torch.no_grad()
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     # ---- what is asked for, checked against the header before a tensor is read
     checkpoint = open_checkpoint(args.model, args.prediction)
     config = checkpoint.config
@@ -348,10 +345,4 @@ def list_names(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    plain_output()
-    try:
-        main(parse())
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped")
+    run_script("sample.py", main, parse, "stopped")

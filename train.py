@@ -18,11 +18,10 @@ from which --resume continues as if never stopped. Under torchrun, a --shutdown-
 seconds leaves time to save on Ctrl-C.
 """
 
-import argparse
 import math
-import shlex
 import signal
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -32,39 +31,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minilcm.cli.output import run_script
 from minilcm.data.batches import Batch, in_background
 from minilcm.data.open import Reading, Source, find_data, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
-from minilcm.files.identify import (
-    FAMILIES,
-    Checkpoint,
-    Config,
-    check_size,
-    is_large,
-    open_checkpoint,
-)
+from minilcm.files.identify import FAMILIES, Checkpoint, check_size, is_large, open_checkpoint
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, check_tau, get_tau, set_tau
 from minilcm.model.precision import forward_dtype, resident
-from minilcm.model.text import with_sizes
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, learning_rate, loss_of, make_networks, one_process
-from minilcm.output import plain_output
 from minilcm.run import diagnostics, processes
 from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan
 from minilcm.schedule import T
 
 SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
-# Flags that do not change a run's numbers
-NOT_OF_THE_RUN = ("resume", "out", "cache", "device", "compile", "save_every", "plan", "w_range")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
     add = parser.add_argument
     objectives = "what to learn: the noise, or the consistency function"
@@ -78,9 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, default=SHIPPED, help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
-    init = (
-        "a LoRA to start from, of this --rank and these layers (default: one that changes nothing)"
-    )
+    init = "a LoRA to start from, of this --rank and these layers "
+    init += "(default: one that changes nothing)"
     add("--init", type=Path, metavar="FILE", help=init)
     add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
@@ -92,25 +79,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, metavar="N", help=accumulate)
     compiled = "torch.compile the UNet: minutes before the first step, then faster on a GPU"
     add("--compile", action="store_true", help=compiled)
-    recompute = (
-        "gradient checkpointing: recompute blocks in the backward pass; slower, much less memory "
-        "(default: on for large models)"
-    )
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help=recompute)
+    recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, "
+    recompute += "much less memory (default: on for large models)"
+    add("--checkpointing", action=BooleanOptionalAction, help=recompute)
     add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
-    rate = (
-        "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
-        "(default 3e-4)"
-    )
+    rate = "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
+    rate += "(default 3e-4)"
     add("--lr", type=float, default=3e-4, help=rate)
     guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
     add("--w", metavar="W[:HIGH]", help=guidance)
     skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
     add("--k", type=int, default=T // GRID, help=skip)
-    average = (
-        "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); of a "
-        "LoRA's two factors apart, which is close for weights of one run"
-    )
+    average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); "
+    average += "of a LoRA's two factors apart, which is close for weights of one run"
     add("--average", type=float, metavar="MU", help=average)
     looks = "times each picture is cut, or drawing composed, and encoded (default 8)"
     add("--looks", type=int, default=8, help=looks)
@@ -122,18 +103,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the last state in --out")
     plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     device = "default: cuda if available; with --plan cuda"
     add("--device", choices=["cpu", "cuda"], help=device)
     args = parser.parse_args(argv)
     check_values(args, parser.error)
-    if args.device == "cuda" and args.plan is None and not torch.cuda.is_available():
+    cuda = torch.cuda.is_available() or args.plan is not None
+    if args.device == "cuda" and not cuda:
         parser.error("--device cuda, but PyTorch sees no CUDA device; give --device cpu")
-    args.device = args.device or (cuda if args.plan is None else "cuda")
+    args.device = args.device or ("cuda" if cuda else "cpu")
     return args
 
 
-def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None:
+def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     """Call `error` for the first senseless value; fill in what depends on other flags."""
     if args.plan is None and (args.data is None or args.out is None):
         error("--data and --out are required, except with --plan")
@@ -170,24 +151,22 @@ def check_values(args: argparse.Namespace, error: Callable[[str], None]) -> None
     if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
         error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
     if args.objective == "lcm" and args.rank is not None and len(words) == 2:
-        error(
-            f"--w is {args.w}: an LCM-LoRA has no input for w; give one number to distil, or --full"
-        )
+        one = "give one number to distil, or --full"
+        error(f"--w is {args.w}: an LCM-LoRA has no input for w; {one}")
 
 
 # ---- set-up
 
 
-def objective_of(args: argparse.Namespace, config: Config) -> Objective:
+def objective_of(args: Namespace, large: bool) -> Objective:
     targets = ATTENTION if args.attention_only else TARGETS
-    large = is_large(config)
     checkpointing = large if args.checkpointing is None else args.checkpointing
     narrow = large and forward_dtype(args.device) == torch.float32
     how = args.w_range, args.k, checkpointing, narrow
     return Objective(args.objective, args.rank, args.alpha, targets, *how)
 
 
-def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
+def load_base(args: Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
     """The model that training starts from."""
     if checkpoint.config.unet.w_dim is not None:
         raise ValueError(f"{args.model}: a full LCM is no base; give the model it was made from")
@@ -201,15 +180,8 @@ def load_base(args: argparse.Namespace, checkpoint: Checkpoint, objective: Objec
     return base
 
 
-def reading(args: argparse.Namespace, size: int, process: int, world: int) -> Reading:
-    # a tenth of the captions is dropped so that a diffusion model learns the null condition, too
-    drop = 0.1 if args.objective == "diffusion" else 0.0
-    place = args.device, process, world
-    return Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
-
-
 def start_training(
-    args: argparse.Namespace, objective: Objective, unet: UNet, how: Reading
+    args: Namespace, objective: Objective, unet: UNet, how: Reading
 ) -> states.Training:
     wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
@@ -227,13 +199,14 @@ def start_training(
 # ---- the run
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     # ---- what is learned, and whether it fits
     family = FAMILIES.get(str(args.model)) if args.plan is not None else None
     official = family.config if family else None
     checkpoint = None if official else open_checkpoint(args.model, args.prediction)
     config = official() if official else checkpoint.config
-    objective, size = objective_of(args, config), config.size if args.size is None else args.size
+    objective = objective_of(args, is_large(config))
+    size = config.size if args.size is None else args.size
     check_size(config, size)
     args.checkpointing = objective.checkpointing
     if args.plan is not None:
@@ -241,38 +214,28 @@ def main(args: argparse.Namespace) -> None:
         step = Step(args.batch, size, args.device, half, bool(args.average), args.accumulate)
         return plan(objective, config, step, args.plan)
 
-    # ---- the data, the model, and the state to continue from
+    # ---- the data and the folder, which no other run may use
     source = find_data(args.data)
     process, world = processes.start_processes(args.device)
+    drop = 0.1 if args.objective == "diffusion" else 0.0
+    place = args.device, process, world
+    how = Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
     with states.locked(args.out) if process == 0 else nullcontext():
         if process == 0:
             states.start_folder(args.out, args.resume)
-        base = load_base(args, checkpoint, objective)
-        model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
-        # what is compared when the run is resumed: files by what is in them
-        flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-        flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
-        flags |= {"data": source.identity()}
-        flags |= {"init": f"sha256 {sha256(args.init)[:10]}"} if args.init else {}
-        state = states.latest_state(args.out) if args.resume else None
-        if state is not None:
-            states.check_flags(flags, states.read_run(state)["flags"])
-        how = reading(args, size, process, world)
-        train(args, objective, base, model_sha256, source, how, flags, state)
+        train(args, objective, load_base(args, checkpoint, objective), source, how)
 
 
-def train(
-    args: argparse.Namespace,
-    objective: Objective,
-    base: Model,
-    model_sha256: str,
-    source: Source,
-    how: Reading,
-    flags: dict[str, str],
-    state: Path | None,
-) -> None:
+def train(args: Namespace, objective: Objective, base: Model, source: Source, how: Reading) -> None:
     device, size, first = args.device, how.size, how.process == 0
     say = print if first else lambda *_, **__: None
+
+    # ---- the state to continue from
+    model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
+    flags = states.flags_of(args, model_sha256, source.identity(), how.world)
+    state = states.latest_state(args.out) if args.resume else None
+    if state is not None:
+        states.check_flags(flags, states.read_run(state)["flags"])
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
@@ -284,13 +247,6 @@ def train(
     # ---- what is trained
     training = start_training(args, objective, base.unet.to(device), how)
 
-    def batches(seed: int, begin: int = 0) -> Iterator[Batch]:
-        """On the device, with their conditions."""
-        for z0, captions, size_ids, generator in data.batches(seed, begin):
-            z0 = z0.pin_memory() if device == "cuda" else z0
-            cond, null = data.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
-            yield Batch(z0.to(device, non_blocking=True), cond, null, generator, captions)
-
     def batch_loss(batch: Batch) -> Tensor:
         return loss_of(objective, training.nets, *batch[:4], how.process, how.world)
 
@@ -298,12 +254,16 @@ def train(
     most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
     networks = [diagnostics.in_parts(network, most) for network in training.nets[:3]]
     schedule, guidance = training.nets.schedule, base.config.guidance
-    fixed = list(islice(batches(-1), 8))  # for the loss that is compared from save to save
+    fixed = list(islice(data.on_device(device, null_cond, -1), 8))  # compared from save to save
     given = *fixed[0][:3], prompts, size // vae.factor
     probe = diagnostics.make_probe(objective, networks[1], *given, schedule, guidance)
 
-    def look(step: int, loss: float) -> None:
-        """A line of metrics.jsonl and a sheet, by the weights that are written."""
+    @torch.compiler.set_stance("force_eager")  # batches of other sizes than the compiled one
+    def save(step: int, loss: float) -> None:
+        """The result and the state; by the weights written, a line of metrics.jsonl and a sheet."""
+        run = {"step": step, "flags": flags, "positions": processes.gather(data.positions)}
+        recipe = states.recipe_of(objective, step, args.seed, args.model.name, model_sha256)
+        states.save_run(args.out, training, base, recipe, run, first)
         training.swap_average()
         fixed_loss, tau = diagnostics.loss_on(fixed, batch_loss), get_tau(training.unet)
         record, columns = diagnostics.measure(objective, networks, probe, schedule, tau)
@@ -315,45 +275,24 @@ def train(
             with resident(vae, device) if vae in data.idle else nullcontext():
                 diagnostics.write_sheet(args.out, step, columns, data.prompts, vae)
 
-    def save(step: int) -> None:
-        run = {"step": step, "flags": flags, "positions": processes.gather(data.positions)}
-        recipe = states.recipe_of(objective, step, args.seed, args.model.name, model_sha256)
-        states.save_run(args.out, training, base, recipe, run, first)
-
     start = states.restore(state, training, data.positions, how.process) if state else 0
     if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
-    drawn = batches(args.seed, start * args.accumulate)
+    drawn = data.on_device(device, null_cond, args.seed, start * args.accumulate)
     if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
         drawn = in_background(drawn)
     if args.compile:
         training.unet.compile(dynamic=False)
-    loop(args, drawn, training, batch_loss, save, look, start, how)
-    say(how_to_draw(args, data.prompts[0]))
-
-
-def how_to_draw(args: argparse.Namespace, prompt: str) -> str:
-    """Where the result and its sheet are, and the line that draws with it."""
-    result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
-    shipped = args.model.resolve() == SHIPPED.resolve()
-    if args.full:
-        words = ["--model", result]
-    else:
-        words = [*([] if shipped else ["--model", args.model]), "--lora", result]
-    if args.objective == "diffusion":  # few steps need an LCM-LoRA; the shipped model has one
-        words += ["--lora", "lcm"] if shipped and not args.full else ["--sampler", "ddim"]
-    line = shlex.join(["python", "sample.py", prompt, *map(str, words)])
-    sheet = args.out / f"step_{args.steps:06d}.png"
-    return f"{result} is done, {sheet} is its sheet; to draw with it:\n{line}"
+    loop(args, drawn, training, batch_loss, save, start, how)
+    say(states.how_to_draw(args, data.prompts[0], args.model.resolve() == SHIPPED.resolve()))
 
 
 def loop(
-    args: argparse.Namespace,
+    args: Namespace,
     drawn: Iterator[Batch],
     training: states.Training,
     batch_loss: Callable[[Batch], Tensor],
-    save: Callable[[int], None],
-    look: Callable[[int, float], None],
+    save: Callable[[int, float], None],
     start: int,
     how: Reading,
 ) -> None:
@@ -366,8 +305,7 @@ def loop(
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     for step in progress:
         lr = learning_rate(args.lr, step, args.steps)  # warm-up, then cosine
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
 
         loss = 0.0
         for i in range(args.accumulate):
@@ -387,19 +325,12 @@ def loop(
         if nets.target_unet is not None:
             update_ema(nets.target_unet, training.unet)
         if average:
-            # average <- mu average + (1 - mu) weights, mu growing to its rate. Of a LoRA this
-            # averages A and B apart, which merge.py warns of; of near iterates it differs from the
-            # average of B A by a term of second order in their distance
-            mu = min(args.average, (step + 1) / (step + 10))
-            weights = [x.detach() for x in named.values()]
-            torch._foreach_lerp_(list(average.values()), weights, 1 - mu)
+            training.update_average(args.average, step)
 
         memory = f"{peak_bytes(device) / 1e9:.1f} GB"
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            save(step + 1)
-            with torch.compiler.set_stance("force_eager"):  # it measures on batches of other sizes
-                look(step + 1, loss)
+            save(step + 1, loss)
         elif (step + 1) % 10 == 0 and first:
             diagnostics.append_metrics(args.out / "metrics.jsonl", {"step": step + 1, "loss": loss})
         if stopping:
@@ -407,10 +338,4 @@ def loop(
 
 
 if __name__ == "__main__":
-    plain_output()
-    try:
-        main(parse())
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # before the first step
-        sys.exit("train.py: stopped before the first step")
+    run_script("train.py", main, parse, "stopped before the first step")

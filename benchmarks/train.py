@@ -42,8 +42,8 @@ from torch import Tensor, nn
 import minilcm.model.precision
 from benchmarks.full_size import SIDE, make_files
 from minilcm.files.checkpoint import load_strict, read_part
-from minilcm.files.identify import UNET
 from minilcm.files.lora_file import read_tau
+from minilcm.files.parts import UNET
 from minilcm.files.safetensors_file import read_header
 from minilcm.model.unet import Cond, UNet, sd15
 from minilcm.objective import Objective, loss_of, make_networks

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from .cli.output import run_script
 from .files.lora_file import parse_lora
 from .files.tools import combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
-from .output import plain_output
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,10 +146,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    plain_output()
-    try:
-        main(parse())
-    except (ValueError, OSError) as error:
-        sys.exit(f"minilcm: {error}")
-    except KeyboardInterrupt:
-        sys.exit("minilcm: stopped; nothing was written")
+    run_script("minilcm", main, parse, "stopped; nothing was written")

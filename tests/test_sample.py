@@ -739,7 +739,8 @@ def test_as_a_command(bad_files, tmp_path, monkeypatch):
         (["pizza", "--model", str(bad_files / "model.safetensors"), "--size", "1x1"], "--size 1x1"),
     ):
         monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-        monkeypatch.setattr("minilcm.output.plain_output", lambda: None)  # stdout is pytest's here
+        # stdout is pytest's here
+        monkeypatch.setattr("minilcm.cli.output.plain_output", lambda: None)
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
         assert caught.value.code.startswith("sample.py: ") and message in caught.value.code

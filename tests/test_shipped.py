@@ -5,7 +5,7 @@ from safetensors import safe_open
 from tiny import ROOT
 
 import sample
-from minilcm.advice import nearest_names
+from minilcm.cli.advice import nearest_names
 from minilcm.files.checkpoint import load_model
 from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_recipe, read_tau

@@ -30,7 +30,7 @@ from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
 from minilcm.run.diagnostics import read_metrics
-from minilcm.run.state import latest_state, read_run, save_state
+from minilcm.run.state import how_to_draw, latest_state, read_run, save_state
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
@@ -283,9 +283,8 @@ def test_weights_do_not_decay(files, tmp_path):
     """AdamW without decay: what has no gradient stays where it is."""
     args = train.parse(flags(files, tmp_path, "full", 1))
     unet = load_model(files / "model.safetensors")[0]
-    training = train.start_training(
-        args, train.objective_of(args, CONFIG), unet, train.reading(args, 32, 0, 1)
-    )
+    how = Reading(32, args.batch, 1, 1, 0, 0.0, "cpu")
+    training = train.start_training(args, train.objective_of(args, False), unet, how)
     before = [x.detach().clone() for x in training.named.values()]
     for x in training.named.values():
         x.grad = torch.zeros_like(x)
@@ -570,8 +569,8 @@ def test_starts_from_a_lora(files, tmp_path, monkeypatch, objective):
     argv.remove("--attention-only")
     args = train.parse([*argv, "--lr", "0", "--average", "0.9"])
     unet = load_model(files / "model.safetensors")[0]
-    how = train.reading(args, 32, 0, 1)
-    training = train.start_training(args, train.objective_of(args, CONFIG), unet, how)
+    how = Reading(32, args.batch, 1, 1, 0, 0.0, "cpu")
+    training = train.start_training(args, train.objective_of(args, False), unet, how)
     tau, live = read_tau(file), get_tau(training.unet)
     for path, (up, down, lora_alpha) in tau.items():
         delta = lora_alpha / len(down) * up.flatten(1) @ down.flatten(1)
@@ -635,7 +634,7 @@ def test_the_end_says_how_to_draw(files, tmp_path, objective, shipped):
     if shipped:
         argv += ["--model", str(train.SHIPPED)]
     args = train.parse(argv)
-    first, line = train.how_to_draw(args, "a cat's face").splitlines()
+    first, line = how_to_draw(args, "a cat's face", shipped).splitlines()
     python, script, *words = shlex.split(line)
     drawn = sample.parse(words)
     assert (python, script, drawn.prompts) == ("python", "sample.py", ["a cat's face"])
@@ -947,7 +946,7 @@ def test_art_of_other_names_only(files, tmp_path):
 def test_as_a_command(files, monkeypatch, capsys):
     """`python train.py` leaves an error with one line and exit 1; --help explains, exit 0."""
     # pytest has an output of its own
-    monkeypatch.setattr("minilcm.output.plain_output", lambda: None)
+    monkeypatch.setattr("minilcm.cli.output.plain_output", lambda: None)
     for argv, message in (
         (
             flags(files, files / "model.safetensors", "lcm", 1),

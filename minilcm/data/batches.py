@@ -39,17 +39,15 @@ def batch_order(
     one epoch begins the next one's first batch, and nothing is dropped. An epoch takes the batches
     that begin in it, in random order of buckets.
     """
-    members = [
-        [i for i, x in enumerate(shapes) if x == shape] for shape in sorted(set(shapes))
-    ]  # of each bucket
+    # of each bucket
+    members = [[i for i, x in enumerate(shapes) if x == shape] for shape in sorted(set(shapes))]
 
     def before(epoch: int) -> list[int]:
         """Batches of each bucket that begin before this epoch."""
         return [-(-epoch * len(m) // batch) for m in members]
 
-    epoch = (
-        start * batch // len(shapes)
-    )  # or an earlier one, because each bucket rounds its batches up
+    # or an earlier one, because each bucket rounds its batches up
+    epoch = start * batch // len(shapes)
     while sum(before(epoch)) > start:
         epoch -= 1
     while True:

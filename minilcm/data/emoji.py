@@ -201,9 +201,8 @@ def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Ten
     )
     # colours weighed by how much of them there is, so that they blend as paint does
     rgb, alpha = drawings[:, :3] * drawings[:, 3:], drawings[:, 3:]
-    placed = F.avg_pool2d(
-        F.grid_sample(torch.cat([rgb, alpha], dim=1), grid, align_corners=False), 2
-    )  # (b, 4, S, S)
+    placed = F.grid_sample(torch.cat([rgb, alpha], dim=1), grid, align_corners=False)
+    placed = F.avg_pool2d(placed, 2)  # (b, 4, S, S)
     return (placed[:, :3] + (1 - placed[:, 3:]) * colors[:, :, None, None]) * 2 - 1
 
 

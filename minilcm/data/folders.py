@@ -45,11 +45,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     for table in tables:
         for file, caption in read_table(table):
             listed.setdefault(file, []).append(caption)
-    kohya = {
-        folder: named
-        for folder in path.iterdir()
-        if folder.is_dir() and (named := read_repeats(folder))
-    }
+    inner = [folder for folder in path.iterdir() if folder.is_dir()]
+    kohya = {folder: named for folder in inner if (named := read_repeats(folder))}
     folders, suffixes = {path, *kohya, *(table.parent for table in tables)}, picture_suffixes()
     files, left = set(listed), Counter()
     for file in path.rglob("*"):
@@ -68,9 +65,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     pictures = []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
-        pictures += [
-            Picture(file, c, repeats) for c in listed.get(file) or [read_caption(file, name)]
-        ]
+        captions = listed.get(file) or [read_caption(file, name)]
+        pictures += [Picture(file, caption, repeats) for caption in captions]
     if not pictures:
         raise ValueError(
             f"{path}: no pictures; add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
@@ -97,9 +93,8 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(
                 f"{table}: picture {n} is {name}, which is not there; add it or drop the line"
             )
-        if not (
-            captions := [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]
-        ):
+        captions = [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]
+        if not captions:
             raise ValueError(
                 f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"'
             )

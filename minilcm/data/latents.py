@@ -59,10 +59,8 @@ def cache_latents(
         try:
             data = picture.file.read_bytes()
             content = hashlib.sha256(data).hexdigest()
-            files = [
-                folder / f"{digest(content, targets, look, vae_id)}.safetensors"
-                for look in range(looks)
-            ]
+            names = [digest(content, targets, look, vae_id) for look in range(looks)]
+            files = [folder / f"{name}.safetensors" for name in names]
             image = None if all(file.exists() for file in files) else open_picture(data)
         except (OSError, ValueError) as error:
             print(f"{picture.file}: skipped, {error}")
@@ -81,9 +79,8 @@ def cache_latents(
                 write_tensors(file, {"mean": mean[0], "std": std[0]}, ids)
             header, metadata = read_header(file)
             shape = header["mean"].shape[1:]
-            examples += [
-                Example(file, picture.caption, json.loads(metadata["size_ids"]), shape)
-            ] * picture.repeats
+            example = Example(file, picture.caption, json.loads(metadata["size_ids"]), shape)
+            examples += [example] * picture.repeats
     if skipped:
         print(f"{skipped} of {len(pictures)} pictures skipped")
     if not examples:
@@ -110,16 +107,13 @@ def cache_text(
     {caption: file}.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        c: folder / f"{digest(c or None, text_id)}.safetensors"
-        for c in dict.fromkeys(["", *captions])
-    }
+    names = {caption: digest(caption or None, text_id) for caption in ["", *captions]}
+    files = {caption: folder / f"{name}.safetensors" for caption, name in names.items()}
     for caption, file in tqdm(files.items(), desc="captions", disable=None):
         if not file.exists():
             context, vector = text.encode_captions([caption])
-            pooled = (
-                {} if vector is None else {"pooled": vector[0, : -6 * 256]}
-            )  # the size ids belong to the picture
+            # the size ids, at the end of the vector, belong to the picture
+            pooled = {} if vector is None else {"pooled": vector[0, : -6 * 256]}
             write_tensors(file, {"context": context[0]} | pooled, {"caption": caption})
     return files
 

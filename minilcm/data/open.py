@@ -13,7 +13,7 @@ from ..files.identify import Config
 from ..model.text import TextEncoder, with_sizes
 from ..model.unet import Cond
 from ..model.vae import VAE
-from .batches import batches
+from .batches import Batch, batches
 from .emoji import art_batches, cache_art, is_art, read_art, split_art
 from .folders import Picture, read_pictures
 from .latents import cache_latents, cache_text, digest, read_cond, say_what_is_cut_off
@@ -47,9 +47,7 @@ class Reading(NamedTuple):
     looks: int  # how often a picture is cut, or a drawing composed, and encoded
     workers: int  # processes that read shards
     seed: int
-    drop: (
-        float  # share of captions replaced by "", so that the model learns the null condition, too
-    )
+    drop: float  # share of captions replaced by "", by which the null condition is learned, too
     device: str
     process: int = 0
     world: int = 1
@@ -59,12 +57,18 @@ class Data(NamedTuple):
     """What is trained on."""
 
     prompts: list[str]  # eight captions, for the sheet
-    batches: Callable[
-        ..., Iterator
-    ]  # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
+    # (seed, start) -> (z0 (b, 4, h, w), captions, size ids (b, 6), generator), ...
+    batches: Callable[..., Iterator]
     cond_of: Callable[[list[str], Tensor], Cond]  # (captions, size ids)
     positions: list[int]  # of each worker in its shards
     idle: list[nn.Module]  # networks that are only needed again for sheets
+
+    def on_device(self, device: str, null_cond: Cond, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Batches on the device, with their conditions."""
+        for z0, captions, size_ids, generator in self.batches(seed, start):
+            z0 = z0.pin_memory() if device == "cuda" else z0
+            cond, null = self.cond_of(captions, size_ids), with_sizes(null_cond, size_ids)
+            yield Batch(z0.to(device, non_blocking=True), cond, null, generator, captions)
 
     def free(self) -> None:
         """Idle networks leave the GPU."""

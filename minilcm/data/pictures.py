@@ -119,17 +119,11 @@ def crop(
     """
     (h, w), (H, W) = target, (image.height, image.width)
     zoom = max(h / H, w / W)
-    tall, wide = (
-        max(h, round(zoom * H)),
-        max(w, round(zoom * W)),
-    )  # as large as the scaled picture would be
+    # as large as the scaled picture would be
+    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))
     top, left = rng.randint(0, tall - h), rng.randint(0, wide - w)
-    box = (
-        left * W / wide,
-        top * H / tall,
-        (left + w) * W / wide,
-        (top + h) * H / tall,
-    )  # the cut, in the original
+    # the cut, in the original
+    box = left * W / wide, top * H / tall, (left + w) * W / wide, (top + h) * H / tall
     return to_pixels(image.resize((w, h), Image.Resampling.BICUBIC, box)), [H, W, top, left, h, w]
 
 

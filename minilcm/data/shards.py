@@ -115,11 +115,8 @@ def stream(
     while True:
         begin, good = position, position < skip
         rng = random.Random(f"{seed} {process} {worker} {epoch}")
-        samples = (
-            (shard, *sample)
-            for shard in rng.sample(mine, len(mine))
-            for sample in read_shard(shard)
-        )
+        order = rng.sample(mine, len(mine))
+        samples = ((shard, *sample) for shard in order for sample in read_shard(shard))
         for shard, name, data, caption in shuffled(samples, buffer, rng):
             position += 1
             if position <= skip:
@@ -130,11 +127,8 @@ def stream(
                 print(f"{shard}: {name} skipped, {error}")
                 continue
             good = True
-            pixels, size_ids = crop(
-                image,
-                nearest(image, targets),
-                random.Random(f"{seed} {process} {worker} {position}"),
-            )
+            place = random.Random(f"{seed} {process} {worker} {position}")
+            pixels, size_ids = crop(image, nearest(image, targets), place)
             yield Sample(pixels, caption, torch.tensor(size_ids), position)
         if not good or position == begin:
             raise ValueError(f"{mine[0]} and {len(mine) - 1} more: no sample can be read")
@@ -190,9 +184,8 @@ def in_one_line(loader: DataLoader) -> Iterator[Sample]:
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the main process finishes its step, saves, and stops its workers
+    """The main process finishes its step, saves, and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -228,9 +221,8 @@ def stream_batches(
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         dropped = [rng.random() < drop for _ in range(world * batch)][rows]
         captions = ["" if gone else caption for gone, caption in zip(dropped, samples.caption)]
-        moments = [
-            vae.moments(pixels[None].to(device)) for pixels in samples.pixels
-        ]  # one at a time, to save memory
+        # one at a time, to save memory
+        moments = [vae.moments(pixels[None].to(device)) for pixels in samples.pixels]
         mean, std = (torch.cat(x) for x in zip(*moments))  # (b, 4, h, w) each
         noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rows]
         positions[step % workers] = samples.position[-1]

@@ -15,20 +15,9 @@ from ..model.text import RENAMED, TextEncoder, clip_l_to_open_clip, open_clip_to
 from ..model.tiny_vae import TinyDecoder
 from ..model.unet import UNet
 from ..model.vae import VAE
-from .identify import (
-    BIG_G,
-    CLIP_L,
-    NO_WEIGHT,
-    UNET,
-    VAE_,
-    Checkpoint,
-    Config,
-    open_checkpoint,
-    part_of,
-    refuse_quantised,
-    to_json,
-)
+from .identify import Checkpoint, Config, open_checkpoint, refuse_quantised, to_json
 from .names import text_paths
+from .parts import BIG_G, CLIP_L, NO_WEIGHT, PARTS, UNET, VAE_, part_of
 from .safetensors_file import Header, all_finite, read_header, write_tensors
 
 # ---- loading
@@ -118,16 +107,13 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
         if no_kernel(state[key].shape) == no_kernel(want[key].shape):
             state[key] = state[key].reshape(want[key].shape)
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
-    problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"] if missing else []
-    problems += (
-        [f"{len(extra)} unknown keys, first: {', '.join(extra[:5])}"] if extra and missing else []
-    )
-    wrong = sorted(k for k in want if k in state and want[k].shape != state[k].shape)
-    problems += (
-        [f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(want[wrong[0]].shape)}"]
-        if wrong
-        else []
-    )
+    if missing:
+        problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"]
+    if extra and missing:
+        problems += [f"{len(extra)} unknown keys, first: {', '.join(extra[:5])}"]
+    if wrong := sorted(k for k in want if k in state and want[k].shape != state[k].shape):
+        k = wrong[0]
+        problems += [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}"]
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
     if extra:
@@ -173,8 +159,7 @@ def load_checkpoint(
         raise ValueError(f"{path}: no text encoder in the file; give the whole checkpoint")
     text = build(TextEncoder, config.text, path)
     load_text(text, checkpoint, dtype)
-    parts = [part_of(header, prefixes).values() for prefixes in (UNET, VAE_, CLIP_L, BIG_G)]
-    used = {file_key for part in parts for file_key, _ in part}
+    used = {key for prefixes in PARTS for key, _ in part_of(header, prefixes).values()}
     if stray := sorted(k for k in header if k not in used and not NO_WEIGHT.fullmatch(k)):
         first = ", ".join(stray[:5])
         print(f"{path}: {len(stray)} keys belong to no part and are not used, first: {first}")
@@ -218,16 +203,14 @@ def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     def tower(prefixes: tuple[str, ...], what: str) -> dict[str, Tensor]:
         state = read_part(path, header, prefixes, dtype)
-        if (
-            prefixes is BIG_G and "text_projection.weight" in state
-        ):  # Hugging Face multiplies from the left
+        if prefixes is BIG_G and "text_projection.weight" in state:
+            # Hugging Face multiplies from the left
             state["text_projection"] = state.pop("text_projection.weight").T.contiguous()
         try:
             return clip_l_to_open_clip(state)
         except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: {what}: q, k, v of a layer are incomplete or do not fit ({error})"
-            ) from None
+            why = f"q, k, v of a layer are incomplete or do not fit ({error})"
+            raise ValueError(f"{path}: {what}: {why}") from None
 
     load_strict(text.tower, tower(CLIP_L, "text tower"), f"{path}: text tower")
     if text.cfg.big:

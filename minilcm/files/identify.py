@@ -4,7 +4,6 @@ alone.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,30 +13,11 @@ from typing import NamedTuple, get_args
 from ..model.text import TextConfig, sd2_text, sdxl_text
 from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
-from .names import official_key, vae_key
+from .parts import PARTS, UNET, part_of
 from .safetensors_file import FLOATS, Header, read_header
 
-# Key prefixes of each part of a checkpoint; the first is the one that is written
-UNET = ("model.diffusion_model.", "diffusion_model.")
-VAE_ = ("first_stage_model.", "vae.")
-CLIP_L = (
-    "cond_stage_model.transformer.text_model.",
-    "conditioner.embedders.0.transformer.text_model.",
-    "cond_stage_model.transformer.",  # old merges
-    "cond_stage_model.model.",  # SD2's OpenCLIP-H, in CLIP-L's place
-    "conditioner.embedders.0.model.",
-)
-BIG_G = ("conditioner.embedders.1.model.transformer.text_model.", "conditioner.embedders.1.model.")
 QUANTISED = re.compile(
     r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*"
-)
-NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network needs
-    r"(betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
-    r"|posterior_\w+|.*\.position_ids|.*\.logit_scale|model_ema\..*|denoiser\.sigmas|loss\..*"
-    r"|embedding_manager\..*|global_step|v_pred|ztsnr"
-    # of OpenCLIP-H, which SD2 reads up to its last layer but one
-    r"|.*\.attn_mask|(cond_stage_model|conditioner\.embedders\.0)\.model\."
-    r"(transformer\.resblocks\.23\..*|text_projection))"
 )
 
 
@@ -133,9 +113,8 @@ def check_size(config: Config, size: int) -> None:
     """Raises ValueError unless pictures of this width and height have whole latents at the UNet's
     lowest level.
     """
-    coarsest = 2 ** (
-        len(config.vae.channels) + len(config.unet.channels) - 2
-    )  # pixels per point of that level
+    levels = len(config.vae.channels) + len(config.unet.channels)
+    coarsest = 2 ** (levels - 2)  # pixels per point of that level
     if size < 1 or size % coarsest:
         raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
 
@@ -152,56 +131,8 @@ def count_blocks(config: Config) -> int:
     unet, text = config.unet, config.text
     depths = [depth for level in (*unet.down, *unet.up) for depth in level]
     vae = 2 * len(config.vae.channels) * config.vae.res_blocks
-    return (
-        len(depths) + sum(depths) + (unet.middle or 0) + vae + text.layers + (text.big or (0, 0))[1]
-    )
-
-
-# ---- the parts of a file
-
-
-def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{official key below the prefix: (key in the file, shape)} of one part's weights.
-
-    A file may mix the prefixes; where two of them give the same key, the first counts. A UNet or
-    VAE alone in its file may have none.
-    """
-    known = UNET + VAE_ + CLIP_L + BIG_G
-    bare = {UNET: ("input_blocks.",), VAE_: ("encoder.conv_in.", "decoder.conv_in.")}
-    if any(k.startswith(bare.get(prefixes, ())) for k in header):
-        prefixes += ("",)
-    levels = {m[1] for k in header if (m := re.search(r"decoder\.up_blocks\.(\d+)\.", k))}
-    part = {}
-    for prefix in reversed(prefixes):
-        for k, entry in header.items():
-            if next((p for p in known if k.startswith(p)), "") == prefix:
-                name = k.removeprefix(prefix)
-                name = vae_key(name, len(levels)) if VAE_[0] in prefixes else official_key(name)
-                if not NO_WEIGHT.fullmatch(k) and not NO_WEIGHT.fullmatch(name):
-                    part[name] = k, entry.shape
-    return without_gaps(part) if UNET[0] in prefixes else part
-
-
-def without_gaps(part: dict) -> dict:
-    """The same under LDM's numbers, if diffusers' script has numbered the blocks of a small UNet.
-
-    It counts three blocks a level where small-sd has two, puts the upsampler into the third, and
-    leaves the first level's transformers under their names in diffusers.
-    """
-    blocks, names, n, small = {}, {}, Counter(), False
-    for key in part:
-        name = re.sub(r"^up_blocks\.0\.attentions\.(\d)\.", r"output_blocks.\1.1.", key)
-        if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(.+)", name):
-            blocks.setdefault((match[1], int(match[2])), {})[match[3]] = key
-    for (side, i), keys in sorted(blocks.items()):
-        if all(re.fullmatch(r"\d\.conv\.\w+", k) for k in keys):  # the upsampler alone
-            place = 2 if any(k.startswith("1.") for k in blocks.get((side, i - 1), ())) else 1
-            keys = {f"{place}{k[1:]}": key for k, key in keys.items()}
-            n[side] -= 1
-            small = True
-        names |= {key: f"{side}_blocks.{n[side]}.{k}" for k, key in keys.items()}
-        n[side] += 1
-    return {names.get(key, key): value for key, value in part.items()} if small else part
+    towers = text.layers + (text.big or (0, 0))[1]
+    return len(depths) + sum(depths) + (unet.middle or 0) + vae + towers
 
 
 # ---- which model is it?
@@ -240,17 +171,11 @@ def identify_header(
     path: str | Path, header: Header, metadata: dict[str, str], prediction: str | None = None
 ) -> Config:
     """`open_checkpoint` for a header that has been read; `path` is for messages."""
-    if lora := [
-        k
-        for k in header
-        if re.search(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.", k)
-    ]:
-        raise ValueError(
-            f"{path}: this is a LoRA file; pass it with --lora, not as the checkpoint ({min(lora)})"
-        )
-    unet = {
-        k: shape for k, (_, shape) in part_of(header, UNET).items()
-    }  # names and shapes, no prefix
+    adapter = re.compile(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.")
+    if lora := [k for k in header if adapter.search(k)]:
+        what = "this is a LoRA file; pass it with --lora, not as the checkpoint"
+        raise ValueError(f"{path}: {what} ({min(lora)})")
+    unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # no prefix
     if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:
         raise ValueError(f"{path}: {what_else(header)}; supported are single files of {SUPPORTED}")
     if marks := [k for k in header if k.startswith("edm_")]:
@@ -286,9 +211,8 @@ def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Conf
     """
     matrices = {k: s for k, s in unet.items() if len(s) > 1}
     width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
-    context = next(
-        (s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")), None
-    )
+    contexts = [s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")]
+    context = contexts[0] if contexts else None
     adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
     w_dims = [matrices.get(k, (0, 0))[1] for k in unet if k.endswith("cond_proj.weight")]
     for config in (sd15_config(), sd2_config(), sdxl_config()):
@@ -343,7 +267,7 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
     """Raises ValueError, one line, if a part has tensors that are not floating-point, or that other
     tensors scale.
     """
-    for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
+    for prefixes in PARTS:
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
             if stored not in FLOATS or QUANTISED.fullmatch(key):

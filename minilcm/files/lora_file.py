@@ -19,14 +19,7 @@ from ..merge import check_fit, no_kernel, with_kernel
 from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
 from .lora_keys import Module, by_module
-from .names import (
-    TOWERS,
-    module_table,
-    text_paths,
-    text_table,
-    to_diffusers_path,
-    to_ldm_path,
-)
+from .names import TOWERS, module_table, text_paths, text_table, to_diffusers_path, to_ldm_path
 from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
 
 # ---- reading
@@ -60,12 +53,8 @@ def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
         for (prefix, flat), parts in modules.items():
             if prefix == "" and flat in table:
                 named += 1
-                shape = table[flat][1]
-                shaped += all(
-                    parts[x].shape[i] == shape[i]
-                    for x, i in (("up", 0), ("down", 1))
-                    if parts[x].ndim > 1
-                )
+                sides = zip((parts["up"], parts["down"]), (0, 1), table[flat][1])
+                shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
         return named, shaped
 
     best = {}
@@ -78,9 +67,8 @@ def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
 
 def family_of(tau: Tau) -> Family:
     """`find_family` for a tau."""
-    return find_family(
-        {("", p.replace(".", "_")): {"up": up, "down": down} for p, (up, down, _) in tau.items()}
-    )
+    parts = {path: {"up": up, "down": down} for path, (up, down, _) in tau.items()}
+    return find_family({("", path.replace(".", "_")): parts[path] for path in tau})
 
 
 def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
@@ -149,9 +137,7 @@ class PeftSettings(NamedTuple):
     """What PEFT stores beside the tensors of one network."""
 
     default: float  # lora_alpha
-    patterns: dict[
-        str, float
-    ]  # {end of a module's name, or a regular expression of it: lora_alpha}
+    patterns: dict[str, float]  # {end of a module's name, or a regular expression: lora_alpha}
     rslora: bool  # scales by alpha / sqrt(r): as alpha / r that is an alpha of alpha sqrt(r)
 
     def lora_alpha(self, module: str, rank: int) -> float:
@@ -183,13 +169,10 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
         for theirs, ours in names.items():
             theirs = theirs if inside else ""  # beside the file: of its one network
             if any(key.startswith(theirs) for key in raw.keys()) or not inside:
-                patterns = {
-                    p: float(a) for p, a in (raw.get(theirs + "alpha_pattern") or {}).items()
-                }
-                default = float(raw[theirs + "lora_alpha"])
-                settings[ours] = PeftSettings(
-                    default, patterns, bool(raw.get(theirs + "use_rslora"))
-                )
+                alphas = raw.get(theirs + "alpha_pattern") or {}
+                patterns = {pattern: float(alpha) for pattern, alpha in alphas.items()}
+                default, rslora = float(raw[theirs + "lora_alpha"]), theirs + "use_rslora"
+                settings[ours] = PeftSettings(default, patterns, bool(raw.get(rslora)))
                 for pattern in patterns:
                     re.compile(pattern)
                     if re.search(r"[*+?{(|]", pattern):
@@ -308,14 +291,10 @@ def lora_metadata(
         raw = {}
         for name, modules in settings.items():
             r, lora_alpha = next(iter(modules.values()))
-            raw |= {
-                f"{name}.r": r,
-                f"{name}.lora_alpha": lora_alpha,
-                f"{name}.target_modules": sorted(modules),
-            }
+            alphas = {m: alpha for m, (_, alpha) in modules.items() if alpha != lora_alpha}
+            raw |= {f"{name}.r": r, f"{name}.lora_alpha": lora_alpha}
+            raw[f"{name}.target_modules"] = sorted(modules)
             raw[f"{name}.rank_pattern"] = {m: x for m, (x, _) in modules.items() if x != r}
-            raw[f"{name}.alpha_pattern"] = {
-                m: a for m, (_, a) in modules.items() if a != lora_alpha
-            }
+            raw[f"{name}.alpha_pattern"] = alphas
         metadata["lora_adapter_metadata"] = json.dumps(raw, indent=2, sort_keys=True)
     return metadata

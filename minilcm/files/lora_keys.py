@@ -39,8 +39,6 @@ REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
     r"\.b?oft_": "OFT",
     r"\.lora_embedding_[AB]": "a change of embeddings",
 }
-
-
 FLOAT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 FLOAT_TYPES |= {torch.float8_e4m3fn, torch.float8_e5m2}  # others are of quantised models
 
@@ -53,15 +51,11 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
     if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
-        tail = (
-            f"{old[2]}_proj"
-            if "self_attn" in old[1]
-            else f"to_{old[2]}" + (".0" if old[2] == "out" else "")
-        )
+        theirs = "to_out.0" if old[2] == "out" else f"to_{old[2]}"
+        tail = f"{old[2]}_proj" if "self_attn" in old[1] else theirs
         key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
-    match = re.fullmatch(
-        r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight", key
-    )
+    ending = r"\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight"
+    match = re.fullmatch(r"(.+?)" + ending, key)
     match = match or re.fullmatch(r"(.+)\.(alpha|scalar)", key)
     if not match:
         return None
@@ -89,11 +83,8 @@ def by_module(
                 )
     keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith(BUNDLED)}
     if not any(keys.values()):
-        what = (
-            "a checkpoint; pass it with --model"
-            if any("diffusion_model." in k for k in keys)
-            else "not a LoRA file"
-        )
+        is_model = any("diffusion_model." in key for key in keys)
+        what = "a checkpoint; pass it with --model" if is_model else "not a LoRA file"
         raise ValueError(f"{path}: this is {what} (first key: {min(keys, default='none')})")
 
     modules: dict[Module, dict[str, Tensor]] = {}

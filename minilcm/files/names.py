@@ -30,8 +30,6 @@ RES = {  # inside a ResBlock: LDM's name -> diffusers'
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-
-
 VAE_NAMES = {  # in a VAE: diffusers' name, today's or the one before -> LDM's
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
@@ -104,9 +102,8 @@ def block_names(cfg: UNetConfig) -> dict[str, str]:
             names[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
             i += 1
         # the upsampler follows the transformer, or the ResBlock where there is none
-        names[f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"] = (
-            f"up_blocks.{level}.upsamplers.0.conv"
-        )
+        upsampler = f"output_blocks.{i - 1}.{2 if depths[-1] else 1}.conv"
+        names[upsampler] = f"up_blocks.{level}.upsamplers.0.conv"
     return names
 
 
@@ -139,10 +136,8 @@ def text_table() -> dict[str, str]:
     text_projection.
     """
     parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts] + [
-        "text_projection"
-    ]
-    return {path.replace(".", "_"): path for path in paths}
+    paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts]
+    return {path.replace(".", "_"): path for path in [*paths, "text_projection"]}
 
 
 @cache

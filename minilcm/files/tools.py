@@ -9,8 +9,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,21 +20,11 @@ from tqdm import tqdm
 
 from ..lora import Tau
 from ..merge import add_delta_, combine, delta_norms, distance, extract_tau, no_kernel, reduce_rank
-from .checkpoint import Place, places, weight_shapes
-from .identify import (
-    BIG_G,
-    CLIP_L,
-    FAMILIES,
-    UNET,
-    VAE_,
-    identify_header,
-    is_lora,
-    open_checkpoint,
-    part_of,
-    refuse_quantised,
-)
+from .checkpoint import places, weight_shapes
+from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refuse_quantised
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
 from .names import TOWERS, module_table, text_paths
+from .parts import BIG_G, PARTS, part_of
 from .safetensors_file import Header, all_finite, read_header, rewrite, sha256
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
@@ -138,9 +128,8 @@ def united(values: list[str]) -> str:
 def info(path: Path) -> None:
     """Print what a file is."""
     header, metadata = read_header(path)
-    dtypes = ", ".join(
-        f"{n} {dtype}" for dtype, n in Counter(e.dtype for e in header.values()).most_common()
-    )
+    counts = Counter(entry.dtype for entry in header.values()).most_common()
+    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in counts)
     print(f"{path}: {path.stat().st_size:,} bytes, {len(header)} tensors: {dtypes}")
     if is_lora(header):
         lora_info(read_tau(path), recipe_in(metadata))
@@ -176,7 +165,7 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{more}")
     extra = set(header)
     first = "OpenCLIP-H" if config.text.open_clip else "CLIP-L"
-    for part, prefixes in (("UNet", UNET), ("VAE", VAE_), (first, CLIP_L), ("bigG", BIG_G)):
+    for part, prefixes in zip(("UNet", "VAE", first, "bigG"), PARTS):
         if found := part_of(header, prefixes):
             extra -= {key for key, _ in found.values()}
             print(f"  {part:10} {sum(math.prod(shape) for _, shape in found.values()):,} values")
@@ -246,21 +235,16 @@ def merge_file(
     for path, parts in combine(taus, [sign * lam for _, lam in loras]).items():
         by_key.setdefault(where[path].key, []).append((where[path], parts))
 
-    def add(
-        key: str, changes: list[tuple[Place, tuple[Tensor, Tensor, float]]]
-    ) -> Callable[[Tensor], Tensor]:
-        def change(weight: Tensor) -> Tensor:
-            if not all_finite(weight):
-                raise ValueError(f"{checkpoint}: {key} has values that are not finite")
-            changed = weight.clone()
-            for place, parts in changes:
-                try:
-                    add_delta_(place.view(changed), *parts, block=BLOCK)
-                except ValueError as error:
-                    raise ValueError(f"{checkpoint}: {key}: {error}") from None
-            return changed
-
-        return change
+    def change(key: str, weight: Tensor) -> Tensor:
+        if not all_finite(weight):
+            raise ValueError(f"{checkpoint}: {key} has values that are not finite")
+        changed = weight.clone()
+        for place, parts in by_key[key]:
+            try:
+                add_delta_(place.view(changed), *parts, block=BLOCK)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint}: {key}: {error}") from None
+        return changed
 
     recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
     stale = "minilcm.merged", "modelspec.hash_sha256"
@@ -268,14 +252,14 @@ def merge_file(
     metadata |= for_people([checkpoint, *(path for path, _ in loras)])
     if recipe:  # not so, if what was merged has been taken away again
         metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
-    rewrite(checkpoint, out, metadata, {key: add(key, changes) for key, changes in by_key.items()})
+    rewrite(checkpoint, out, metadata, {key: partial(change, key) for key in by_key})
     print(f"{out}: {len(by_key)} of {len(header)} tensors changed")
 
 
 def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[str]:
     """The keys of `tuned` whose tensors differ from those of `base`, or are not there, by parts."""
     keys = []
-    for prefixes in (UNET, VAE_, CLIP_L, BIG_G):
+    for prefixes in PARTS:
         here = part_of(base, prefixes)
         for name, (key, shape) in part_of(tuned, prefixes).items():
             if name not in here:  # bigG has two layouts: another name tells nothing
@@ -315,9 +299,7 @@ def extract_file(
                 tau |= extract_tau(path, difference, rank)
         if tau:
             table = module_table(family_of(tau).unet)
-            tau = {
-                p: x for p, x in tau.items() if p in text_paths() or p.replace(".", "_") in table
-            }
+            tau = {p: tau[p] for p in tau if p in text_paths() or p.replace(".", "_") in table}
         held = {there[path].key for path in tau}
         left_out = [key for key in differing(a, b, *headers) if key not in held]
     if not tau:

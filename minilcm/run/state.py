@@ -5,6 +5,8 @@ stopped.
 import json
 import os
 import re
+import shlex
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Model, save_model
 from ..files.lora_file import write_tau
-from ..files.safetensors_file import read_header, read_tensors, write_tensors
+from ..files.safetensors_file import read_header, read_tensors, sha256, write_tensors
 from ..lcm import GRID, T_SCALE
 from ..lora import get_tau
 from ..model.unet import UNet
@@ -40,6 +42,16 @@ class Training(NamedTuple):
         if self.nets.target_unet is not None:
             saved |= {f"target.{k}": v for k, v in self.nets.target_unet.named_parameters()}
         return saved
+
+    def update_average(self, rate: float, step: int) -> None:
+        """average <- mu average + (1 - mu) weights, mu growing to its rate.
+
+        Of a LoRA this averages A and B apart, which merge.py warns of; of near iterates it differs
+        from the average of B A by a term of second order in their distance.
+        """
+        mu = min(rate, (step + 1) / (step + 10))
+        weights = [x.detach() for x in self.named.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - mu)
 
     @torch.no_grad()
     def swap_average(self) -> None:
@@ -91,6 +103,18 @@ def states_in(folder: Path) -> list[Path]:
     """The states of a run, the oldest first: by number, as step 1,000,000 comes after 999,999."""
     named = {path: re.fullmatch(r"state_(\d+)", path.stem) for path in folder.glob("*.safetensors")}
     return sorted((path for path, x in named.items() if x), key=lambda path: int(named[path][1]))
+
+
+# Flags that do not change a run's numbers
+NOT_OF_THE_RUN = ("resume", "out", "cache", "device", "compile", "save_every", "plan", "w_range")
+
+
+def flags_of(args: Namespace, model_sha256: str, data: str, world: int) -> dict[str, str]:
+    """What is compared when the run is resumed: the flags of train.py, files by what is in them."""
+    flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
+    flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
+    flags |= {"init": f"sha256 {sha256(args.init)[:10]}"} if args.init else {}
+    return flags | {"data": data}
 
 
 def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
@@ -244,3 +268,19 @@ def save_run(
     save_state(folder / f"state_{run['step']:06d}.safetensors", tensors, run)
     for old in states_in(folder)[:-2]:
         old.unlink()
+
+
+def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
+    """Where the result and its sheet are, and the line that draws with it; `shipped`: whether the
+    model it began with is, for which an LCM-LoRA is at hand.
+    """
+    result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
+    if args.full:
+        words = ["--model", result]
+    else:
+        words = [*([] if shipped else ["--model", args.model]), "--lora", result]
+    if args.objective == "diffusion":  # few steps need an LCM-LoRA
+        words += ["--lora", "lcm"] if shipped and not args.full else ["--sampler", "ddim"]
+    line = shlex.join(["python", "sample.py", prompt, *map(str, words)])
+    sheet = args.out / f"step_{args.steps:06d}.png"
+    return f"{result} is done, {sheet} is its sheet; to draw with it:\n{line}"

@@ -9,7 +9,7 @@ from tiny import ROOT
 
 PROGRAM = """
 import sys
-from minilcm.output import plain_output
+from minilcm.cli.output import plain_output
 plain_output()
 for i in range(5000):
     print("a line that nobody reads")
@@ -47,7 +47,7 @@ def test_a_full_disk_is_said_once(tmp_path):
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_letters_that_the_encoding_lacks(encoding):
     """They are shown by their number, as is a byte of a file name that is no letter at all."""
-    text = "from minilcm.output import plain_output; plain_output(); print('a 寿 \\udcff')"
+    text = "from minilcm.cli.output import plain_output; plain_output(); print('a 寿 \\udcff')"
     run = start(text, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
     shown = "寿" if encoding == "utf-8" else r"\u5bff"
     assert run.communicate()[0].decode(encoding).splitlines() == [rf"a {shown} \udcff"]

@@ -1,8 +1,10 @@
-"""What is printed tells of the work, and never stops it."""
+"""What is printed tells of the work, and never stops it; what stops it is one line."""
 
 import io
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 
 
 class Output(io.TextIOWrapper):
@@ -35,3 +37,18 @@ def plain_output() -> None:
         if stream := getattr(sys, name):  # None where the program was started without
             how = dict(encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
             setattr(sys, name, Output(stream.detach(), **how))
+
+
+def run_script(
+    name: str, main: Callable[[Namespace], None], parse: Callable[[], Namespace], stopped: str
+) -> None:
+    """Parse the command line and run `main`; an error is one line and exit 1, and so is Ctrl-C,
+    which says `stopped`.
+    """
+    plain_output()
+    try:
+        main(parse())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: {stopped}")

@@ -12,10 +12,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from .data.emoji import COLORS, STYLES
-from .files.identify import Checkpoint
-from .files.lora_file import read_recipe
-from .generate import SAMPLERS
+from ..data.emoji import COLORS, STYLES
+from ..files.identify import Checkpoint
+from ..files.lora_file import read_recipe
+from ..generate import SAMPLERS
 
 # ---- prompts
 

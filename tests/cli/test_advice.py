@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CONFIG, ROOT, write_art
 
-from minilcm.advice import lora_tags, nearest_names, on_prompt, on_settings, other_syntax
+from minilcm.cli.advice import lora_tags, nearest_names, on_prompt, on_settings, other_syntax
 from minilcm.files.identify import Checkpoint
 
 EMOJI = ROOT / "weights/emoji"
@@ -163,7 +163,7 @@ def test_lora_tags():
 )
 def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     """One line where a picture will be spoilt or a flag ignored, and none where it will not."""
-    monkeypatch.setattr("minilcm.advice.speeds_up", lambda path: "lcm" in path.name)
+    monkeypatch.setattr("minilcm.cli.advice.speeds_up", lambda path: "lcm" in path.name)
     args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32)) | flags
     merged, objective = flags.get("merged", (None, None))
     recipe = json.dumps([{"file": "x.safetensors", "objective": objective}])
