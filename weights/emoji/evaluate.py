@@ -235,25 +235,24 @@ def blind(args: argparse.Namespace, model: Model) -> None:
 
 
 def figure(args: argparse.Namespace, model: Model) -> None:
-    """Report Fig. 3: the style LoRA alone at 25 guided steps, the LCM-LoRA alone at 4, and
+    """Report Fig. 3: the LCM-LoRA alone at 4 steps; each style LoRA alone at 25 guided steps, and
     lambda1 tau_style + lambda2 tau_lcm at 4.
     """
     names = ["cat face", "rocket", "house", "butterfly", "guitar", "mushroom", "penguin", "castle"]
-    images, labels = [], []
     tau_lcm, w = read_tau(args.lora), model.config.guidance - 1
+    rows = [("lcm, 4 steps", "", tau_lcm, "lcm", 4, 0.0)]
     for file in args.style_loras:
-        tau, style = read_tau(file), file.stem
-        prompts = [f"{n}, {style} style, on {article(c)} background" for n, c in zip(names, COLORS)]
-        rows = [
-            (f"{style}, 25 steps", tau, "ddim", 25, w),
-            ("lcm, 4 steps", tau_lcm, "lcm", 4, 0.0),
-            (f"{style} + lcm, 4 steps", combine([tau, tau_lcm], [1.0, 1.0]), "lcm", 4, 0.0),
-        ]
-        for label, mix, sampler, steps, w_ in rows:
-            merge_into(model.unet, mix)
-            images += to_images(draw(model, prompts, sampler, steps, w_, args.seed))
-            unmerge(model.unet, mix)
-            labels += [label] + [""] * (len(names) - 1)
+        tau, style = read_tau(file), f", {file.stem} style"
+        both = combine([tau, tau_lcm], [1.0, 1.0])
+        rows.append((f"{file.stem}, 25 steps", style, tau, "ddim", 25, w))
+        rows.append((f"{file.stem} + lcm, 4 steps", style, both, "lcm", 4, 0.0))
+    images, labels = [], []
+    for label, style, tau, sampler, steps, w_ in rows:
+        prompts = [f"{n}{style}, on {article(c)} background" for n, c in zip(names, COLORS)]
+        merge_into(model.unet, tau)
+        images += to_images(draw(model, prompts, sampler, steps, w_, args.seed))
+        unmerge(model.unet, tau)
+        labels += [label] + [""] * (len(names) - 1)
     save_png(args.out, contact_sheet(images, labels, len(names)), "report figure 3")
 
 
