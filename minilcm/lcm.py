@@ -87,11 +87,11 @@ def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
 def draw(
     shape: tuple[int, ...], generator: torch.Generator, w_range: tuple[float, float] = (7.5, 7.5)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What Algorithm 1 draws for latents of `shape` (b, c, h, w): n ~ U{0, ..., 49}, w ~
-    U[w_range], eps ~ N(0, 1).
+    """What Algorithm 1 draws for latents of `shape` (b, c, h, w).
 
-    n (b,) indexes the grid; all three are on the CPU. An LCM-LoRA has no input for w, so it can
-    only learn one: w_range then is a single value, which gets distilled into the weights.
+    n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1). n (b,) indexes the grid; all three are on the
+    CPU. An LCM-LoRA has no input for w, so it can only learn one: w_range then is a single value,
+    which gets distilled into the weights.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
@@ -137,9 +137,8 @@ def lcd_loss(
         # (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
         if together:
             twice = (torch.cat([x, x]) for x in (z_start, t_start))
-            of_cond, of_null = (
-                teacher(*twice, cond.cat(null_cond), torch.cat([w, w])).float().chunk(2)
-            )
+            both = teacher(*twice, cond.cat(null_cond), torch.cat([w, w]))
+            of_cond, of_null = both.float().chunk(2)
         else:
             of_cond = teacher(z_start, t_start, cond, w).float()
             of_null = teacher(z_start, t_start, null_cond, w).float()
@@ -199,13 +198,10 @@ def sample_lcm(
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T
-    for t, t_next in tqdm(
-        list(zip(grid, [*grid[1:], None])), desc="lcm", disable=None, leave=False
-    ):
+    pairs = list(zip(grid, [*grid[1:], None]))
+    for t, t_next in tqdm(pairs, desc="lcm", disable=None, leave=False):
         z0 = f_theta(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is not None:
-            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators]).to(
-                z_T.device
-            )
-            z_t = add_noise(z0, eps, t_next, schedule)
+            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
+            z_t = add_noise(z0, eps.to(z_T.device), t_next, schedule)
     return z0

@@ -25,9 +25,8 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     Linear: up (out, r), down (r, in). Conv: up (out, r, 1, 1), down (r, in, k, k).
     """
     # dW = (lora_alpha / r) B A
-    up = rearrange(
-        up.float(), "out r ... -> out (r ...)"
-    )  # (out, r): a 1x1 kernel has nothing more
+    # (out, r): a 1x1 kernel has nothing more
+    up = rearrange(up.float(), "out r ... -> out (r ...)")
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
@@ -224,9 +223,8 @@ def reduce_rank(
     small, residual = {}, {}
     for path, (up, down, lora_alpha) in tau.items():
         u, s, vt = factorise(up, down, lora_alpha)
-        left = (
-            s.double().square().flip(0).cumsum(0).flip(0)
-        )  # left[i] = sum_{j >= i} s_j^2: lost at rank i
+        # left[i] = sum_{j >= i} s_j^2: lost at rank i
+        left = s.double().square().flip(0).cumsum(0).flip(0)
         if energy is not None:
             r = int((left > (1 - energy) * left[0]).sum())
         else:

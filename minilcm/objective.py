@@ -119,9 +119,8 @@ def lora_networks(
             return run(unet, half, z_t, t, cond)
 
     def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(
-            unet, half, z_t, t, cond
-        )  # not `net`: DDP expects one forward pass per backward pass
+        # not `net`: DDP expects one forward pass per backward pass
+        return run(unet, half, z_t, t, cond)
 
     return Networks(student, teacher, target, net, schedule_of(unet))
 
@@ -145,9 +144,8 @@ def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap:
         unet.time_embedding = nn.ModuleDict(
             {"cond_proj": nn.Linear(W_DIM, unet.cfg.channels[0], bias=False)}
         )
-    nn.init.zeros_(
-        unet.time_embedding["cond_proj"].weight
-    )  # the student begins as its teacher, whatever w is
+    # the student begins as its teacher, whatever w is
+    nn.init.zeros_(unet.time_embedding["cond_proj"].weight)
     unet.cfg = replace(unet.cfg, w_dim=W_DIM)
     target_unet = frozen_copy(unet, torch.float32)
     unet.requires_grad_(True)

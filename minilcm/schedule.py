@@ -26,14 +26,14 @@ class Schedule(NamedTuple):
     v: bool = False  # the network's output is v, not eps_hat: see `x0_and_eps`
 
     def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...): a scalar for an int t, (b, 1, 1,
-        ...) for (b,).
+        """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...).
+
+        A scalar for an int t, (b, 1, 1, ...) for t of shape (b,).
         """
         t = torch.as_tensor(t, device=self.alpha.device)
         shape = (-1, *[1] * (like.ndim - 1)) if t.ndim else ()
-        return self.alpha[t].reshape(shape).to(like.device), self.sigma[t].reshape(shape).to(
-            like.device
-        )
+        alpha, sigma = (table[t].reshape(shape).to(like.device) for table in self[1:3])
+        return alpha, sigma
 
     def to(self, device: str | torch.device) -> "Schedule":
         return Schedule(*(table.to(device) for table in self[:3]), self.v)

@@ -126,10 +126,8 @@ def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
     """
     if spacing == "linspace":
         check_steps(steps)
-        # a set: 1,000 steps would stop twice at 500
-        return sorted(
-            {int(t) for t in np.round(np.linspace(0, T - 1, steps + 1))[1:]}, reverse=True
-        )
+        ts = np.round(np.linspace(0, T - 1, steps + 1))[1:]
+        return sorted({int(t) for t in ts}, reverse=True)  # a set: 1,000 steps have 500 twice
     if spacing != "trailing":
         raise ValueError(f"spacing is {spacing!r}; choose trailing or linspace")
     return [t for t, _ in ddim_grid(steps)]
@@ -145,10 +143,9 @@ def sample_dpmpp_2m(
     A step to sigma' = 0 returns its x0, so the last step is x0 itself.
     """
     grid = dpmpp_grid(steps, spacing)
+    pairs = list(zip(grid, [*grid[1:], None]))
     z_t, x0_last, t_last = z_T, None, None
-    for t, t_next in tqdm(
-        list(zip(grid, [*grid[1:], None])), desc="dpm++", disable=None, leave=False
-    ):
+    for t, t_next in tqdm(pairs, desc="dpm++", disable=None, leave=False):
         x0, _ = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is None:
             return x0

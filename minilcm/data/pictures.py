@@ -55,8 +55,8 @@ def open_picture(data: bytes) -> Image.Image:
     except Exception as error:  # each of Pillow's decoders has its own
         raise ValueError(f"not a readable picture ({type(error).__name__})") from None
     if image.mode != "RGBA":
-        what = "whole numbers" if image.mode == "I" else "fractions"
-        raise ValueError(f"{kind} of {what}, of which none is known to be white; save it as .png")
+        what = "32-bit integers" if image.mode == "I" else "floats"
+        raise ValueError(f"{kind} of {what}: which value is white is not told; save it as .png")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

@@ -94,17 +94,13 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.Sequential(
-            nn.Linear(width, width), nn.Identity()
-        )  # .1: dropout, numbering only
+        # .1: dropout, numbering only
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Identity())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (
-            self.to_q(x),
-            self.to_k(context),
-            self.to_v(context),
-        )  # (b, n, d), (b, m, d), (b, m, d)
+        # (b, n, d), (b, m, d), (b, m, d)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (
             rearrange(y, "b n (heads d) -> b heads n d", heads=self.heads) for y in (q, k, v)
         )
@@ -127,9 +123,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
-        )  # .1: dropout
+        # .1: dropout, numbering only
+        parts = GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
+        self.net = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

@@ -153,9 +153,8 @@ class TextEncoder(nn.Module):
         )
         if cfg.big:
             width, layers, heads = cfg.big
-            self.big = TextTransformer(
-                N_TOKENS, VOCAB, width, heads, layers, output_dim=width
-            )  # exact GELU
+            sizes = N_TOKENS, VOCAB, width, heads, layers
+            self.big = TextTransformer(*sizes, output_dim=width)  # exact GELU
             self.big.attn_mask = None
         self.cut: set[str] = set()  # prompts reported as too long
 
@@ -209,9 +208,8 @@ class TextEncoder(nn.Module):
         if cond.vector is None:
             return cond  # SD1.x: "" is the null condition
         null = self.null_cond(len(captions))
-        empty = torch.tensor(
-            [caption == "" for caption in captions], device=cond.context.device
-        )  # (b,)
+        is_empty = [caption == "" for caption in captions]
+        empty = torch.tensor(is_empty, device=cond.context.device)  # (b,)
         context = torch.where(empty[:, None, None], null.context, cond.context)
         return Cond(context, torch.where(empty[:, None], null.vector, cond.vector))
 
@@ -273,9 +271,8 @@ def hidden(tower: "TextTransformer", ids: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of the last and of the penultimate layer, without final norm, (b, n, d) each."""
     n = ids.shape[1]
     x = tower.token_embedding(ids) + tower.positional_embedding[:n]  # (b, n, d)
-    mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device).triu(
-        1
-    )  # causal: -inf above the diagonal
+    mask = torch.full((n, n), -torch.inf, dtype=x.dtype, device=x.device)
+    mask = mask.triu(1)  # causal: -inf above the diagonal
     for block in tower.transformer.resblocks:
         before, x = x, block(x, attn_mask=mask)
     return x, before

@@ -219,14 +219,13 @@ class UNet(nn.Module):
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
-        """eps_hat, or v, (b, 4, h, w), float32, from z_t of that shape, t an int or (b,), cond.
+        """eps_hat, or v, float32 (b, 4, h, w), of z_t of that shape at t, an int or (b,).
 
-
-        w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an LCM-LoRA's UNet takes
-        none.
+        cond has b rows. w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an
+        LCM-LoRA's UNet takes none.
         """
-        dtype, context = self.out[2].weight.dtype, cond.context
-        context = context.to(dtype)  # (b, n, d)
+        dtype = self.out[2].weight.dtype
+        context = cond.context.to(dtype)  # (b, n, d)
         t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))  # (b,)
         t_sin = timestep_embedding(t, self.cfg.channels[0]).to(dtype)  # (b, width)
         if w_emb is not None:

@@ -225,7 +225,7 @@ def test_grey_of_16_bits_keeps_its_levels(tmp_path, kind):
     assert x.min() == -1 and x.max() == 1
 
 
-@pytest.mark.parametrize("kind, what", [(np.int32, "whole numbers"), (np.float32, "fractions")])
+@pytest.mark.parametrize("kind, what", [(np.int32, "32-bit integers"), (np.float32, "floats")])
 def test_numbers_of_no_known_white_are_refused(tmp_path, kind, what):
     """Is 1.0 white, or 255, or 65,535? In one line that names the file and what to do."""
     Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "x.tiff")
