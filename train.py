@@ -90,6 +90,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--w", metavar="W[:HIGH]", help=guidance)
     skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
     add("--k", type=int, default=T // GRID, help=skip)
+    psi = "lcm: DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
+    add("--psi-steps", type=int, default=1, metavar="N", help=psi)
     average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); "
     average += "of a LoRA's two factors apart, which is close for weights of one run"
     add("--average", type=float, metavar="MU", help=average)
@@ -124,7 +126,8 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--init {args.init} is a LoRA to start from; give its --rank in place of --full")
     if args.init is not None and args.alpha is not None:
         error(f"--alpha is {args.alpha}, but --init {args.init} has its own; leave --alpha out")
-    for flag in ("steps", "batch", "accumulate", "k", "looks", "workers", "save_every"):
+    counts = "steps", "batch", "accumulate", "k", "psi_steps", "looks", "workers", "save_every"
+    for flag in counts:
         if getattr(args, flag) < 1:
             error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; give 1 or more")
     if not 0 <= args.seed < 2**64:  # negative seeds are for what is measured
@@ -162,7 +165,7 @@ def objective_of(args: Namespace, large: bool) -> Objective:
     targets = ATTENTION if args.attention_only else TARGETS
     checkpointing = large if args.checkpointing is None else args.checkpointing
     narrow = large and forward_dtype(args.device) == torch.float32
-    how = args.w_range, args.k, checkpointing, narrow
+    how = args.w_range, args.k, args.psi_steps, checkpointing, narrow
     return Objective(args.objective, args.rank, args.alpha, targets, *how)
 
 

@@ -110,6 +110,7 @@ def lcd_loss(
     w: Tensor,
     eps: Tensor,
     k: int = T // GRID,
+    psi_steps: int = 1,
     together: bool = False,
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378: z0 (b, c, h, w) -> scalar.
@@ -118,14 +119,14 @@ def lcd_loss(
     LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient.
     n (b,), w (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the
     pair is (t, t - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999,
-    but one DDIM step of that length is a coarser teacher. k is a multiple of the grid's 20, so that
-    a skip ends where others begin, or at t = 0: smaller skips never reach t = 0, where alone f is
-    known, and a constant network would have next to no loss. `together`: the teacher gets cond and
-    null_cond (b rows each) in one batch of 2b, which takes more memory and is faster on a GPU.
+    but one DDIM step of that length is a coarser teacher; the Psi of `psi_steps` DDIM steps, each
+    k / psi_steps long, is not, and takes that many times the teacher. k is a multiple of the grid's
+    20, so that a skip ends where others begin, or at t = 0: smaller skips never reach t = 0, where
+    alone f is known, and a constant network would have next to no loss. `together`: the teacher
+    gets cond and null_cond (b rows each) in one batch of 2b: more memory, faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
     t_start = train_grid().to(z0.device)[n]
-    t_end = (t_start - k).clamp(min=0)  # f is the identity at t = 0
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)
@@ -135,20 +136,24 @@ def lcd_loss(
     with torch.no_grad():
         # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and
         # (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
-        if together:
-            twice = (torch.cat([x, x]) for x in (z_start, t_start))
-            both = teacher(*twice, cond.cat(null_cond), torch.cat([w, w]))
-            of_cond, of_null = both.float().chunk(2)
-        else:
-            of_cond = teacher(z_start, t_start, cond, w).float()
-            of_null = teacher(z_start, t_start, null_cond, w).float()
-        guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
-        x0, eps_w = x0_and_eps(z_start, guided, t_start, schedule)
-        z_end = ddim_step(z_start, x0, eps_w, t_end, schedule)
+        z_end, t = z_start, t_start
+        for i in range(1, psi_steps + 1):
+            if together:
+                both = cond.cat(null_cond)
+                twice = torch.cat([z_end, z_end]), torch.cat([t, t]), both, torch.cat([w, w])
+                of_cond, of_null = teacher(*twice).float().chunk(2)
+            else:
+                of_cond = teacher(z_end, t, cond, w).float()
+                of_null = teacher(z_end, t, null_cond, w).float()
+            guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
+            x0, eps_w = x0_and_eps(z_end, guided, t, schedule)
+            t = (t_start - i * k // psi_steps).clamp(min=0)  # a step from 0 to 0 changes nothing
+            z_end = ddim_step(z_end, x0, eps_w, t, schedule)
         # target: f_{theta^-}(z_{t_n}, c, t_n). For LCM-LoRA theta^- is theta itself, as in the
         # official script: one UNet in memory and no average to keep; a LoRA is too small a change
         # of its teacher to need one
-        f_end = f_theta(z_end, target(z_end, t_end, cond, w), t_end, schedule)
+        # at t = 0 f is the identity
+        f_end = f_theta(z_end, target(z_end, t, cond, w), t, schedule)
 
     return huber(f_start, f_end)
 

@@ -32,6 +32,7 @@ class Objective(NamedTuple):
     targets: tuple[str, ...] = TARGETS
     w_range: tuple[float, float] = (7.5, 7.5)  # lcm: guidance distilled in
     k: int = T // GRID  # lcm: skipping interval
+    psi_steps: int = 1  # lcm: DDIM steps of the teacher in it
     checkpointing: bool = False
     narrow: bool = False  # adapted layers keep frozen weights in float16, widened where used
 
@@ -186,10 +187,9 @@ def loss_of(
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
         together = not objective.checkpointing  # checkpointing means that memory is short
-        networks = nets.student, nets.teacher, nets.target
-        return lcd_loss(
-            *networks, z0, cond, null_cond, nets.schedule, n, w, eps, objective.k, together
-        )
+        latents = z0, cond, null_cond, nets.schedule, n, w, eps
+        how = objective.k, objective.psi_steps, together
+        return lcd_loss(nets.student, nets.teacher, nets.target, *latents, *how)
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
     return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)

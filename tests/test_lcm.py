@@ -413,6 +413,22 @@ def test_a_longer_skip(schedule):
 
 
 @pytest.mark.parametrize("together", [False, True])
+def test_a_skip_of_several_ddim_steps(gaussian, schedule, together):
+    """k = 60 by three steps of Psi is three skips of 20, also where t = 0 cuts the skip short."""
+    exact = affine_student(schedule, *fixed_point(gaussian, M_W))
+    z0, n = M + gaussian.s * noise(0, (50, 4, 8, 8)), torch.arange(50)
+
+    def teacher(z_t, t, cond, w):
+        return gaussian._replace(m=cond.context).eps(z_t, t)
+
+    m, m_null = (Cond(torch.full((50, 1, 1, 1), x)) for x in (M, M_NULL))
+    args = exact, teacher, exact, z0, m, m_null, schedule, 1
+    by_three = drawn_loss(*args, n=n, k=60, psi_steps=3, together=together)
+    assert by_three < 1e-5
+    assert drawn_loss(*args, n=n, k=60, together=together) > 100 * by_three
+
+
+@pytest.mark.parametrize("together", [False, True])
 def test_distilling_v(schedule, together):
     """Networks that say the same by v have the same loss: the teacher's step needs eps_hat, which
     raw v is not (luosiallen/latent-consistency-model#65).

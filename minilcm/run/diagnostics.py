@@ -27,9 +27,7 @@ from ..schedule import Schedule, T, diffusion_loss
 from ..solver import EpsFn, guided_eps, sample_ddim
 from .processes import mean_over_processes
 
-INDICES = tuple(
-    round(i * (GRID - 1) / 9) for i in range(10)
-)  # 0, 5, 11, ..., 49: ten of the 50 grid indices
+INDICES = tuple(round(i * (GRID - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49 of 50
 STEPS = (1, 2, 4)  # numbers of LCM steps that the student is sampled with
 
 
@@ -78,7 +76,8 @@ def measure(
     a LoRA.
     """
     if objective.kind == "lcm":
-        record, columns = lcm_record(*networks, probe, schedule, objective.k)
+        skip = objective.k, objective.psi_steps
+        record, columns = lcm_record(*networks, probe, schedule, *skip)
     else:
         record, columns = diffusion_record(networks[0], probe, schedule)
     return record | ({"delta_norms": delta_norms(tau)} if tau else {}), columns
@@ -97,14 +96,20 @@ def loss_on(batches: list[Batch], batch_loss: Callable[[Batch], Tensor]) -> floa
 
 
 def lcm_record(
-    student: Network, teacher: Network, target: Network, probe: Probe, schedule: Schedule, k: int
+    student: Network,
+    teacher: Network,
+    target: Network,
+    probe: Probe,
+    schedule: Schedule,
+    k: int,
+    psi_steps: int,
 ) -> tuple[dict, dict[str, Tensor]]:
     """(measurements of an LCM, {label: z0 (8, 4, h, w)} for its sheet)."""
     latents = probe.z0, probe.cond, probe.null_cond, schedule, probe.w
     along = probe.before, probe.prompts_cond, schedule, probe.w
     neighbours, to_end = consistency_along_trajectory(student, *along)
     record = {
-        "loss_by_index": loss_by_index(student, teacher, target, *latents, k),
+        "loss_by_index": loss_by_index(student, teacher, target, *latents, k, psi_steps),
         "self_consistency": neighbours,
         "to_end": to_end,
         "to_teacher": distance_to_teacher(student, *along),
@@ -163,6 +168,7 @@ def loss_by_index(
     schedule: Schedule,
     w: float,
     k: int = T // GRID,
+    psi_steps: int = 1,
 ) -> dict[int, float]:
     """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), with the
     same noise.
@@ -170,10 +176,9 @@ def loss_by_index(
     _, ws, eps = draw(z0.shape, torch.Generator().manual_seed(0), (w, w))
 
     def loss_at(n: int) -> float:
-        at_n = torch.full((len(z0),), n)
-        return lcd_loss(
-            student, teacher, target, z0, cond, null_cond, schedule, at_n, ws, eps, k
-        ).item()
+        drawn = torch.full((len(z0),), n), ws, eps
+        networks, latents = (student, teacher, target), (z0, cond, null_cond)
+        return lcd_loss(*networks, *latents, schedule, *drawn, k, psi_steps).item()
 
     return {n: loss_at(n) for n in INDICES}
 

@@ -227,6 +227,7 @@ def recipe_of(
         recipe |= {
             "w": w,
             "k": str(objective.k),
+            "psi_steps": str(objective.psi_steps),
             "K": str(GRID),
             "timestep_scaling": f"{T_SCALE:g}",
         }
