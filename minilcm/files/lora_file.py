@@ -103,10 +103,11 @@ def read_tau(path: str | Path) -> Tau:
     unknown = [module for module in modules if paths.get(module) is None]
     acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
     if acting := ["".join(module) for module in acts]:
-        first = ", ".join(acting[:5])
-        raise ValueError(
-            f"{path}: {len(acting)} of {len(modules)} modules are in no known UNet, first: {first}"
+        what = f"{len(acting)} of {len(modules)} modules are in no known UNet"
+        hint = (
+            "; it is a LoRA for SD3 or Flux, which are no UNets" if of_transformer(acting) else ""
         )
+        raise ValueError(f"{path}: {what}, first: {', '.join(acting[:5])}{hint}")
     if unknown:  # ComfyUI's LoraSave writes embeddings that are the same in both models, too
         first = "".join(unknown[0])
         print(f"{path}: {len(unknown)} modules that change nothing are left out, first: {first}")
@@ -149,6 +150,12 @@ class PeftSettings(NamedTuple):
             if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names)
         )
         return next(fits, self.default) * (rank**0.5 if self.rslora else 1.0)
+
+
+def of_transformer(modules: list[str]) -> bool:
+    """Whether these are modules of a diffusion transformer, as SD3's and Flux's are."""
+    marks = "joint_blocks", "double_blocks", "single_blocks", "transformer_", "single_transformer_"
+    return all(module.startswith(marks) for module in modules)
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:

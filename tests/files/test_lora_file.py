@@ -518,6 +518,24 @@ def test_what_is_left_out_is_said(lora, capsys):
         read_tau(lora)
 
 
+@pytest.mark.parametrize(
+    "key, down, up",
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q", "A", "B"),
+        ("transformer.transformer_blocks.0.attn.to_q", "A", "B"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", "down", "up"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "down", "up"),
+    ],
+)
+def test_lora_of_a_transformer(tmp_path, key, down, up):
+    """LoRA files of Flux and SD3 are refused by what they are, in diffusers' and kohya's names."""
+    path = tmp_path / "lora.safetensors"
+    pair = {f"{key}.lora_{down}.weight": torch.ones(2, 3)}
+    save_file(pair | {f"{key}.lora_{up}.weight": torch.ones(3, 2)}, path)
+    with pytest.raises(ValueError, match="1 of 1 modules .* it is a LoRA for SD3 or Flux"):
+        read_tau(path)
+
+
 def test_what_cannot_be_read_again_is_not_written(tmp_path):
     """Unknown modules, and values that float16 would make infinite."""
     path, one = tmp_path / "lora.safetensors", torch.ones(1, 1)
