@@ -41,20 +41,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
-from benchmarks.full_size import (
-    HERE,
-    LAYERS,
-    PROMPT,
-    SIDE,
-    UNETS,
-    VAE,
-    clip_config,
-    make_files,
-)
+from benchmarks.full_size import HERE, LAYERS, OURS, SIDE, make_files
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import sample_lcm
 from minilcm.merge import delta
+from minilcm.model.vae import VAEConfig
+from minilcm.run.check import PROMPT, clip_arguments, unet_arguments, vae_arguments
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 
@@ -78,16 +71,17 @@ def diffusers_unet(family: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[family])
+        unet = UNet2DConditionModel(**unet_arguments(OURS[family]()))
     return unet.to_empty(device="cpu").requires_grad_(False)
 
 
 def clip(width: int = 768, layers: int = 12, flat: bool = False) -> nn.Module:
     """A text encoder, likewise. `flat`: transformers 5's CLIPTextModel has no `text_model.`"""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    config = CLIPTextConfig(**clip_arguments(width, layers, width // 64, open_clip=False))
     with torch.device("meta"):
-        text = (CLIPTextModel if flat else CLIPTextModelWithProjection)(clip_config(width, layers))
+        text = (CLIPTextModel if flat else CLIPTextModelWithProjection)(config)
     return text.to_empty(device="cpu").requires_grad_(False)
 
 
@@ -351,7 +345,7 @@ def write_configs(folder: Path, family: str = "sd15") -> None:
     vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocabulary, [tuple(x.split()) for x in merges], model_max_length=77)
     with torch.device("meta"):
-        vae = AutoencoderKL(**VAE)
+        vae = AutoencoderKL(**vae_arguments(VAEConfig()))
     schedule = LCMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )

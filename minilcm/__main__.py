@@ -8,6 +8,7 @@
     extract  dW = W_tuned - W_base          extract BASE TUNED --rank 32 -o OUT
     diff     which keys differ, how far     diff a.safetensors b.safetensors
     plot     the course of a training run   plot runs/lcm
+    check    the same as diffusers?         check sd15.safetensors --lora lcm.safetensors
 
 dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averaging A and B is not.
 """
@@ -91,6 +92,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "plot", "RUN/plot.png from the RUN/metrics.jsonl that train.py writes.", writes=False
     )
     sub.add_argument("run", type=Path, metavar="RUN", help="the run's --out folder")
+    what = "Text, UNet, VAE, LoRA and four steps against diffusers on these files, part by part."
+    sub = command("check", f"{what} Needs the reference extra.", writes=False)
+    sub.add_argument("model", type=Path)
+    sub.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE")
+    says = "what the UNet predicts (default: what the file says, else eps)"
+    sub.add_argument("--prediction", choices=["eps", "v"], help=says)
     for one in (parser, *commands.choices.values()):
         one.error = lambda message: sys.exit(f"minilcm: {message}")  # one line, exit 1
     args = parser.parse_args(argv)
@@ -143,6 +150,10 @@ def main(args: argparse.Namespace) -> None:
             from .run.plot import plot_run  # the other commands need no metrics
 
             print(plot_run(args.run))
+        case "check":
+            from .run.check import check
+
+            sys.exit(not check(args.model, args.lora, args.prediction))
 
 
 if __name__ == "__main__":
