@@ -127,24 +127,7 @@ def wilson(k: int, n: int) -> list[float]:
     return [k / n, middle - half, middle + half]
 
 
-# ---- sets of pictures, and one
-
-
-def frechet(x: Tensor, y: Tensor) -> float:
-    """Frechet distance of two clouds of features (n, e) and (m, e), in float64: of the Gaussians
-    with their moments.
-
-    FID (1706.08500 eq. 6) with the judge in place of Inception. Biased upwards, the more the fewer
-    pictures there are.
-    """
-    x, y = x.double(), y.double()
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
-    # |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)); the last is the sum of square roots of the
-    # eigenvalues of C C'
-    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()
-    return (
-        (x.mean(dim=0) - y.mean(dim=0)).square().sum() + cx.trace() + cy.trace() - 2 * root
-    ).item()
+# ---- of pictures
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from minilcm.files.safetensors_file import write_tensors
 from minilcm.metrics import (
     Judge,
     accuracy,
-    frechet,
     interval,
     load_judge,
     picked,
@@ -170,29 +169,6 @@ def test_wilson():
 
 
 # ---- distances and sharpness
-
-
-def test_frechet_of_two_gaussians():
-    """|m - m'|^2 + sum (s - s')^2 for diagonal covariances; 0 to itself; in either order."""
-    s, t = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 0.5, 0.5])
-    x, y = (z * scale for z, scale in zip(normals(2, 200_000, 3), (s, t)))
-    y = y + torch.tensor([1.0, 0.0, -2.0])
-    assert frechet(x, y) == pytest.approx(5 + (s - t).square().sum().item(), rel=0.02)
-    assert frechet(x, y) == pytest.approx(frechet(y, x))
-    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_of_turned_gaussians():
-    """Covariances diag(4, 1), diag(1, 4) commute: 2 (2 - 1)^2; turned together, the same."""
-    x, y = (
-        z * scale
-        for z, scale in zip(
-            normals(2, 200_000, 2), (torch.tensor([2.0, 1]), torch.tensor([1.0, 2]))
-        )
-    )
-    turn = torch.tensor([[3**0.5, -1], [1, 3**0.5]]) / 2
-    assert frechet(x, y) == pytest.approx(2, rel=0.02)
-    assert frechet(x @ turn, y @ turn) == pytest.approx(frechet(x, y), rel=1e-5)
 
 
 def test_sharpness():
