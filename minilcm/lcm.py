@@ -43,7 +43,7 @@ def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
 
 def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
     """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, output, t), float32 (b, c, h, w). 2310.04378
-    eq. 9.
+    eq. 9 (tour/04).
 
     f is the identity at t = 0, although z_0 of this schedule still holds noise of sigma 0.029: what
     a trajectory ends in, and what the autoencoder decodes, is its point at t = 0, not the limit
@@ -113,7 +113,8 @@ def lcd_loss(
     psi_steps: int = 1,
     together: bool = False,
 ) -> Tensor:
-    """Latent consistency distillation, Algorithm 1 of 2310.04378: z0 (b, c, h, w) -> scalar.
+    """Latent consistency distillation, Algorithm 1 of 2310.04378 (tour/05): z0 (b, c, h, w) ->
+    scalar.
 
     One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For
     LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient.
@@ -198,8 +199,9 @@ def sample_lcm(
     """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first
     t -> z0.
 
-    Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU
-    generator per image; draw z_T with it first, then pass it on. A single step draws nothing more.
+    Jump to the origin, add fresh noise up to the next timestep, jump again (tour/09).
+    `generators`: one CPU generator per image; draw z_T with it first, then pass it on. A single
+    step draws nothing more.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T

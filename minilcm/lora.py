@@ -22,7 +22,7 @@ Tau = dict[str, tuple[Tensor, Tensor, float]]
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear with a low-rank term, times lora_alpha / rank and `scale` (0: off)."""
+    """An nn.Linear plus a low-rank term, times lora_alpha / rank and `scale`, 0: off (tour/06)."""
 
     def adapt(self, rank: int, lora_alpha: float) -> None:
         self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0

@@ -87,7 +87,8 @@ def add_delta_(
 
 
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
-    """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter.
+    """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter
+    (tour/08).
 
     B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank,
     s_i = lora_alpha_i / r_i. Raises ValueError if the taus' shapes differ at a path, or the lists'

@@ -100,7 +100,7 @@ def schedule_of(unet: UNet) -> Schedule:
 def lora_networks(
     objective: Objective, unet: UNet, half: torch.dtype, seed: int, wrap: Wrap
 ) -> Networks:
-    """One UNet: LoRA on, off, on. Frozen weights are stored in the dtype of the forward pass."""
+    """One UNet: LoRA on, off, on (tour/07). Frozen weights have the forward pass's dtype."""
     adapted = set(target_paths(unet, objective.targets))
     for path, layer in unet.named_modules():
         dtype = torch.float16 if objective.narrow and path in adapted else half

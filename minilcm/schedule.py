@@ -40,7 +40,8 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
-    """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs.
+    """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs
+    (tour/01).
 
     betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64
     differs by 4.7e-7. `zero_snr`: alpha shifted and scaled so that t = 999 is pure noise, alpha 0,

@@ -26,7 +26,7 @@ def guided_eps(
     unet: Callable[..., Tensor], cond: "Cond", null_cond: "Cond | None", w: float
 ) -> EpsFn:
     """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of
-    2b; w = 0 is off.
+    2b; w = 0 is off (tour/02).
 
     The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho &
     Salimans (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may
@@ -76,7 +76,7 @@ def ddim_step(
     z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule
 ) -> Tensor:
     """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12
-    with eta = 0.
+    with eta = 0 (tour/02).
 
     The Psi of 2310.04378 is the increment: Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0
     means t = 0, where alpha_bar is 0.99915, not 1 (diffusers' set_alpha_to_one = False).

@@ -1,0 +1,123 @@
+"""Check your answers to the chapters' exercises against the package.
+
+    python -m tour.check answers.py
+
+Each function of the file that has an exercise's name is called on small inputs.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minilcm.lcm import f_theta, huber, lcm_grid, train_grid
+from minilcm.lora import LoRALinear
+from minilcm.merge import combine, delta, reduce_rank
+from minilcm.schedule import add_noise, eps_from_x0, make_schedule, x0_from_eps
+from minilcm.solver import ddim_step
+
+SCHEDULE = make_schedule()
+TABLE = SCHEDULE.alpha_bar
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the package's answers that are more than a line
+
+
+def mean_answer(z, alpha, sigma, answers):
+    return torch.softmax(-((z[:, None] - alpha * answers) ** 2) / (2 * sigma**2), dim=1) @ answers
+
+
+def adapted(x, weight, up, down, lora_alpha, scale):
+    layer = LoRALinear(weight.shape[1], len(weight), bias=False)
+    layer.adapt(len(down), lora_alpha)
+    layer.weight.data, layer.lora_up.weight.data, layer.lora_down.weight.data = weight, up, down
+    layer.scale = scale
+    return layer(x)
+
+
+def add_two(up1, down1, up2, down2, lambda1, lambda2):
+    taus = [{"x": (up1, down1, len(down1))}, {"x": (up2, down2, len(down2))}]
+    return combine(taus, [lambda1, lambda2])["x"][:2]
+
+
+def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
+    s = int((1 - gamma) * t_next)
+    left = alpha_bar[t_next] / alpha_bar[s]
+    return left.sqrt() * ddim_step(x0, x0, eps_hat, s, SCHEDULE) + (1 - left).sqrt() * fresh
+
+
+# ---- the exercises, two a chapter: the package's answer, inputs, what of an answer is compared
+
+# fmt: off
+X, Y, Z, T3 = (*(draw(3, 4, 8, 8, seed=i) for i in range(3)), torch.tensor([19, 499, 999]))
+B, A, D, C = draw(6, 2), draw(2, 5), draw(6, 3, seed=1), draw(3, 5, seed=1)
+S = torch.tensor([3.0, 2, 1, 0.5])
+EXERCISES = {
+    "noisy": (lambda z0, eps, t, _: add_noise(z0, eps, t, SCHEDULE), [(X, Y, T3, TABLE)]),
+    "as_strong": (lambda table: int((table < 0.5).nonzero()[0]), [(TABLE,)]),
+    "guide": (lambda eps, null, w: eps + w * (eps - null), [(X, Y, 3.0), (X, Y, 7.5)]),
+    "one_step": (lambda z, eps, t, t_end, _: ddim_step(
+        z, x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE), [(X, Y, 499, 259, TABLE)]),
+    "mean_answer": (mean_answer, [(draw(9), a, (1 - a**2) ** 0.5, S) for a in (0.9, 0.1)]),
+    "width": (lambda a, b, s: a * s**2 / (a**2 * s**2 + b**2) ** 0.5, [(0.8, 0.6, 0.5)]),
+    "consistency": (lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
+                    [(X, Y, 0), (X, Y, 1), (X, Y, 499)]),
+    "perfect_jump": (lambda z, a, b, m, s: m + s * (z - a * m) / (a**2 * s**2 + b**2) ** 0.5,
+                     [(X, 0.8, 0.6, 0.7, 0.5)]),
+    "pair": (lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
+             [(0, 20), (49, 20), (24, 100), (2, 100)]),
+    "pseudo_huber": (huber, [(X, Y, 1e-3), (X, Y, 2.0)]),
+    "change": (delta, [(B, A, 2.0), (D, C, 8.0)]),
+    "rank_needed": (lambda s, share: len(reduce_rank(
+        {"x": (s.diag(), torch.eye(4), 4)}, energy=share)[0]["x"][1]),
+        [(S, share) for share in (0.5, 0.9, 0.99, 1.0)]),
+    "adapted": (adapted, [(draw(4, 5), draw(6, 5), B, A, 8.0, scale) for scale in (0.0, 0.5, 1.0)]),
+    "bytes_of": (lambda base, lora: (22 * base, 2 * base + 16 * lora), [(859_520_964, 67_252_224)]),
+    "add_two": (add_two, [(B, A, D, C, 0.8, 1.0)], lambda out: out[0] @ out[1]),
+    "cross_terms": (lambda up1, down1, up2, down2: up1 @ down2 + up2 @ down1, [(B, A, B + 1, -A)]),
+    "timesteps": (lcm_grid, [(steps,) for steps in (1, 2, 3, 4, 7, 26, 50)]),
+    "next_point": (next_point, [(X, Y, Z, 759, gamma, TABLE) for gamma in (0.0, 0.3, 1.0)]),
+    "file_bytes": (lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),
+                   [([(320, 320), (1280, 320)], 64)]),
+    "too_strong": (lambda lora_alpha, rank: rank / lora_alpha, [(8, 64), (16, 16)]),
+}
+NUMBERS = {name: f"{i // 2 + 1}{'ab'[i % 2]}" for i, name in enumerate(EXERCISES)}
+# fmt: on
+
+
+def same(a, b) -> bool:
+    if isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(same, a, b))
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def verdict(name: str, answer: Callable) -> str:
+    right, inputs, *view = EXERCISES[name]
+    (view,), number = view or [lambda out: out], NUMBERS[name]
+    for args in inputs:
+        try:
+            if not same(view(answer(*args)), view(right(*args))):
+                told = ", ".join(str(x) for x in args if not isinstance(x, Tensor))
+                return f"{number} {name}: differs from the package" + f" for {told}" * bool(told)
+        except Exception as error:  # whatever a reader's code may raise
+            return f"{number} {name}: {type(error).__name__}: {error}"
+    return f"{number} {name}: right"
+
+
+@torch.no_grad()
+def main(path: str) -> None:
+    theirs = runpy.run_path(path)
+    lines = [verdict(name, theirs[name]) for name in EXERCISES if name in theirs]
+    print("\n".join(lines) or f"{path}: no function has the name of an exercise")
+    sys.exit(any(not line.endswith(": right") for line in lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

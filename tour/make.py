@@ -1,0 +1,135 @@
+"""Fill code and numbers into the chapters, from the source and from the figures' measurements.
+
+    python -m tour.make             fill them in
+    python -m tour.make --check     name the chapters that are stale; exit 1 if there are any
+    python -m tour.make --figures   draw the figures and measure first (3 minutes; 4 9: only these)
+
+A chapter marks what is filled in by comments, which a code host does not show. The block below
+
+    <!-- code: minilcm.lcm.lcd_loss "z_{t_{n+k}} ~" "f_start =" -->
+
+holds the function's lines from the one with the first text to the one with the second (all
+without the texts), and never its docstring, in whose place the chapter stands. A number
+
+    <!-- = lcm_grid(4)[1] -->759<!-- . -->
+
+is the value of an expression in NAMES and in `measured`, which is figures/numbers.json.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from minilcm.files.safetensors_file import sha256
+from minilcm.lcm import boundary_scalings, lcm_grid, train_grid
+from minilcm.schedule import make_schedule
+
+HERE = Path(__file__).parent
+EMOJI = HERE.parent / "weights/emoji"
+SCHEDULE = make_schedule()
+
+
+def spread(t: int) -> str:
+    """Standard deviation of E[z0 | z_t] over all z_t, for Gaussian data with s = 0.5."""
+    alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
+    return f"{alpha * 0.5**2 / (alpha**2 * 0.5**2 + sigma**2) ** 0.5:.3f}"
+
+
+NAMES = {
+    "schedule": SCHEDULE,
+    "spread": spread,
+    "boundary_scalings": boundary_scalings,
+    "lcm_grid": lcm_grid,
+    "train_grid": train_grid,
+}
+CODE = re.compile(r'<!-- code: ([\w.]+)(?: "(.+?)" "(.+?)")? -->\n```python\n(.*?)```\n', re.S)
+NUMBER = re.compile(r"<!-- = (.+?) -->(.*?)<!-- \. -->")
+
+
+def chapters() -> list[Path]:
+    return sorted(HERE.glob("*.md"))
+
+
+def code_of(symbol: str, first: str | None = None, last: str | None = None) -> str:
+    """The source of a function or class without its docstring, or the lines of it from the one that
+    holds `first` to the one that holds `last`.
+    """
+    module, name = symbol.rsplit(".", 1)
+    try:
+        lines = inspect.getsource(getattr(importlib.import_module(module), name)).splitlines()
+    except (AttributeError, ModuleNotFoundError):
+        raise ValueError(f"there is no {symbol}; name another symbol in the marker") from None
+    node = ast.parse("\n".join(lines)).body[0]
+    if ast.get_docstring(node) is not None:
+        del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+    if first:
+        start = next((i for i, line in enumerate(lines) if first in line), None)
+        end = next((i for i, line in enumerate(lines) if last in line and i >= (start or 0)), None)
+        if start is None or end is None:
+            raise ValueError(f"{symbol} has no line with {last if end is None else first!r}")
+        lines = lines[start : end + 1]
+    return textwrap.dedent("\n".join(lines)).strip("\n") + "\n"
+
+
+def filled(text: str, measured: dict) -> str:
+    """A chapter's text with its code and numbers as they are now."""
+
+    def code(m: re.Match) -> str:
+        return m[0].replace(f"```python\n{m[4]}```", f"```python\n{code_of(*m.groups()[:3])}```")
+
+    def number(m: re.Match) -> str:
+        value = eval(m[1], {"measured": measured, **NAMES})  # our own text
+        return f"<!-- = {m[1]} -->{value}<!-- . -->"
+
+    return NUMBER.sub(number, CODE.sub(code, text))
+
+
+def stale(measured: dict) -> dict[Path, str]:
+    """{chapter: its text as it should be}, of those that are not so."""
+    new = {}
+    for path in chapters():
+        try:
+            text = filled(path.read_text(), measured)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"tour/{path.name}: {error}") from None
+        if text != path.read_text():
+            new[path] = text
+    return new
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tour.make",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--figures", nargs="*", type=int, metavar="N", help="draw them (these)")
+    args = parser.parse_args(argv)
+    if args.figures is not None:
+        from . import figures  # text alone needs no matplotlib
+
+        figures.main(args.figures)
+    measured = json.loads((HERE / "figures/numbers.json").read_text())
+    new = stale(measured)
+    if not args.check:
+        for path, text in new.items():
+            path.write_text(text)
+            print(f"tour/{path.name}: filled in")
+        return
+    lines = [f"tour/{path.name} is stale; run python -m tour.make" for path in new]
+    for name, checksum in measured["weights"].items():
+        if sha256(EMOJI / name)[:16] != checksum:
+            lines.append(f"{name} has changed since the figures; run python -m tour.make --figures")
+    if lines:
+        sys.exit("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
