@@ -1,0 +1,40 @@
+"""Weights in the memory layout that oneDNN multiplies in: for sampling on a processor.
+
+oneDNN reorders a layer's weight at every call; for SD1.5 that is an eighth of an evaluation. Here
+it is done once. The operators are those of PyTorch's own compiler; they have no backward.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Packed(nn.Module):
+    """A convolution or linear layer that computes in `dtype` from a reordered weight."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        ops, weight = torch.ops.mkldnn, layer.weight.detach().to(dtype)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        if isinstance(layer, nn.Conv2d):
+            self.how = [*map(list, (layer.padding, layer.stride, layer.dilation)), layer.groups]
+            self.weight = ops._reorder_convolution_weight(weight, *self.how)
+            self.run = ops._convolution_pointwise
+        else:
+            self.how, self.run = [], ops._linear_pointwise
+            self.weight = ops._reorder_linear_weight(weight)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x.to(self.dtype), self.weight, self.bias, *self.how, "none", [], "")
+
+
+def pack(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the UNet's layers, in place, but for the first and last convolution, which compute in
+    float32. Nothing changes where PyTorch has no such operators, as on Apple silicon.
+    """
+    if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+        return
+    for path, layer in list(unet.named_modules()):
+        border = path in ("input_blocks.0.0", "out.2")
+        if type(layer) in (nn.Conv2d, nn.Linear) and not border:
+            unet.set_submodule(path, Packed(layer, dtype))

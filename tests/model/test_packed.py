@@ -1,0 +1,41 @@
+"""Packed weights compute what the layers computed."""
+
+import pytest
+import torch
+from tiny import noise, tiny_unet
+
+from minilcm.model.packed import Packed, pack
+from minilcm.model.precision import autocast
+from minilcm.model.unet import Cond
+
+
+def outputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
+    """eps_hat before and after, at two sizes and batches that the weights were not packed for."""
+    unet, cond, both = tiny_unet(), Cond(noise(1, (3, 7, 32))), []
+    for packed in (False, True):
+        if packed:
+            pack(unet, dtype)
+        with torch.no_grad(), autocast("cpu", dtype):
+            parts = [unet(noise(0, (b, 4, 8, 4 * b)), 500, cond.rows(slice(0, b))) for b in (1, 3)]
+        both.append(torch.cat([x.flatten() for x in parts]))
+    return *both, unet
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"), reason="PyTorch without oneDNN"
+)
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_packed_is_the_same(dtype, far):
+    """Exact in float32, and in bfloat16 to its rounding; the borders are left in float32."""
+    plain, packed, unet = outputs(dtype)
+    assert (plain - packed).abs().max() < far * plain.abs().max()
+    kinds = {path: type(layer) for path, layer in unet.named_modules()}
+    assert kinds["input_blocks.0.0"] == kinds["out.2"] == torch.nn.Conv2d
+    assert kinds["middle_block.0.in_layers.2"] == kinds["time_embed.0"] == Packed
+
+
+def test_without_the_operators(monkeypatch):
+    """PyTorch for Apple silicon has none: nothing changes."""
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    plain, packed, unet = outputs(torch.float32)
+    assert torch.equal(plain, packed) and not any(isinstance(x, Packed) for x in unet.modules())
