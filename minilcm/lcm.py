@@ -166,13 +166,17 @@ def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) ->
 # ---- sampling
 
 
-def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
+def lcm_grid(steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Descending timesteps of the training grid: 4 steps are 999 759 499 259. diffusers' rule since
     its PR #5836.
 
     strength < 1 (image to image) keeps the lower part of the grid, and there are still `steps`
-    steps.
+    steps. Or `steps` are the timesteps themselves, whatever the strength.
     """
+    if not isinstance(steps, int):
+        if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
+            raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
+        return steps
     length = int(GRID * strength)
     if length < 1:
         raise ValueError(f"strength is {strength}; give {1 / GRID} to 1")
@@ -186,22 +190,33 @@ def sample_lcm(
     eps_fn: EpsFn,
     z_T: Tensor,
     schedule: Schedule,
-    steps: int,
+    steps: int | list[int],
     generators: list[torch.Generator],
     strength: float = 1.0,
+    gamma: float | None = None,
 ) -> Tensor:
     """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first
     t -> z0.
 
     Jump to the origin, add fresh noise up to the next timestep, jump again. `generators`: one CPU
     generator per image; draw z_T with it first, then pass it on. A single step draws nothing more.
+
+    With `gamma` (TCD, 2402.19159 Algorithm 4) the jump ends at s, between the origin and the next
+    timestep, on the line of x0 and eps_hat; only the noise from s on is fresh. 0: none of it, which
+    is DDIM; 1: nearly all, as without gamma, but that the last jump ends at t = 0, not in x0.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T
     pairs = list(zip(grid, [*grid[1:], None]))
     for t, t_next in tqdm(pairs, desc="lcm", disable=None, leave=False):
-        z0 = f_theta(z_t, eps_fn(z_t, t), t, schedule)
-        if t_next is not None:
+        output = eps_fn(z_t, t)
+        if gamma is None:
+            s, z_t = None, f_theta(z_t, output, t, schedule)
+        else:
+            # s = floor((1 - gamma) t'), in float32 as diffusers' TCDScheduler; 0 after the last t
+            s = int((1 - gamma) * torch.tensor(t_next or 0))
+            z_t = ddim_step(z_t, *x0_and_eps(z_t, output, t, schedule), s, schedule)
+        if t_next is not None and gamma != 0:
             eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
-            z_t = add_noise(z0, eps.to(z_T.device), t_next, schedule)
-    return z0
+            z_t = add_noise(z_t, eps.to(z_T.device), t_next, schedule, s)
+    return z_t
