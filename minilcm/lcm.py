@@ -216,7 +216,7 @@ def sample_lcm(
             # s = floor((1 - gamma) t'), in float32 as diffusers' TCDScheduler; 0 after the last t
             s = int((1 - gamma) * torch.tensor(t_next or 0))
             z_t = ddim_step(z_t, *x0_and_eps(z_t, output, t, schedule), s, schedule)
-        if t_next is not None and gamma != 0:
+        if t_next is not None:
             eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
             z_t = add_noise(z_t, eps.to(z_T.device), t_next, schedule, s)
     return z_t
