@@ -86,7 +86,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     rate = "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
     rate += "(default 3e-4)"
     add("--lr", type=float, default=3e-4, help=rate)
-    guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    constant = "neither warm-up nor cosine, as the official scripts"
+    add("--constant-lr", action="store_true", help=constant)
+    guidance = "lcm: guidance - 1 to distil (default 7.5); LOW:HIGH draws one for each picture: a "
+    guidance += "full LCM is told which (default 2:14), a LoRA learns a mixture"
     add("--w", metavar="W[:HIGH]", help=guidance)
     skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
     add("--k", type=int, default=T // GRID, help=skip)
@@ -150,9 +153,6 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         args.w_range = math.nan, math.nan
     if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
         error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
-    if args.objective == "lcm" and args.rank is not None and len(words) == 2:
-        one = "give one number to distil, or --full"
-        error(f"--w is {args.w}: an LCM-LoRA has no input for w; {one}")
 
 
 # ---- set-up
@@ -304,7 +304,8 @@ def loop(
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     for step in progress:
-        lr = learning_rate(args.lr, step, args.steps)  # warm-up, then cosine
+        # warm-up, then cosine
+        lr = args.lr if args.constant_lr else learning_rate(args.lr, step, args.steps)
         optimizer.param_groups[0]["lr"] = lr
 
         loss = 0.0

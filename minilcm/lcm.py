@@ -90,8 +90,8 @@ def draw(
     """What Algorithm 1 draws for latents of `shape` (b, c, h, w).
 
     n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1). n (b,) indexes the grid; all three are on the
-    CPU. An LCM-LoRA has no input for w, so it can only learn one: w_range then is a single value,
-    which gets distilled into the weights.
+    CPU. An LCM-LoRA has no input for w: of a range it can only learn a mixture, so one value
+    is its default.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
