@@ -2,6 +2,7 @@
 
     the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
                        --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
+    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --out ...
     a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out ...
     a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out ...
     a base model   python train.py --objective diffusion --full --data weights/emoji/art --out ...
@@ -69,9 +70,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     init = "a LoRA to start from, of this --rank and these layers "
     init += "(default: one that changes nothing)"
     add("--init", type=Path, metavar="FILE", help=init)
-    add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
+    data = "a .tar shard, a folder of them, or of pictures with captions; or a .txt with a prompt "
+    data += "a line, for which the model draws the pictures itself (guided, 25 steps of DDIM)"
+    add("--data", type=Path, help=data)
     add("--out", type=Path, help="folder for the result, the sheets and the states")
-    cache = "keep encoded pictures there, for other runs too (default: in cache/ of --out)"
+    cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
@@ -96,7 +99,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); "
     average += "of a LoRA's two factors apart, which is close for weights of one run"
     add("--average", type=float, metavar="MU", help=average)
-    looks = "times each picture is cut, or drawing composed, and encoded (default 8)"
+    looks = "times each picture is cut, drawing composed or prompt drawn, and encoded (default 8)"
     add("--looks", type=int, default=8, help=looks)
     readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
     add("--workers", type=int, default=1, metavar="N", help=readers)

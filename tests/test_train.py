@@ -24,7 +24,7 @@ from minilcm.data.open import Reading, find_data, open_data
 from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe, read_tau
-from minilcm.files.safetensors_file import read_tensors
+from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
@@ -57,6 +57,8 @@ def files(tmp_path_factory):
     (folder / "broken/cat.png").write_bytes(b"no picture")
     (folder / "broken/cat.txt").write_text("a cat")
     (folder / "broken.tar").write_bytes(b"no tar")
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     return folder
 
 
@@ -467,6 +469,21 @@ def write_pictures(folder, count: int) -> None:
         (folder / f"{i}.txt").write_text(f"picture {i}")
 
 
+def test_without_pictures(files, tmp_path):
+    """--data prompts.txt: the model draws them, into the cache of --out; a resumed run wants the
+    same prompts.
+    """
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    data = ["--data", f"{tmp_path}/prompts.txt"]
+    run(files, tmp_path / "out", "attention", 1, *data)
+    assert read_tau(tmp_path / "out/lora.safetensors")
+    kept = [read_header(file)[0] for file in (tmp_path / "out/cache").iterdir()]
+    assert sum("mean" in header for header in kept) == 4  # two prompts, --looks 2
+    (tmp_path / "prompts.txt").write_text("a cat\na pig\n")
+    message = refused(flags(files, tmp_path / "out", "attention", 1, *data, "--resume"))
+    assert re.match(r"--resume: --data was 2 prompts, digest \w+, is now 2 prompts, dig", message)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_two_text_towers(tmp_path, objective):
     """SDXL in small: every objective trains on a folder of pictures, in buckets and with size ids,
@@ -868,6 +885,9 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm", "--rank --full is required"),
         ("--objective lcm --rank 2 --w 2:14:3", "--w is 2:14:3; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --w 15:5", "--w is 15:5; give a number, or LOW:HIGH"),
+        ("--objective lcm --rank 2 --data none.txt", "none.txt: no such file"),
+        ("--objective lcm --rank 2 --data {f}/blank.txt", "blank.txt: no prompts; write one a"),
+        ("--objective lcm --rank 2 --data {f}/latin.txt", "latin.txt: cannot be read ("),
         ("--objective lcm --full --w 14:2", "--w is 14:2; give a number, or LOW:HIGH"),
         ("--objective lcm --full --w high", "--w is high; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --accumulate 0", "--accumulate is 0; give 1 or more"),
