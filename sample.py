@@ -26,10 +26,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.cli.advice import advise, lora_tags, speeds_up
+from minilcm.cli.advice import advise, list_names, lora_tags, speeds_up
 from minilcm.cli.output import run_script
 from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
-from minilcm.data.emoji import COLORS, STYLES
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, open_checkpoint
@@ -60,9 +59,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     grammar = "what to draw: NAME[, STYLE style][, on a COLOR background]"
     add("prompts", nargs="*", metavar="PROMPT", help=grammar)
-    add(
-        "--list", action="store_true", help="print the names, styles and colours it knows, and stop"
-    )
+    add("--list", action="store_true", help="print the names, styles, colours it knows, and stop")
     again = "draw this picture again, from the recipe inside it, with the flags given besides"
     add("--again", type=Path, metavar="FILE.png", help=again)
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
@@ -89,6 +86,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         if args.prompts:
             parser.error(f"--again draws the picture's own prompt; leave out {args.prompts[0]!r}")
         flags, prompt = read_command(args.again)
+        drop = ("--steps=", "--strength=") if args.timesteps else ()  # in whose place they come
+        drop = ("--timesteps=",) if args.steps or args.strength else drop
+        flags = [flag for flag in flags if not flag.startswith(drop)]
         args = parser.parse_args([*flags, *argv, "--", prompt])
     args.argv = argv
     check_values(args, parser.error)
@@ -98,19 +98,19 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def add_flags_of_sampling(add: Callable) -> None:
     steps = ", ".join(f"{name} 1-{x.most} (default {x.steps})" for name, x in SAMPLERS.items())
     add("--steps", type=int, help=f"sampling steps: {steps}")
+    at = "lcm: the timesteps to step through, descending, in place of --steps"
+    add("--timesteps", metavar="T1,T2,...", help=at)
+    fresh = "lcm: share of the noise between steps that is fresh, 0-1; TCD's gamma (default: all)"
+    add("--gamma", type=float, help=fresh)
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
-    lora = (
-        "add a LoRA, times LAMBDA (default 1); repeatable. The words lcm, blueprint and papercut "
-        "mean the shipped files; the shipped model takes lcm with --sampler lcm if no --lora is "
-        "given; other models need their own"
-    )
+    lora = "add a LoRA, times LAMBDA (default 1); repeatable. The words lcm, blueprint and "
+    lora += "papercut mean the shipped files; the shipped model takes lcm with --sampler lcm if no "
+    lora += "--lora is given; other models need their own"
     add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
-    from_image = " or ".join(name for name, way in SAMPLERS.items() if way.stochastic)
-    image = f"start from this picture (image to image, --sampler {from_image})"
-    add("--image", type=Path, metavar="FILE", help=image)
+    add("--image", type=Path, metavar="FILE", help="lcm: start from this picture (image to image)")
     add("--strength", type=float, help="of --image, 0-1: how much to redraw (default 0.5)")
 
 
@@ -120,6 +120,13 @@ def is_png(out: str | Path) -> bool:
 
 def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     """Call `error` for the first senseless value; fill in what depends on other flags."""
+    if args.timesteps is not None:
+        if args.steps is not None or args.strength is not None:
+            error("--timesteps says which steps to take; leave out --steps and --strength")
+        if not re.fullmatch(r"\d+(,\d+)*", args.timesteps):
+            error(f"--timesteps is {args.timesteps!r}; give numbers, for example 999,749,499,249")
+        args.timesteps = [int(t) for t in args.timesteps.split(",")]
+        args.steps = len(args.timesteps)
     args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
     args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
     args.negative = " ".join(args.negative.split())
@@ -142,11 +149,15 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
     if args.sheet and (not is_png(args.sheet) or args.sheet == Path(args.out)):
         error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
-    if args.image and not SAMPLERS[args.sampler].stochastic:
-        error("--image needs --sampler lcm")
+    for flag in ("image", "timesteps", "gamma"):
+        if getattr(args, flag) is not None and not SAMPLERS[args.sampler].stochastic:
+            error(f"--{flag} needs --sampler lcm")
+    if args.gamma is not None and not 0 <= args.gamma <= 1:
+        error(f"--gamma is {args.gamma}; give a number from 0 to 1")
     if args.strength is not None and not args.image:
         error("--strength tells how much of --image to redraw; give --image FILE too")
-    args.strength = 0.5 if args.strength is None else args.strength
+    if args.strength is None:
+        args.strength = 0.5 if args.image and not args.timesteps else 1.0
     if not 1 / GRID <= args.strength <= 1:
         error(f"--strength is {args.strength}; give a number from {1 / GRID:g} to 1")
     g = args.guidance
@@ -234,14 +245,11 @@ def encode(args: Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
 
 
 def draw_all(
-    args: Namespace,
-    unet: UNet,
-    conds: list[Cond],
-    neg_cond: Cond,
-    shape: tuple[int, ...],
-    image: Tensor | None,
+    args: Namespace, unet: UNet, conds: list[Cond], neg_cond: Cond, how: dict
 ) -> list[Tensor]:
-    """The latents of each prompt's --count pictures, on the CPU; on Ctrl-C those that are drawn."""
+    """The latents of each prompt's --count pictures, on the CPU; on Ctrl-C those that are drawn.
+    `how` is for `generate`.
+    """
     jobs = [cond for cond in conds for _ in range(args.count)]
     latents, w, full_lcm = [], args.guidance - 1, unet.cfg.w_dim is not None
     schedule = make_schedule(unet.cfg.v, unet.cfg.zero_snr)
@@ -252,8 +260,6 @@ def draw_all(
             return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
         return guided_eps(unet, cond, neg_cond.to(args.device), w)
 
-    strength = args.strength if args.image else 1.0
-    how = dict(image=image, strength=strength, device=args.device, schedule=schedule)
     with resident(unet, args.device):
         start = time.perf_counter()
         # one picture at a time: its bytes cannot depend on its neighbours
@@ -261,7 +267,7 @@ def draw_all(
         for i, cond in enumerate(bar):
             eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
             try:
-                z0 = generate(eps_fn, seeds, shape, args.sampler, args.steps, **how)
+                z0 = generate(eps_fn, seeds, schedule=schedule, device=args.device, **how)
             except KeyboardInterrupt:
                 print(f"stopped after {i} of {len(jobs)} pictures")
                 break
@@ -304,9 +310,10 @@ def main(args: Namespace) -> None:
     checkpoint = open_checkpoint(args.model, args.prediction)
     config = checkpoint.config
     if args.list:
-        return list_names(config)
+        return list_names(config.names)
     height, width = settle(args, config)
-    grid = timesteps(args.sampler, args.steps, args.strength if args.image else 1.0)
+    how = dict(sampler=args.sampler, steps=args.timesteps or args.steps, strength=args.strength)
+    grid = timesteps(**how)
     pixels = read_image(args.image, args.size) if args.image else None
     loras, taus = read_loras(args.lora, weight_shapes(checkpoint.header))
     for path in [args.out] + ([args.sheet] if args.sheet else []):  # a wrong path costs no work
@@ -327,21 +334,15 @@ def main(args: Namespace) -> None:
     # ---- prompts -> latents -> pictures
     conds, neg_cond = encode(args, text)
     image = None if pixels is None else vae.encode_mean(pixels)
-    at, how = " ".join(map(str, grid)), f"{args.dtype} on {args.device}"
-    print(f"{args.sampler}, {args.steps} steps at t = {at}, guidance {args.guidance:g}, {how}")
-    latents = draw_all(args, unet, conds, neg_cond, (4, height, width), image)
+    how |= dict(shape=(4, height, width), image=image, gamma=args.gamma)
+    at = " ".join(map(str, grid)) + ("" if args.gamma is None else f", gamma {args.gamma:g}")
+    where = f"guidance {args.guidance:g}, {args.dtype} on {args.device}"
+    print(f"{args.sampler}, {args.steps} steps at t = {at}, {where}")
+    latents = draw_all(args, unet, conds, neg_cond, how)
     decode = vae.decode if args.size[0] * args.size[1] <= 1024 * 1024 else vae.decode_tiled
     with resident(vae, args.device):
         images = [to_images(decode(z0.to(args.device)))[0] for z0 in latents]
     write_pictures(args, images, recipe)
-
-
-def list_names(config: Config) -> None:
-    """The closed list of what a model can draw, or a line that there is none."""
-    if not config.names:
-        return print("this model has no list of names: describe what you like")
-    print("\n".join(config.names))
-    print(f"styles: {', '.join(STYLES)}\nbackgrounds: {', '.join(COLORS)}")
 
 
 if __name__ == "__main__":

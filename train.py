@@ -2,6 +2,7 @@
 
     the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
                        --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
+    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --out ...
     a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out ...
     a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out ...
     a base model   python train.py --objective diffusion --full --data weights/emoji/art --out ...
@@ -69,9 +70,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     init = "a LoRA to start from, of this --rank and these layers "
     init += "(default: one that changes nothing)"
     add("--init", type=Path, metavar="FILE", help=init)
-    add("--data", type=Path, help="a .tar shard, a folder of them, or of pictures with captions")
+    data = "a .tar shard, a folder of them, or of pictures with captions; or a .txt with a prompt "
+    data += "a line, for which the model draws the pictures itself (guided, 25 steps of DDIM)"
+    add("--data", type=Path, help=data)
     add("--out", type=Path, help="folder for the result, the sheets and the states")
-    cache = "keep encoded pictures there, for other runs too (default: in cache/ of --out)"
+    cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
@@ -86,7 +89,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     rate = "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
     rate += "(default 3e-4)"
     add("--lr", type=float, default=3e-4, help=rate)
-    guidance = "lcm: guidance - 1 to distil; LOW:HIGH for a full LCM (default 7.5, or 2:14)"
+    constant = "neither warm-up nor cosine, as the official scripts"
+    add("--constant-lr", action="store_true", help=constant)
+    guidance = "lcm: guidance - 1 to distil (default 7.5); LOW:HIGH draws one for each picture: a "
+    guidance += "full LCM is told which (default 2:14), a LoRA learns a mixture"
     add("--w", metavar="W[:HIGH]", help=guidance)
     skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
     add("--k", type=int, default=T // GRID, help=skip)
@@ -95,7 +101,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); "
     average += "of a LoRA's two factors apart, which is close for weights of one run"
     add("--average", type=float, metavar="MU", help=average)
-    looks = "times each picture is cut, or drawing composed, and encoded (default 8)"
+    looks = "times each picture is cut, drawing composed or prompt drawn, and encoded (default 8)"
     add("--looks", type=int, default=8, help=looks)
     readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
     add("--workers", type=int, default=1, metavar="N", help=readers)
@@ -153,9 +159,6 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         args.w_range = math.nan, math.nan
     if not (len(words) <= 2 and 0 <= args.w_range[0] <= args.w_range[1] < math.inf):
         error(f"--w is {args.w}; give a number, or LOW:HIGH, for example 2:14")
-    if args.objective == "lcm" and args.rank is not None and len(words) == 2:
-        one = "give one number to distil, or --full"
-        error(f"--w is {args.w}: an LCM-LoRA has no input for w; {one}")
 
 
 # ---- set-up
@@ -307,7 +310,8 @@ def loop(
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     for step in progress:
-        lr = learning_rate(args.lr, step, args.steps)  # warm-up, then cosine
+        # warm-up, then cosine
+        lr = args.lr if args.constant_lr else learning_rate(args.lr, step, args.steps)
         optimizer.param_groups[0]["lr"] = lr
 
         loss = 0.0

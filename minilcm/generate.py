@@ -24,7 +24,7 @@ class Sampler(NamedTuple):
 
     sample: Callable[
         ..., Tensor
-    ]  # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength)
+    ]  # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength, gamma)
     grid: Callable[
         ..., list[int]
     ]  # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
@@ -59,7 +59,7 @@ def noise(
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device), generators
 
 
-def timesteps(sampler: str, steps: int, strength: float = 1.0) -> list[int]:
+def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Where the sampler evaluates the network, descending. Raises ValueError for steps or a
     strength it has not.
     """
@@ -73,19 +73,20 @@ def generate(
     seeds: Sequence[int],
     shape: tuple[int, ...],
     sampler: str = "lcm",
-    steps: int | None = None,
+    steps: int | list[int] | None = None,
     decode: Decode | None = None,
     image: Tensor | None = None,
     strength: float = 1.0,
     device: str | torch.device = "cpu",
     schedule: Schedule | None = None,
+    gamma: float | None = None,
 ) -> Tensor:
     """A picture per seed: pixels (b, 3, H, W) by `decode`, or without it z0 (b, 4, h, w).
 
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
-    redrawn by `strength` in (0, 1]. Raises ValueError as `timesteps`, or if the sampler takes no
-    image.
+    redrawn by `strength` in (0, 1]. lcm also takes a list of timesteps as `steps`, and `gamma` as
+    `sample_lcm` does. Raises ValueError as `timesteps`, or if the sampler takes no image.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     steps = way.steps if steps is None else steps
@@ -94,6 +95,6 @@ def generate(
         if not way.stochastic:
             raise ValueError(f"{sampler} cannot start from a picture")
         z_t = add_noise(image.to(device), z_t, timesteps(sampler, steps, strength)[0], schedule)
-    extra = (generators, strength) if way.stochastic else ()
+    extra = (generators, strength, gamma) if way.stochastic else ()
     z0 = way.sample(eps_fn, z_t, schedule, steps, *extra)
     return z0 if decode is None else decode(z0)

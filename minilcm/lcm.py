@@ -90,8 +90,8 @@ def draw(
     """What Algorithm 1 draws for latents of `shape` (b, c, h, w).
 
     n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1). n (b,) indexes the grid; all three are on the
-    CPU. An LCM-LoRA has no input for w, so it can only learn one: w_range then is a single value,
-    which gets distilled into the weights.
+    CPU. An LCM-LoRA has no input for w: of a range it can only learn a mixture, so one value
+    is its default.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
@@ -172,13 +172,17 @@ def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) ->
 # ---- sampling
 
 
-def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
+def lcm_grid(steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Descending timesteps of the training grid: 4 steps are 999 759 499 259. diffusers' rule since
     its PR #5836.
 
     strength < 1 (image to image) keeps the lower part of the grid, and there are still `steps`
-    steps.
+    steps. Or `steps` are the timesteps themselves, whatever the strength.
     """
+    if not isinstance(steps, int):
+        if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
+            raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
+        return steps
     length = int(GRID * strength)
     if length < 1:
         raise ValueError(f"strength is {strength}; give {1 / GRID} to 1")
@@ -192,9 +196,10 @@ def sample_lcm(
     eps_fn: EpsFn,
     z_T: Tensor,
     schedule: Schedule,
-    steps: int,
+    steps: int | list[int],
     generators: list[torch.Generator],
     strength: float = 1.0,
+    gamma: float | None = None,
 ) -> Tensor:
     """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first
     t -> z0.
@@ -202,13 +207,23 @@ def sample_lcm(
     Jump to the origin, add fresh noise up to the next timestep, jump again (tour/09).
     `generators`: one CPU generator per image; draw z_T with it first, then pass it on. A single
     step draws nothing more.
+
+    With `gamma` (TCD, 2402.19159 Algorithm 4) the jump ends at s, between the origin and the next
+    timestep, on the line of x0 and eps_hat; only the noise from s on is fresh. 0: none of it, which
+    is DDIM; 1: nearly all, as without gamma, but that the last jump ends at t = 0, not in x0.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T
     pairs = list(zip(grid, [*grid[1:], None]))
     for t, t_next in tqdm(pairs, desc="lcm", disable=None, leave=False):
-        z0 = f_theta(z_t, eps_fn(z_t, t), t, schedule)
+        output = eps_fn(z_t, t)
+        if gamma is None:
+            s, z_t = None, f_theta(z_t, output, t, schedule)
+        else:
+            # s = floor((1 - gamma) t'), in float32 as diffusers' TCDScheduler; 0 after the last t
+            s = int((1 - gamma) * torch.tensor(t_next or 0))
+            z_t = ddim_step(z_t, *x0_and_eps(z_t, output, t, schedule), s, schedule)
         if t_next is not None:
             eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
-            z_t = add_noise(z0, eps.to(z_T.device), t_next, schedule)
-    return z0
+            z_t = add_noise(z_t, eps.to(z_T.device), t_next, schedule, s)
+    return z_t

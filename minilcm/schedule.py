@@ -55,9 +55,18 @@ def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), v)
 
 
-def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,)."""
+def add_noise(
+    z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule, s: int | None = None
+) -> Tensor:
+    """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,).
+
+    With `s`, what is given in place of z0 is z_s, which has some of z_t's noise already.
+    """
     alpha, sigma = schedule.at(t, z0)
+    if s is not None:
+        # z_t = (alpha / alpha_s) z_s + sqrt(1 - alpha_bar / alpha_bar_s) eps
+        alpha = alpha / schedule.at(s, z0)[0]
+        sigma = (1 - alpha**2).sqrt()
     # z_t = alpha z0 + sigma eps
     return alpha * z0 + sigma * eps
 

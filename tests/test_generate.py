@@ -45,6 +45,11 @@ def test_an_image_is_noised_to_the_first_timestep(schedule):
     assert torch.equal(
         generate(toy_eps, SEEDS, SHAPE, "lcm", 2, image=image, strength=0.4), expected
     )
+    start = add_noise(image, z_T, 300, schedule)
+    generators = noise(SEEDS, SHAPE)[1]
+    expected = sample_lcm(toy_eps, start, schedule, [300, 20], generators, gamma=0.5)
+    of_list = generate(toy_eps, SEEDS, SHAPE, "lcm", [300, 20], image=image, gamma=0.5)
+    assert torch.equal(of_list, expected)
     with pytest.raises(ValueError, match="ddim cannot start from a picture"):
         generate(toy_eps, SEEDS, SHAPE, "ddim", 2, image=image)
     with pytest.raises(ValueError, match="steps is 0; give 1 to 1000"):

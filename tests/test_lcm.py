@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from make_reference import STEPS, draw, generators, toy_eps
+from make_reference import STEPS, TCD, draw, generators, toy_eps
 from tiny import noise
 from torch import nn
 
@@ -662,6 +662,61 @@ def test_image_to_image_equals_diffusers(schedule, samplers, strength):
     z0 = sample_lcm(toy_eps, z_start, schedule, 4, rng, strength)
     expected = samplers[f"{key}/z0"]
     assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("gamma, steps", TCD)
+@pytest.mark.parametrize("v", [False, True])
+def test_gamma_equals_diffusers(schedule, samplers, gamma, steps, v):
+    """diffusers 0.42.1's TCDScheduler, whose eta is gamma, from steps or from timesteps, to 1e-5.
+
+    toy_eps is taken for eps_hat, then for v.
+    """
+    rng, key = generators(), f"tcd{'_v' * v}/{gamma}/{steps}"
+    assert lcm_grid(steps) == samplers[f"{key}/timesteps"].tolist()
+    z0 = sample_lcm(toy_eps, draw(rng), schedule._replace(v=v), steps, rng, gamma=gamma)
+    expected = samplers[f"{key}/z0"]
+    assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_gamma_on_gaussian_data(gaussian, schedule, gamma):
+    """Around the exact denoiser of N(m, s^2) each step is affine, so mean and std are known.
+
+    z_s - alpha_s m = A (z_t - alpha m), A = (alpha_s alpha s^2 + sigma_s sigma) / V; then the noise
+    from s on. For gamma = 0 the picture itself is known; else Monte Carlo, to 4 std errors.
+    """
+    g = torch.Generator().manual_seed(0)
+    z_T = torch.randn((1, 4, 256, 256), generator=g)
+    z0 = sample_lcm(gaussian.eps, z_T, schedule, 4, [g], gamma=gamma)
+    bar, m, s = gaussian.schedule.alpha_bar.tolist(), gaussian.m, gaussian.s
+    offset, slope, variance = -(bar[999] ** 0.5) * m, 1.0, 1.0  # of z_T - alpha m
+    for t, t_next in zip(GRIDS[4], [*GRIDS[4][1:], 0]):
+        t_s = math.floor((1 - gamma) * t_next)
+        A = ((bar[t_s] * bar[t]) ** 0.5 * s**2 + ((1 - bar[t_s]) * (1 - bar[t])) ** 0.5) / (
+            bar[t] * s**2 + 1 - bar[t]
+        )
+        ratio = bar[t_next] / bar[t_s]
+        offset, slope = offset * A * ratio**0.5, slope * A * ratio**0.5
+        variance = variance * A**2 * ratio + 1 - ratio
+    mean = bar[0] ** 0.5 * m + offset
+    if gamma == 0:
+        torch.testing.assert_close(z0, mean + slope * z_T, rtol=0, atol=1e-4)
+    assert z0.mean().item() == pytest.approx(mean, abs=4 * (variance / z0.numel()) ** 0.5)
+    assert z0.std().item() == pytest.approx(variance**0.5, rel=4 * (2 * z0.numel()) ** -0.5)
+
+
+@pytest.mark.parametrize("wrong", [[], [1000], [-1], [499, 999], [999, 999], [999, 0, -1]])
+def test_timesteps_descend_from_999_to_0(schedule, wrong):
+    """One line before any call; timesteps that are on no grid are allowed, as diffusers does."""
+    with pytest.raises(
+        ValueError, match=r"timesteps are \[.*\]; give them descending, each 0 to 999"
+    ):
+        sample_lcm(None, noise(), schedule, wrong, generators())
+    assert lcm_grid([800, 3, 0]) == [800, 3, 0]
+    rng = generators()
+    by_grid = sample_lcm(toy_eps, draw(rng), schedule, GRIDS[4], rng)
+    rng = generators()
+    assert torch.equal(by_grid, sample_lcm(toy_eps, draw(rng), schedule, 4, rng))
 
 
 def test_multistep_sampling_of_gaussian_data(gaussian, schedule):

@@ -229,6 +229,11 @@ def test_sheet_of_one_picture_a_prompt(draw, tmp_path):
         ("lcm", "lcm, 4 steps at t = 999 759 499 259, guidance 1, float32 on cpu", 4),
         ("lcm --steps 2", "lcm, 2 steps at t = 999 499, guidance 1, float32 on cpu", 2),
         ("lcm --guidance 2", "lcm, 4 steps at t = 999 759 499 259, guidance 2, float32 on cpu", 8),
+        (
+            "lcm --timesteps 800,20 --gamma 0.3",
+            "lcm, 2 steps at t = 800 20, gamma 0.3, guidance 1, float32 on cpu",
+            2,
+        ),
         ("ddim --steps 4", "ddim, 4 steps at t = 999 749 499 249, guidance 3, float32 on cpu", 8),
         ("dpmpp --steps 2", "dpmpp, 2 steps at t = 999 499, guidance 3, float32 on cpu", 4),
     ],
@@ -269,6 +274,9 @@ def test_again_draws_the_same_file(draw, files, tmp_path):
                 ["pizza", "--image", picture, "--strength", "0.4", "--steps", "2"],
                 ["lcm.safetensors"],
             ),
+            (["pizza", "--timesteps", "800,120,3", "--gamma", "0.3"], ["lcm.safetensors"]),
+            (["pizza", "--gamma", "0", "--image", picture], ["lcm.safetensors"]),
+            (["pizza", "--image", picture, "--timesteps", "300,20"], ["lcm.safetensors"]),
             (["--guidance", "1.7", "--negative=-a b", "--size", "64x32", "--", "-x"], [style]),
         )
     ):
@@ -282,6 +290,39 @@ def test_again_draws_the_same_file(draw, files, tmp_path):
     assert [x.name for x in (tmp_path / "seed").iterdir()] == ["0000_x_seed5.png"]
     with pytest.raises(SystemExit, match="leave out 'pizza'"):
         sample.parse(["pizza", "--again", path])
+
+
+def test_steps_and_timesteps_take_each_others_place_with_again(draw, files, tmp_path):
+    """A picture drawn again by --timesteps forgets its --steps and --strength, and the other way
+    round; its gamma stays.
+    """
+    image = "--image", str(files / "picture.png"), "--dtype", "float32", "--gamma", "0.5"
+    by_steps = ["--steps", "2", "--strength", "0.4"]
+    by_timesteps = ["--timesteps", "399,199"]  # the same
+    for i, (was, now) in enumerate(((by_steps, by_timesteps), (by_timesteps, by_steps))):
+        draw("pizza", *image, *was, out=f"{tmp_path}/{i}.png")
+        again = ["--again", f"{tmp_path}/{i}.png", *now, "--out", f"{tmp_path}/again{i}.png"]
+        sample.main(sample.parse(again))
+        texts = Image.open(f"{tmp_path}/again{i}.png").text
+        assert ("Timesteps: 399 199" in texts["parameters"]) == (now == by_timesteps)
+        assert ("--timesteps=399,199" in texts["command"]) == (now == by_timesteps)
+        assert ("--steps=2" in texts["command"]) == (now == by_steps)
+        assert "Gamma: 0.5" in texts["parameters"] and "Steps: 2," in texts["parameters"]
+        assert same_picture(*((tmp_path / f"{x}{i}.png").read_bytes() for x in ("", "again")))
+
+
+def test_gamma_and_timesteps_reach_the_sampler(draw, monkeypatch):
+    """As `sample_lcm` gets them: a wrong gamma would be a picture of another kind, not an error."""
+    seen = []
+
+    def sampled(eps_fn, z_T, schedule, *rest):
+        seen.append((rest[0], *rest[2:]))
+        return sample_lcm(eps_fn, z_T, schedule, *rest)
+
+    monkeypatch.setitem(SAMPLERS, "lcm", SAMPLERS["lcm"]._replace(sample=sampled))
+    draw("pizza", "--timesteps", "800,3", "--gamma", "0.3")
+    draw("pizza")
+    assert seen == [([800, 3], 1.0, 0.3), (4, 1.0, None)]
 
 
 def test_again_wants_the_same_files(draw, files, tmp_path):
@@ -661,6 +702,21 @@ MISTAKES = [
     ("pizza --steps 51", "steps is 51; give 1 to 50"),
     ("pizza --steps 1001 --sampler ddim", "steps is 1001; give 1 to 1000"),
     ("pizza --steps 0 --sampler dpmpp", "steps is 0; give 1 to 1000"),
+    ("pizza --timesteps 499,999", "timesteps are [499, 999]; give them descending, each 0 to 999"),
+    ("pizza --timesteps 1000", "timesteps are [1000]; give them descending, each 0 to 999"),
+    ("pizza --timesteps 800,800", "timesteps are [800, 800]; give them descending"),
+    ("pizza --timesteps 800,", "--timesteps is '800,'; give numbers, for example 999,749,499,249"),
+    ("pizza --timesteps ''", "--timesteps is ''; give numbers"),
+    ("pizza --timesteps 9.5", "--timesteps is '9.5'; give numbers"),
+    ("pizza --timesteps 800 --steps 1", "--timesteps says which steps to take; leave out --steps"),
+    (
+        "pizza --image {f}/picture.png --timesteps 800 --strength 0.8",
+        "leave out --steps and --strength",
+    ),
+    ("pizza --timesteps 800 --sampler ddim", "--timesteps needs --sampler lcm"),
+    ("pizza --gamma 0 --sampler dpmpp", "--gamma needs --sampler lcm"),
+    ("pizza --gamma 1.5", "--gamma is 1.5; give a number from 0 to 1"),
+    ("pizza --gamma nan", "--gamma is nan; give a number from 0 to 1"),
     ("pizza --steps four", "invalid int value: 'four'"),
     ("pizza --count 0", "--count is 0; give 1 or more"),
     ("pizza --seed x", "invalid int value: 'x'"),

@@ -24,7 +24,7 @@ from minilcm.data.open import Reading, find_data, open_data
 from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe, read_tau
-from minilcm.files.safetensors_file import read_tensors
+from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
@@ -57,6 +57,8 @@ def files(tmp_path_factory):
     (folder / "broken/cat.png").write_bytes(b"no picture")
     (folder / "broken/cat.txt").write_text("a cat")
     (folder / "broken.tar").write_bytes(b"no tar")
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     return folder
 
 
@@ -184,6 +186,23 @@ def test_seed_and_w_matter(files, tmp_path):
     assert not any(same(results[0], other) for other in results[2:])
 
 
+def test_a_lora_of_a_range_of_w(files, tmp_path, monkeypatch):
+    """--w 5:15 as the official scripts draw it, w by w of a batch; the student is not told, and the
+    file's header says what it was.
+    """
+    seen = []
+
+    def loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, *rest):
+        seen.extend(w.tolist())
+        assert torch.equal(student(z0, n, cond, w), student(z0, n, cond, w + 1))
+        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, *rest)
+
+    monkeypatch.setattr("minilcm.objective.lcd_loss", loss)
+    run(files, tmp_path, "attention", 4, "--w", "5:15")
+    assert all(5 <= w <= 15 for w in seen) and max(seen) - min(seen) > 5
+    assert read_recipe(tmp_path / "lora.safetensors")["w"] == "5:15"
+
+
 def test_gradients_are_clipped(files, tmp_path, monkeypatch):
     """What the optimizer sees has norm 1 although the gradient's is larger (a bug of one official
     script: an empty iterator clips nothing).
@@ -222,6 +241,9 @@ def test_learning_rate_warms_up_then_falls_to_zero(files, tmp_path, monkeypatch)
     run(files, tmp_path, "attention", 20, "--lr", "1e-2")
     cosine = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
     assert seen == pytest.approx([1e-2 * c for c in (cosine[0] / 2, *cosine[1:])])
+    seen.clear()
+    run(files, tmp_path / "b", "attention", 3, "--lr", "1e-2", "--constant-lr")
+    assert seen == [1e-2] * 3
 
 
 def test_the_ema_follows_every_optimizer_step(files, tmp_path, monkeypatch):
@@ -445,6 +467,21 @@ def write_pictures(folder, count: int) -> None:
     for i in range(count):
         (folder / f"{i}.png").write_bytes(png(drawing(i)))
         (folder / f"{i}.txt").write_text(f"picture {i}")
+
+
+def test_without_pictures(files, tmp_path):
+    """--data prompts.txt: the model draws them, into the cache of --out; a resumed run wants the
+    same prompts.
+    """
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    data = ["--data", f"{tmp_path}/prompts.txt"]
+    run(files, tmp_path / "out", "attention", 1, *data)
+    assert read_tau(tmp_path / "out/lora.safetensors")
+    kept = [read_header(file)[0] for file in (tmp_path / "out/cache").iterdir()]
+    assert sum("mean" in header for header in kept) == 4  # two prompts, --looks 2
+    (tmp_path / "prompts.txt").write_text("a cat\na pig\n")
+    message = refused(flags(files, tmp_path / "out", "attention", 1, *data, "--resume"))
+    assert re.match(r"--resume: --data was 2 prompts, digest \w+, is now 2 prompts, dig", message)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -846,7 +883,11 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
     [
         ("", "required: --objective"),
         ("--objective lcm", "--rank --full is required"),
-        ("--objective lcm --rank 2 --w 2:14", "--w is 2:14: an LCM-LoRA has no input for w"),
+        ("--objective lcm --rank 2 --w 2:14:3", "--w is 2:14:3; give a number, or LOW:HIGH"),
+        ("--objective lcm --rank 2 --w 15:5", "--w is 15:5; give a number, or LOW:HIGH"),
+        ("--objective lcm --rank 2 --data none.txt", "none.txt: no such file"),
+        ("--objective lcm --rank 2 --data {f}/blank.txt", "blank.txt: no prompts; write one a"),
+        ("--objective lcm --rank 2 --data {f}/latin.txt", "latin.txt: cannot be read ("),
         ("--objective lcm --full --w 14:2", "--w is 14:2; give a number, or LOW:HIGH"),
         ("--objective lcm --full --w high", "--w is high; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --accumulate 0", "--accumulate is 0; give 1 or more"),

@@ -37,6 +37,14 @@ def read_keywords(art: Path) -> dict[str, set[str]]:
     return words
 
 
+def list_names(names: tuple[str, ...]) -> None:
+    """Print the closed list of what a model can draw, or that there is none."""
+    if not names:
+        return print("this model has no list of names: describe what you like")
+    print("\n".join(names))
+    print(f"styles: {', '.join(STYLES)}\nbackgrounds: {', '.join(COLORS)}")
+
+
 def nearest_names(
     prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]] | None = None
 ) -> list[str]:

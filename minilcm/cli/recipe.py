@@ -36,6 +36,9 @@ def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, obj
         recipe["Lora hashes"] = f'"{hashes}"'
     if args.vae:
         recipe["VAE hash"] = sha256(args.vae)[:10]
+    recipe |= {} if args.gamma is None else {"Gamma": f"{args.gamma:g}"}
+    if args.timesteps:
+        recipe["Timesteps"] = " ".join(map(str, args.timesteps))
     if args.image:
         recipe |= {"Denoising strength": args.strength, "Init image": args.image.name}
         recipe["Init image hash"] = sha256(args.image)[:10]
@@ -46,11 +49,14 @@ def command_line(args: Namespace, prompt: str, seed: int, model: Path | None) ->
     """The line that draws one of the pictures, quoted for a shell, with all values, also those that
     no flag gave; `model` is None for the shipped one.
     """
-    used = "steps", "sampler", "guidance", "negative", "lora", "prediction", "vae", "image"
+    used = "sampler", "gamma", "guidance", "negative", "lora", "prediction", "vae", "image"
     used += "dtype", "device"
     flags = {"seed": seed, "model": model, "size": "{}x{}".format(*args.size)}
     flags |= {flag: getattr(args, flag) for flag in used}
-    flags |= {"strength": args.strength} if args.image else {}
+    if args.timesteps:
+        flags["timesteps"] = ",".join(map(str, args.timesteps))
+    else:
+        flags |= {"steps": args.steps, "strength": args.strength if args.image else None}
     words = [f"--lora={lora}" for lora in flags.pop("lora")]
     words += [f"--{flag}={value}" for flag, value in flags.items() if value not in (None, "")]
     return shlex.join(["python", "sample.py", *words, "--", prompt])

@@ -1,4 +1,4 @@
-"""Folders of pictures with captions, in the three layouts that people have.
+"""Folders of pictures with captions, in the three layouts that people have; files of prompts.
 
 read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--> what a training
 step is given
@@ -74,6 +74,14 @@ def read_pictures(path: str | Path) -> list[Picture]:
     return pictures
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, without those that are empty. Raises ValueError if none is left."""
+    prompts = [one_line(line) for line in read_text(path).split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts; write one a line")
+    return prompts
+
+
 def read_table(table: Path) -> Iterator[tuple[Path, str]]:
     """(picture, caption) of each row of a metadata.jsonl or metadata.csv."""
     try:
@@ -116,6 +124,14 @@ def decoded(data: bytes) -> str:
     return text
 
 
+def read_text(path: Path) -> str:
+    """`decoded` for a file whose owner should hear what is wrong with it."""
+    try:
+        return decoded(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8") from None
+
+
 def one_line(text: str) -> str:
     """Blanks and line breaks as single spaces. Raises UnicodeEncodeError for half a letter, as JSON
     cut within an emoji has, or a file's name in another encoding than the system's.
@@ -142,10 +158,7 @@ def read_caption(file: Path, name: str | None) -> str:
     """The text beside a picture, in one line, or else `name`."""
     for beside in (file.with_suffix(".txt"), file.with_suffix(".caption")):
         if beside.exists():
-            try:
-                return one_line(decoded(beside.read_bytes()))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{beside}: cannot be read ({error}); save it as UTF-8") from None
+            return one_line(read_text(beside))
     if name is None:
         raise ValueError(f"{file}: no caption; put its text into {file.stem}.txt beside it")
     return name

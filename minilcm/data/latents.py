@@ -1,4 +1,5 @@
-"""Pictures and captions encoded once, into files that later runs find again.
+"""Pictures and captions encoded once, into files that later runs find again; or pictures that the
+model draws itself.
 
 Size ids are SDXL's (2307.01952 section 2.2), heights before widths: of the original, crop (top,
 left), of the target.
@@ -7,6 +8,7 @@ left), of the target.
 import hashlib
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files.checkpoint import Model
 from ..files.safetensors_file import all_finite, read_header, read_tensors, write_tensors
+from ..generate import generate
+from ..model.precision import autocast, forward_dtype, resident
 from ..model.text import TextEncoder, add_size
 from ..model.unet import Cond
 from ..model.vae import VAE
+from ..schedule import make_schedule
+from ..solver import guided_eps
 from .folders import Picture
 from .pictures import crop, nearest, open_picture
 
@@ -86,6 +93,48 @@ def cache_latents(
     if not examples:
         raise ValueError(f"none of {len(pictures)} pictures can be read, first: {pictures[0].file}")
     say_what_is_cut_off([example.size_ids for example in examples])
+    return examples
+
+
+@torch.no_grad()
+def draw_latents(
+    model: Model,
+    model_id: str,
+    prompts: list[str],
+    folder: Path,
+    size: int,
+    looks: int = 1,
+    device: str = "cpu",
+) -> list[Example]:
+    """Each prompt drawn `looks` times by the model itself, with its own guidance, in 25 DDIM steps;
+    -> an epoch. A teacher whose training pictures are not to be had is distilled on these.
+
+    Files as in `cache_latents`, with std 0. A drawing's seed and its file's name are a hash of
+    prompt, look, size and model, so a drawing that exists is not drawn again. Raises ValueError if
+    one is not finite.
+    """
+    unet, text, square = model.unet, model.text, (size, size)
+    side, w = size // model.vae.factor, model.config.guidance - 1
+    null_cond, schedule = text.null_cond(1, square), make_schedule(unet.cfg.v, unet.cfg.zero_snr)
+    # in mixed precision, as in training; a large model's float16 as it is
+    is_wide = next(unet.parameters()).dtype == torch.float32
+    half = forward_dtype(device) if is_wide else torch.float32
+    ids, examples = [*square, 0, 0, *square], []
+    with resident(unet, device):
+        for prompt, look in tqdm(list(product(prompts, range(looks))), "drawings", disable=None):
+            name = digest(prompt, look, size, w, unet.cfg.v, unet.cfg.zero_snr, model_id)
+            file, seed = folder / f"{name}.safetensors", int(name[:16], 16)
+            if not file.exists():
+                # one at a time: a batch rounds differently
+                eps_fn = guided_eps(unet, text.encode([prompt], square), null_cond, w)
+                how = dict(steps=25, device=device, schedule=schedule)
+                with autocast(device, half):
+                    z0 = generate(eps_fn, [seed], (4, side, side), "ddim", **how)[0]
+                if not all_finite(z0):
+                    raise ValueError(f"{prompt!r}: what the model draws is not finite")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(file, {"mean": z0, "std": torch.zeros_like(z0)}, {"caption": prompt})
+            examples.append(Example(file, prompt, ids, (side, side)))
     return examples
 
 

@@ -1,5 +1,5 @@
-"""What is behind --data: shards, a folder of pictures, or the emoji art; each gives the same stream
-of batches.
+"""What is behind --data: shards, a folder of pictures, prompts, or the emoji art; each gives the
+same stream of batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,23 +15,33 @@ from ..model.unet import Cond
 from ..model.vae import VAE
 from .batches import Batch, batches
 from .emoji import art_batches, cache_art, is_art, read_art, split_art
-from .folders import Picture, read_pictures
-from .latents import cache_latents, cache_text, digest, read_cond, say_what_is_cut_off
+from .folders import Picture, read_pictures, read_prompts
+from .latents import (
+    cache_latents,
+    cache_text,
+    digest,
+    draw_latents,
+    read_cond,
+    say_what_is_cut_off,
+)
 from .pictures import buckets, picture_suffixes
 from .shards import stream_batches
 
 
 class Source(NamedTuple):
-    """The files behind --data: shards, or pictures."""
+    """What is behind --data: shards, pictures or prompts."""
 
     path: Path
     shards: list[Path]
     pictures: list[Picture]
+    prompts: list[str] = []
 
     def identity(self) -> str:
         """The same wherever the files lie: how many they are, and a hash of names, sizes and
         captions. Pictures, which may be terabytes, are not read for it.
         """
+        if self.prompts:
+            return f"{len(self.prompts)} prompts, digest {digest(self.prompts)[:10]}"
         of_art = self.path.glob("held_out.txt")
         files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
         sizes = [(file.name, file.stat().st_size) for file in files]
@@ -78,9 +88,11 @@ class Data(NamedTuple):
 
 def find_data(path: Path) -> Source:
     """Find out what `path` is. Raises ValueError as `read_pictures`, or if it holds both kinds."""
-    if path.suffix == ".tar":
+    if path.suffix in (".tar", ".txt"):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
+        if path.suffix == ".txt":
+            return Source(path, [], [], read_prompts(path))
         return Source(path, [path], [])
     if not (shards := sorted(path.glob("*.tar"))):
         return Source(path, [], read_pictures(path))
@@ -91,19 +103,23 @@ def find_data(path: Path) -> Source:
 
 
 def open_data(source: Source, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Pictures of folders, and the emoji art, are encoded here; shards while training.
+    """Pictures of folders, and the emoji art, are encoded here, and prompts are drawn; shards are
+    encoded while training.
 
-    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three
-    do.
+    Latents of a folder or of prompts are kept in `cache`. Raises ValueError as the readers do.
     """
-    (path, shards, pictures), (_, vae, text, config) = source, model
+    (path, shards, pictures, prompts), (_, vae, text, config) = source, model
     if shards and is_art(shards[0]):
         return open_art(path, vae, text, config, how)
     if shards:
         return open_shards(shards, vae, text, how)
-    captions = [p.caption for p in pictures]
-    targets = buckets(how.size) if config.unet.adm else [(how.size, how.size)]
-    latents = cache_latents(vae, model_sha256, pictures, cache, targets, how.looks, how.device)
+    if prompts:
+        captions, rest = prompts, (how.size, how.looks, how.device)
+        latents = draw_latents(model, model_sha256, prompts, cache, *rest)
+    else:
+        captions = [p.caption for p in pictures]
+        targets = buckets(how.size) if config.unet.adm else [(how.size, how.size)]
+        latents = cache_latents(vae, model_sha256, pictures, cache, targets, how.looks, how.device)
     texts = cache_text(text, model_sha256, captions, cache)
 
     def drawn(seed: int, start: int = 0) -> Iterator:

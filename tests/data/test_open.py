@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
-from tiny import write_art, write_tar
+from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet, tiny_vae, write_art, write_tar
 
-from minilcm.data.open import find_data
+from minilcm.data import latents
+from minilcm.data.open import Reading, find_data, open_data
+from minilcm.files.checkpoint import Model
+from minilcm.generate import generate
+from minilcm.schedule import make_schedule
+from minilcm.solver import guided_eps, sample_ddim
 
 
 def write_pictures(folder, captions: list[str]):
@@ -52,3 +58,43 @@ def test_identity_is_that_of_the_content(tmp_path, monkeypatch):
     assert art == find_data(tmp_path / "t/noto.tar").identity()
     (tmp_path / "t/held_out.txt").write_text("pizza\tnoto\n")
     assert find_data(tmp_path / "t").identity() != art
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWO_TOWERS])
+def test_prompts_are_drawn_by_the_model(tmp_path, monkeypatch, config):
+    """z0 is the end of the model's own 25 guided DDIM steps, from a seed of its own for each prompt
+    and look. What is drawn is kept: a run that stopped goes on, and a new prompt costs only itself.
+    """
+    model = Model(tiny_unet(cfg=config.unet), tiny_vae(), tiny_text(cfg=config.text), config)
+    drawn, stop = [], 3
+
+    def draw(eps_fn, seeds, *rest, **how):
+        if len(drawn) == stop:
+            raise KeyboardInterrupt
+        drawn.extend(seeds)
+        return generate(eps_fn, seeds, *rest, **how)
+
+    def batch(*prompts):
+        (tmp_path / "prompts.txt").write_text("\n\r\n".join(prompts))
+        how = Reading(config.size, 2 * len(prompts), 2, 1, 0, 0.0, "cpu")
+        source = find_data(tmp_path / "prompts.txt")
+        return next(open_data(source, model, "hash", tmp_path / "cache", how).batches(0))
+
+    monkeypatch.setattr(latents, "generate", draw)
+    monkeypatch.setattr(latents, "forward_dtype", lambda device: torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        batch(" a  cat", "a dog")
+    stop = 4
+    z0, captions, size_ids, _ = batch(" a  cat", "a dog")
+    assert sorted(captions) == ["a cat", "a cat", "a dog", "a dog"] and len(set(drawn)) == 4
+    side, size = config.size // model.vae.factor, (config.size, config.size)
+    assert size_ids.tolist() == [[*size, 0, 0, *size]] * 4
+    cond, null_cond = model.text.encode(["a dog"], size), model.text.null_cond(1, size)
+    eps_fn = guided_eps(model.unet, cond, null_cond, config.guidance - 1)
+    z_T = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(drawn[2]))
+    expected = sample_ddim(eps_fn, z_T, make_schedule(), 25)[0]
+    same = [caption for x, caption in zip(z0, captions) if torch.equal(x, expected)]
+    assert same == ["a dog"] and expected.isfinite().all()
+    stop = 6
+    batch("a dog", "a cow", "a cat")
+    assert len(set(drawn)) == 6

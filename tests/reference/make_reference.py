@@ -1,6 +1,6 @@
 """Reference tensors by other people's code: run this file to write the four files beside it.
 
-    samplers.safetensors  diffusers' LCM, DDIM and DPM-Solver++ schedulers around toy_eps
+    samplers.safetensors  diffusers' LCM, TCD, DDIM and DPM-Solver++ schedulers around toy_eps
     unet.safetensors      diffusers' UNet2DConditionModel in five small shapes
     vae.safetensors       diffusers' AutoencoderKL, four levels and three, and AutoencoderTiny
     text.safetensors      transformers' CLIPTextModel on open_clip's tokens
@@ -27,6 +27,8 @@ from torch import Tensor
 
 REFERENCE = Path(__file__).resolve().parent
 STEPS = (1, 2, 4, 8, 10, 50)
+TCD = [(0.0, 4), (0.3, 1), (0.3, 4), (0.75, 8), (1.0, 4)]  # (gamma, steps)
+TCD += [(0.3, [800]), (0.9, [999, 600, 361, 20])]  # or the timesteps
 PROMPTS = ("", "a slice of pizza", "cat face, noto style, on a red background")
 
 
@@ -146,7 +148,12 @@ def fill_module(module: torch.nn.Module, to_ldm) -> dict[str, list[int]]:
 
 def make_samplers() -> None:
     """z0 that diffusers' schedulers reach from z_T, and the timesteps they stop at."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    )
 
     schedule = dict(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000
@@ -182,6 +189,19 @@ def make_samplers() -> None:
                 z_t, z0 = scheduler.step(toy_eps(z_t, t), t, z_t, generator=rng, return_dict=False)
             tensors[f"{key}/z0"] = z0
             tensors[f"{key}/timesteps"] = scheduler.timesteps.clone()
+
+    for kind, says in (("", {}), ("_v", v)):
+        for gamma, steps in TCD:
+            scheduler = TCDScheduler(**schedule, **says, original_inference_steps=50)
+            how = {"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}
+            scheduler.set_timesteps(**how)
+            rng = generators()
+            z_t = draw(rng)
+            for t in scheduler.timesteps:
+                how = dict(eta=gamma, generator=rng, return_dict=False)
+                z_t, _ = scheduler.step(toy_eps(z_t, t), t, z_t, **how)
+            tensors[f"tcd{kind}/{gamma}/{steps}/z0"] = z_t
+            tensors[f"tcd{kind}/{gamma}/{steps}/timesteps"] = scheduler.timesteps.clone()
 
     def run(key, make, counts=STEPS):
         for steps in counts:
