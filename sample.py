@@ -31,7 +31,7 @@ from minilcm.cli.output import run_script
 from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
-from minilcm.files.identify import Config, open_checkpoint
+from minilcm.files.identify import Config, is_large, open_checkpoint
 from minilcm.files.lora_file import check_lora, parse_lora, read_tau
 from minilcm.files.names import split_parts
 from minilcm.files.tools import Lora
@@ -39,6 +39,7 @@ from minilcm.generate import SAMPLERS, generate, timesteps
 from minilcm.lcm import GRID, guidance_embedding
 from minilcm.lora import Tau
 from minilcm.merge import combine, merge_into
+from minilcm.model.packed import pack_for_sampling
 from minilcm.model.precision import DTYPES, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
@@ -106,9 +107,8 @@ def add_flags_of_sampling(add: Callable) -> None:
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
-    lora = "add a LoRA, times LAMBDA (default 1); repeatable. The words lcm, blueprint and "
-    lora += "papercut mean the shipped files; the shipped model takes lcm with --sampler lcm if no "
-    lora += "--lora is given; other models need their own"
+    lora = "add a LoRA, times LAMBDA (default 1); repeatable; lcm, blueprint and papercut are the "
+    lora += "shipped files, of which the shipped model takes lcm by itself with --sampler lcm"
     add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
     add("--image", type=Path, metavar="FILE", help="lcm: start from this picture (image to image)")
     add("--strength", type=float, help="of --image, 0-1: how much to redraw (default 0.5)")
@@ -170,9 +170,7 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
 
 
 def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
-    """`WxH` -> (W, H), both multiples of `multiple` so that every level of the networks halves
-    evenly.
-    """
+    """`WxH` -> (W, H), multiples of `multiple`, so that every level halves evenly."""
     match = re.fullmatch(r"(\d+)x(\d+)", text or f"{native}x{native}")
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if min(size) < multiple or size[0] % multiple or size[1] % multiple:
@@ -334,6 +332,8 @@ def main(args: Namespace) -> None:
     # ---- prompts -> latents -> pictures
     conds, neg_cond = encode(args, text)
     image = None if pixels is None else vae.encode_mean(pixels)
+    if args.device == "cpu" and is_large(config):
+        pack_for_sampling(unet, vae, DTYPES[args.dtype])
     how |= dict(shape=(4, height, width), image=image, gamma=args.gamma)
     at = " ".join(map(str, grid)) + ("" if args.gamma is None else f", gamma {args.gamma:g}")
     where = f"guidance {args.guidance:g}, {args.dtype} on {args.device}"

@@ -7,6 +7,8 @@ it is done once. The operators are those of PyTorch's own compiler; they have no
 import torch
 from torch import Tensor, nn
 
+from .precision import default_dtype
+
 
 class Packed(nn.Module):
     """A convolution or linear layer that computes in `dtype` from a reordered weight."""
@@ -30,11 +32,23 @@ class Packed(nn.Module):
 
 def pack(unet: nn.Module, dtype: torch.dtype) -> None:
     """Replace the UNet's layers, in place, but for the first and last convolution, which compute in
-    float32. Nothing changes where PyTorch has no such operators, as on Apple silicon.
+    float32. Nothing changes where PyTorch has no such operators, as on Apple silicon, or not for
+    this dtype on this processor.
     """
-    if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+    known = hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    if not known or dtype not in (torch.float32, default_dtype("cpu")):
         return
     for path, layer in list(unet.named_modules()):
         border = path in ("input_blocks.0.0", "out.2")
         if type(layer) in (nn.Conv2d, nn.Linear) and not border:
             unet.set_submodule(path, Packed(layer, dtype))
+
+
+def pack_for_sampling(unet: nn.Module, vae: nn.Module, dtype: torch.dtype) -> None:
+    """For a large model on a processor, in place: the UNet's weights packed; the VAE, which is in
+    float32, in bfloat16 where the UNet is, three times as fast, and channels last. Not in float16,
+    in which SDXL's decoder overflows.
+    """
+    pack(unet, dtype)
+    vae.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    vae.to(memory_format=torch.channels_last)
