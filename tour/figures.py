@@ -360,21 +360,6 @@ def adding() -> dict:
     }
 
 
-def sample_gamma(eps_fn, z_T: Tensor, steps: int, generators: list, gamma: float) -> Tensor:
-    """Multistep sampling with gamma: TCD (2402.19159) algorithm 4."""
-    grid = [1000 - 1 - 20 * (50 * i // steps) for i in range(steps)]
-    z_t = z_T
-    for t, t_next in zip(grid, [*grid[1:], 0]):
-        eps_hat = eps_fn(z_t, t)
-        s = int((1 - gamma) * t_next)
-        z_t = ddim_step(z_t, x0_from_eps(z_t, eps_hat, t, SCHEDULE), eps_hat, s, SCHEDULE)
-        if gamma > 0 and t_next > 0:
-            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
-            ratio = SCHEDULE.alpha_bar[t_next] / SCHEDULE.alpha_bar[s]
-            z_t = ratio.sqrt() * z_t + (1 - ratio).sqrt() * eps
-    return z_t
-
-
 def few_steps() -> dict:
     eps_fn, end, counts = eps_of(adapted(), NAMES), teacher_path()[-1], (1, 2, 4, 8)
     fig = figure("More steps with fresh noise (gamma 1) lead away from the teacher's end", 8.4, 5)
@@ -383,8 +368,7 @@ def few_steps() -> dict:
     for row, (gamma, color) in enumerate(((0.0, BLUE), (0.3, GREEN), (1.0, ORANGE))):
         distances = []
         for i, steps in enumerate(counts):
-            z_T, generators = noise(range(len(NAMES)), SHAPE)
-            z0 = sample_gamma(eps_fn, z_T, steps, generators, gamma)
+            z0 = generate(eps_fn, range(len(NAMES)), SHAPE, steps=steps, gamma=gamma)
             label = "" if row else f"{steps} step{'s' * (steps > 1)}"
             show(fig.add_subplot(grid[row, 1 + i]), z0[3], label, f"gamma {gamma:g}" * (i == 0))
             distances.append(rms(z0 - end))

@@ -121,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
 
         figures.main(args.figures)
     measured = json.loads((HERE / "figures/numbers.json").read_text())
-    new = stale(measured)
+    try:
+        new = stale(measured)
+    except ValueError as error:
+        sys.exit(str(error))
     if not args.check:
         for path, text in new.items():
             path.write_text(text)
