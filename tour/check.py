@@ -48,8 +48,7 @@ def add_two(up1, down1, up2, down2, lambda1, lambda2):
 
 def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
     s = int((1 - gamma) * t_next)
-    left = alpha_bar[t_next] / alpha_bar[s]
-    return left.sqrt() * ddim_step(x0, x0, eps_hat, s, SCHEDULE) + (1 - left).sqrt() * fresh
+    return add_noise(ddim_step(x0, x0, eps_hat, s, SCHEDULE), fresh, t_next, SCHEDULE, s)
 
 
 # ---- the exercises, two a chapter: the package's answer, inputs, what of an answer is compared

@@ -20,7 +20,7 @@ from minilcm.data.emoji import compose, read_art
 from minilcm.data.pictures import to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.identify import sd15_config, sdxl_config
-from minilcm.files.lora_file import read_tau
+from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.generate import generate, noise
 from minilcm.lcm import f_theta, train_grid
@@ -35,7 +35,9 @@ from minilcm.solver import ddim_step, guided_eps, sample_ddim
 HERE = Path(__file__).parent
 EMOJI = HERE.parent / "weights/emoji"
 WEIGHTS = [EMOJI / f"{x}.safetensors" for x in ("model", "lcm_lora", "blueprint")]
-SCHEDULE, SHAPE, W = make_schedule(), (4, 16, 16), 3.0  # w of the shipped LCM-LoRA
+SCHEDULE, SHAPE = make_schedule(), (4, 16, 16)
+RECIPE = read_recipe(WEIGHTS[1])  # of the shipped LCM-LoRA
+W, K, PSI_STEPS = float(RECIPE["w"]), int(RECIPE["k"]), int(RECIPE.get("psi_steps", 1))
 NAMES = ["rocket", "penguin", "cactus", "cat face", "pizza", "red apple"]  # seeds 0 to 5
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1540f", "#1e8449", "0.45"
 
@@ -165,7 +167,7 @@ def guidance_and_ode() -> dict:
     for (w, path), color in zip(paths.items(), (GREY, BLUE, ORANGE)):
         along = ((path - paths[0.0]) * toward).sum(dim=(1, 2, 3)) / toward.square().sum()
         ax.plot(times, along, ".-", color=color, markersize=3, linewidth=1)
-        at = (900, along[11]) if w > 3 else (480, along[26] - 0.13 * (w == 3))
+        at = (900, along[11] + 0.12) if w > 3 else (480, along[26] - 0.13 * (w == 3))
         name_line(ax, *at, f"w = {w:g}", color)
         show(fig.add_subplot(grid[1 + list(paths).index(w)]), path[-1], f"w = {w:g}")
     ax.set(xlabel="t", ylabel="away from the path with w = 0", xlim=(1010, -20))
@@ -241,14 +243,16 @@ def drawn_again() -> Tensor:
 
 def algorithm_1() -> dict:
     unet, student, text = shipped()[0], adapted(), shipped()[2]
-    z0, eps, (t, t_end) = drawing(), noise([2], SHAPE)[0], (699, 599)
+    z0, eps, t = drawing(), noise([2], SHAPE)[0], 699
     cond, null_cond = text.encode(["rocket"]), text.null_cond(1)
     z_start = add_noise(z0, eps, t, SCHEDULE)
-    eps_w = guided_eps(unet, cond, null_cond, W)(z_start, t)
-    z_end = ddim_step(z_start, x0_from_eps(z_start, eps_w, t, SCHEDULE), eps_w, t_end, SCHEDULE)
-    f_start, f_end = (
-        f_theta(z, student(z, at, cond), at, SCHEDULE) for z, at in ((z_start, t), (z_end, t_end))
-    )
+    f_start = f_theta(z_start, student(z_start, t, cond), t, SCHEDULE)
+    z_end, t_end = z_start, t
+    for i in range(1, PSI_STEPS + 1):
+        eps_w = guided_eps(unet, cond, null_cond, W)(z_end, t_end)
+        x0, t_end = x0_from_eps(z_end, eps_w, t_end, SCHEDULE), t - i * K // PSI_STEPS
+        z_end = ddim_step(z_end, x0, eps_w, t_end, SCHEDULE)
+    f_end = f_theta(z_end, student(z_end, t_end, cond), t_end, SCHEDULE)
     fig = figure(
         "Two neighbours should jump to one picture; the loss hardly tells how well they do",
         8.4,
@@ -256,7 +260,13 @@ def algorithm_1() -> dict:
     )
     grid = fig.add_gridspec(2, 5, height_ratios=[1, 1.2])
     row = [z0, z_start, z_end, f_start, f_end]
-    labels = "z0, from the data", "z_start, t = 699", "z_end, t = 599", "f(z_start)", "f(z_end)"
+    labels = (
+        "z0, from the data",
+        f"z_start, t = {t}",
+        f"z_end, t = {t_end}",
+        "f(z_start)",
+        "f(z_end)",
+    )
     for i, (z, label) in enumerate(zip(row, labels)):
         show(fig.add_subplot(grid[0, i]), z[0], label)
     ax = fig.add_subplot(grid[1, :])
@@ -267,22 +277,23 @@ def algorithm_1() -> dict:
         ("the shipped LoRA", student, ORANGE),
     ):
         nets = network(net), network(unet), network(net)
-        loss = loss_by_index(*nets, batch, *conds, SCHEDULE, W, k=100)
+        loss = loss_by_index(*nets, batch, *conds, SCHEDULE, W, K, PSI_STEPS)
         ax.plot([20 * n + 19 for n in loss], list(loss.values()), "o-", color=color, markersize=3)
         n = 44 if net is unet else 33
         name_line(ax, 20 * n + 19, loss[n], which, color)
         found[which.split()[-1]] = sum(loss.values()) / len(loss)
-    ax.set(xlabel="t_start", ylabel="loss, k = 100", xlim=(1010, 0), ylim=(0, None))
+    ax.set(xlabel="t_start", ylabel=f"loss, k = {K}", xlim=(1010, 0), ylim=(0, None))
     save(fig, 5)
     return found
 
 
 def low_rank() -> dict:
-    tau, ranks = lcm_lora(), (0, 1, 4, 32)
+    tau = lcm_lora()
+    most = max(len(down) for _, down, _ in tau.values())
     kept = []  # share of ||dW||^2 that the first r directions hold, by module
     for up, down, lora_alpha in tau.values():
         s = factorise(up, down, lora_alpha)[1].square()
-        kept.append(torch.nn.functional.pad(s.cumsum(0) / s.sum(), (0, 32 - len(s)), value=1.0))
+        kept.append(torch.nn.functional.pad(s.cumsum(0) / s.sum(), (0, most - len(s)), value=1.0))
     middle = torch.stack(kept).median(dim=0).values
     fig = figure(
         "A few directions hold most of what distillation changed (pizza in 4 steps)", 8.4, 2.9
@@ -290,11 +301,11 @@ def low_rank() -> dict:
     grid = fig.add_gridspec(1, 5, width_ratios=[2, 1, 1, 1, 1])
     ax = fig.add_subplot(grid[0])
     for line in kept:
-        ax.plot(range(1, 33), line, color="0.85", linewidth=0.5)
-    ax.plot(range(1, 33), middle, color=BLUE)
+        ax.plot(range(1, most + 1), line, color="0.85", linewidth=0.5)
+    ax.plot(range(1, most + 1), middle, color=BLUE)
     name_line(ax, 12, middle[11] - 0.22, f"median of {len(tau)} layers", BLUE)
-    ax.set(xlabel="rank kept", ylabel="share of ||dW||^2", xlim=(1, 32), ylim=(0, 1.02))
-    for i, rank in enumerate(ranks):
+    ax.set(xlabel="rank kept", ylabel="share of ||dW||^2", xlim=(1, most), ylim=(0, 1.02))
+    for i, rank in enumerate((0, 1, 4, most)):
         unet = load_model(WEIGHTS[0])[0]
         merge_into(unet, reduce_rank(tau, rank)[0] if rank else {})
         z0 = generate(eps_of(unet, NAMES[4:5]), [4], SHAPE)
@@ -349,21 +360,6 @@ def adding() -> dict:
     }
 
 
-def sample_gamma(eps_fn, z_T: Tensor, steps: int, generators: list, gamma: float) -> Tensor:
-    """Multistep sampling with gamma: TCD (2402.19159) algorithm 4."""
-    grid = [1000 - 1 - 20 * (50 * i // steps) for i in range(steps)]
-    z_t = z_T
-    for t, t_next in zip(grid, [*grid[1:], 0]):
-        eps_hat = eps_fn(z_t, t)
-        s = int((1 - gamma) * t_next)
-        z_t = ddim_step(z_t, x0_from_eps(z_t, eps_hat, t, SCHEDULE), eps_hat, s, SCHEDULE)
-        if gamma > 0 and t_next > 0:
-            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
-            ratio = SCHEDULE.alpha_bar[t_next] / SCHEDULE.alpha_bar[s]
-            z_t = ratio.sqrt() * z_t + (1 - ratio).sqrt() * eps
-    return z_t
-
-
 def few_steps() -> dict:
     eps_fn, end, counts = eps_of(adapted(), NAMES), teacher_path()[-1], (1, 2, 4, 8)
     fig = figure("More steps with fresh noise (gamma 1) lead away from the teacher's end", 8.4, 5)
@@ -372,8 +368,7 @@ def few_steps() -> dict:
     for row, (gamma, color) in enumerate(((0.0, BLUE), (0.3, GREEN), (1.0, ORANGE))):
         distances = []
         for i, steps in enumerate(counts):
-            z_T, generators = noise(range(len(NAMES)), SHAPE)
-            z0 = sample_gamma(eps_fn, z_T, steps, generators, gamma)
+            z0 = generate(eps_fn, range(len(NAMES)), SHAPE, steps=steps, gamma=gamma)
             label = "" if row else f"{steps} step{'s' * (steps > 1)}"
             show(fig.add_subplot(grid[row, 1 + i]), z0[3], label, f"gamma {gamma:g}" * (i == 0))
             distances.append(rms(z0 - end))

@@ -26,6 +26,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import boundary_scalings, lcm_grid, train_grid
 from minilcm.schedule import make_schedule
@@ -41,7 +42,10 @@ def spread(t: int) -> str:
     return f"{alpha * 0.5**2 / (alpha**2 * 0.5**2 + sigma**2) ** 0.5:.3f}"
 
 
+LCM_LORA = EMOJI / "lcm_lora.safetensors"
 NAMES = {
+    "recipe": read_recipe(LCM_LORA),
+    "rank": max(len(down) for _, down, _ in read_tau(LCM_LORA).values()),
     "schedule": SCHEDULE,
     "spread": spread,
     "boundary_scalings": boundary_scalings,
@@ -117,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
 
         figures.main(args.figures)
     measured = json.loads((HERE / "figures/numbers.json").read_text())
-    new = stale(measured)
+    try:
+        new = stale(measured)
+    except ValueError as error:
+        sys.exit(str(error))
     if not args.check:
         for path, text in new.items():
             path.write_text(text)

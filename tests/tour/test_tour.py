@@ -62,15 +62,35 @@ def test_a_symbol_that_is_gone_is_named(marker):
         make.filled(f"<!-- code: {marker} -->\n```python\n```\n", MEASURED)
 
 
+def test_a_figure_is_drawn_with_its_numbers(tmp_path, monkeypatch):
+    """The last chapter's: parameters of the official UNets and of their LCM-LoRAs, and bytes."""
+    pytest.importorskip("matplotlib")
+    from tour import figures
+
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    (tmp_path / "figures").mkdir()
+    figures.main([10])
+    numbers = json.loads((tmp_path / "figures/numbers.json").read_text())
+    assert (tmp_path / "figures/10.png").stat().st_size > 5000
+    assert numbers["weights"] == MEASURED["weights"]
+    full = numbers["full_size"]
+    assert full == MEASURED["full_size"]
+    assert full["SD-V1.5"]["unet"] == 859_520_964 and full["SD-V1.5"]["lora"] == 67_252_224
+    assert full["SDXL"]["lora"] == 196_751_360
+    assert full["SDXL"]["lora_gb"] == round(2 * 2.567463684 + 16 * 0.19675136, 2)
+
+
 @pytest.mark.parametrize("path", make.chapters(), ids=lambda path: path.stem)
 def test_a_page_renders(path):
     """No line begins with a number's comment, which would end the paragraph (CommonMark 4.6); code
     fences and <details> are closed; every link and picture leads to a file, every anchor to a
-    heading.
+    heading; every test it names exists.
     """
     text = path.read_text()
     assert not re.search(r"^ {0,3}<!-- =", text, re.M)
     assert text.count("```") % 2 == 0 and text.count("<details>") == text.count("</details>")
+    tests = "".join(x.read_text() for x in (ROOT / "tests").rglob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"\btest_\w+(?!\w|\.py)", text))
     for link in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", text):
         file, _, anchor = link.partition("#")
         if not file.startswith("http"):
