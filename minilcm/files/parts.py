@@ -31,8 +31,7 @@ NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network ne
 def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{official key below the prefix: (key in the file, shape)} of one part's weights.
 
-    A file may mix the prefixes; where two of them give the same key, the first counts. A UNet or
-    VAE alone in its file may have none.
+    Where two prefixes give the same key, the first counts. A UNet or VAE alone may have none.
     """
     known = sum(PARTS, ())
     bare = {UNET: ("input_blocks.",), VAE_: ("encoder.conv_in.", "decoder.conv_in.")}

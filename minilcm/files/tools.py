@@ -1,7 +1,6 @@
 """Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time.
 
-dW = (lora_alpha / rank) B A. A LoRA is given with its lambda, and written with a recipe of what it
-was made from.
+dW = (lora_alpha / rank) B A. LoRAs come with lambda; what is written says what it was made from.
 """
 
 import json
@@ -25,7 +24,7 @@ from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refus
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
-from .safetensors_file import Header, all_finite, read_header, rewrite, sha256
+from .safetensors_file import MALFORMED, Header, all_finite, read_header, rewrite, sha256
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
 
@@ -33,9 +32,7 @@ Lora = tuple[Path, float]  # file and lambda
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
-    """Raises ValueError if `out` is one of the inputs, a folder, or exists and `force` is not set;
-    makes the folder that it is to be in.
-    """
+    """Refuse an `out` that is an input, a folder, or there without `force`; make its folder."""
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; give a file, for example {out}/new.safetensors")
     if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):  # which other programs open as pickles
@@ -55,13 +52,14 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
-    """[{file, sha256, scale, and of an LCM-LoRA objective and w}] of what was added; `before`: JSON
-    of what was in it already. What was added and taken away again is left out.
+    """[{file, sha256, scale, and of an LCM-LoRA objective and w}] of what was added.
+
+    `before`: JSON of what was in it already; what was added and taken away again is left out.
     """
     try:
         known = json.loads(before or "[]")
         recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # not as written here
+    except MALFORMED:
         recipe = {}
     for path, lam in loras:
         new = {"file": path.name, "sha256": sha256(path)[:10], "scale": sign * lam}
@@ -82,20 +80,19 @@ OF_ONE_FILE = re.compile(
 )
 # Kept even if not all files say it
 FOR_PEOPLE = re.compile(
-    r"licen[cs]e|author|copyright|trigger|trained_?words|tag_frequency|description|usage_hint"
-    r"|comment"
+    "licen[cs]e|author|copyright|trigger|trained_?words|tag_frequency|description|usage_hint"
+    "|comment"
 )
 
 
 def for_people(paths: list[Path]) -> dict[str, str]:
     """Licence, authors, trigger words and the like, of all the files."""
-    heads = [read_header(path)[1] for path in paths]
-    keys = dict.fromkeys(key for head in heads for key in head if FOR_PEOPLE.search(key))
-    return {
-        key: united(list(dict.fromkeys(head[key] for head in heads if key in head)))
-        for key in keys
-        if not OF_ONE_FILE.fullmatch(key)
-    }
+    said: dict[str, list[str]] = {}
+    for head in [read_header(path)[1] for path in paths]:
+        for key in head:
+            if FOR_PEOPLE.search(key) and not OF_ONE_FILE.fullmatch(key):
+                said.setdefault(key, []).append(head[key])
+    return {key: united(list(dict.fromkeys(values))) for key, values in said.items()}
 
 
 def kept_metadata(paths: list[Path]) -> dict[str, str]:
@@ -118,7 +115,7 @@ def united(values: list[str]) -> str:
     try:
         dicts = [json.loads(value) for value in values]
         return json.dumps({key: x for one in reversed(dicts) for key, x in one.items()})
-    except (ValueError, AttributeError, RecursionError):
+    except MALFORMED:
         return "; ".join(values)
 
 
@@ -158,10 +155,8 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     more += ", predicts v" if config.unet.v else ""
     more += ", zero terminal SNR" if config.unet.zero_snr else ""
     base = replace(config.unet, w_dim=None, v=False, zero_snr=False)
-    title = next(
-        (family.title for family in FAMILIES.values() if family.unet() == base),
-        "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes",
-    )
+    title = "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes"
+    title = next((x.title for x in FAMILIES.values() if x.unet() == base), title)
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{more}")
     extra = set(header)
     first = "OpenCLIP-H" if config.text.open_clip else "CLIP-L"
@@ -225,7 +220,8 @@ def merge_file(
     checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0
 ) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
-    check_out(out, [checkpoint, *(path for path, _ in loras)], force)
+    files = [checkpoint, *(path for path, _ in loras)]
+    check_out(out, files, force)
     _, header, metadata, _ = open_checkpoint(checkpoint)
     shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
@@ -249,7 +245,7 @@ def merge_file(
     recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
     stale = "minilcm.merged", "modelspec.hash_sha256"
     metadata = {k: v for k, v in metadata.items() if k not in stale} | {"format": "pt"}
-    metadata |= for_people([checkpoint, *(path for path, _ in loras)])
+    metadata |= for_people(files)
     if recipe:  # not so, if what was merged has been taken away again
         metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
     rewrite(checkpoint, out, metadata, {key: partial(change, key) for key in by_key})
@@ -264,10 +260,10 @@ def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[s
         for name, (key, shape) in part_of(tuned, prefixes).items():
             if name not in here:  # bigG has two layouts: another name tells nothing
                 keys += [key] if prefixes is not BIG_G else []
-            elif no_kernel(here[name][1]) != no_kernel(shape) or not torch.equal(
-                a.get_tensor(here[name][0]).float().flatten(), b.get_tensor(key).float().flatten()
-            ):
-                keys.append(key)
+            else:
+                x, y = a.get_tensor(here[name][0]).float(), b.get_tensor(key).float()
+                fits = no_kernel(x.shape) == no_kernel(shape)
+                keys += [] if fits and torch.equal(x.flatten(), y.flatten()) else [key]
     return keys
 
 
@@ -330,8 +326,8 @@ def diff(path_a: Path, path_b: Path) -> None:
             if {a[key].dtype[:2], b[key].dtype[:2]} & {"F4", "F6"}:
                 print(f"  {a[key].dtype} against {b[key].dtype}, not compared  {key}")
                 continue
-            x, y = fa.get_tensor(key).float(), fb.get_tensor(key).float()
-            x = x.reshape(y.shape)
+            y = fb.get_tensor(key).float()
+            x = fa.get_tensor(key).float().reshape(y.shape)
             if torch.equal(x, y):
                 same += 1
                 continue
