@@ -1,6 +1,4 @@
-"""What is behind --data: shards, a folder of pictures, or the emoji art; each gives the same stream
-of batches.
-"""
+"""What is behind --data: shards, pictures or the emoji art; all give the same stream of batches."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +27,9 @@ class Source(NamedTuple):
     pictures: list[Picture]
 
     def identity(self) -> str:
-        """The same wherever the files lie: how many they are, and a hash of names, sizes and
-        captions. Pictures, which may be terabytes, are not read for it.
+        """The same wherever the files lie: how many, and a hash of names, sizes and captions.
+
+        Pictures, which may be terabytes, are not read for it.
         """
         of_art = self.path.glob("held_out.txt")
         files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
@@ -91,10 +90,9 @@ def find_data(path: Path) -> Source:
 
 
 def open_data(source: Source, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Pictures of folders, and the emoji art, are encoded here; shards while training.
+    """Pictures of folders and the emoji art are encoded here, shards while training.
 
-    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers of the three
-    do.
+    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers do.
     """
     (path, shards, pictures), (_, vae, text, config) = source, model
     if shards and is_art(shards[0]):
@@ -129,9 +127,7 @@ def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -
 
 
 def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:
-    """The drawings that are not held out, of the names that the model knows; captions are made anew
-    each time.
-    """
+    """The drawings that are not held out, of the names that the model knows."""
     art = read_art(path)
     if (path / "held_out.txt").exists():
         art, _ = split_art(art, path / "held_out.txt", list(config.names) or None)
