@@ -1,6 +1,4 @@
-"""The recipe inside a picture: what made it, in the form of A1111, and the command that draws it
-again.
-"""
+"""The recipe inside a picture: what made it, as A1111 has it, and the command to draw it again."""
 
 import re
 import shlex
@@ -16,9 +14,7 @@ from ..files.safetensors_file import sha256
 
 
 def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, object]:
-    """What made the pictures of a run of sample.py, under A1111's names. A hash is ten digits of a
-    file's sha256, by which model sites know it.
-    """
+    """What made the pictures of a run, under A1111's names; hashes are ten digits of a sha256."""
     recipe = {
         "Steps": args.steps,
         "Sampler": args.sampler,
@@ -43,9 +39,7 @@ def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, obj
 
 
 def command_line(args: Namespace, prompt: str, seed: int, model: Path | None) -> str:
-    """The line that draws one of the pictures, quoted for a shell, with all values, also those that
-    no flag gave; `model` is None for the shipped one.
-    """
+    """The line that draws one of the pictures again, with all values; `model` None: the shipped."""
     used = "steps", "sampler", "guidance", "negative", "lora", "prediction", "vae", "image"
     used += "dtype", "device"
     flags = {"seed": seed, "model": model, "size": "{}x{}".format(*args.size)}

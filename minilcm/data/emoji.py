@@ -78,17 +78,21 @@ def read_tar(path: Path) -> list[Art]:
     return art
 
 
+def read_labels(shard: Path) -> Iterator[dict]:
+    """What each .json of a shard says, front to back; the pictures are skipped."""
+    with tarfile.open(shard, "r|") as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".json"):
+                yield json.load(tar.extractfile(member))
+
+
 def is_art(shard: Path) -> bool:
     """Whether a tar is the emoji art, which has keywords and no captions."""
     try:
-        with tarfile.open(shard, "r|") as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".json"):
-                    meta = json.load(tar.extractfile(member))
-                    return isinstance(meta, dict) and {"name", "label", "keywords"} <= meta.keys()
+        first = next(read_labels(shard), None)
     except (OSError, ValueError, tarfile.TarError):
         raise ValueError(f"{shard}: not a .tar file, or damaged; copy or make it again") from None
-    return False
+    return isinstance(first, dict) and {"name", "label", "keywords"} <= first.keys()
 
 
 def read_art(path: str | Path) -> list[Art]:

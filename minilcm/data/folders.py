@@ -108,10 +108,7 @@ def decoded(data: bytes) -> str:
 
 
 def one_line(text: str) -> str:
-    """Blanks and line breaks as single spaces. Raises UnicodeEncodeError for half a letter.
-
-    JSON cut within an emoji has one, or a file's name in another encoding than the system's.
-    """
+    """Blanks and breaks as one space. Raises UnicodeEncodeError for half a letter (cut JSON)."""
     return " ".join(text.encode().decode().split())
 
 

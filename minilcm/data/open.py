@@ -27,10 +27,7 @@ class Source(NamedTuple):
     pictures: list[Picture]
 
     def identity(self) -> str:
-        """The same wherever the files lie: how many, and a hash of names, sizes and captions.
-
-        Pictures, which may be terabytes, are not read for it.
-        """
+        """The same wherever the files lie: by their number, names, sizes and captions, not read."""
         of_art = self.path.glob("held_out.txt")
         files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
         sizes = [(file.name, file.stat().st_size) for file in files]
@@ -90,10 +87,7 @@ def find_data(path: Path) -> Source:
 
 
 def open_data(source: Source, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Pictures of folders and the emoji art are encoded here, shards while training.
-
-    Encoded pictures of a folder are kept in `cache`. Raises ValueError as the readers do.
-    """
+    """Pictures and the emoji art are encoded here, pictures into `cache`, shards while training."""
     (path, shards, pictures), (_, vae, text, config) = source, model
     if shards and is_art(shards[0]):
         return open_art(path, vae, text, config, how)

@@ -58,10 +58,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, cut to `size` (W, H).
-
-    Raises ValueError if there is no such file, or it is no picture.
-    """
+    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, cut to `size` (W, H)."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     try:

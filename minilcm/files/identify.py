@@ -104,8 +104,7 @@ SUPPORTED = "SD1.x, SD2.x, SDXL and what is distilled from them (SSD-1B, Vega, t
 
 def check_size(config: Config, size: int) -> None:
     """Raises ValueError unless the UNet's lowest level divides this width and height evenly."""
-    levels = len(config.vae.channels) + len(config.unet.channels)
-    coarsest = 2 ** (levels - 2)  # pixels per point of that level
+    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point
     if size < 1 or size % coarsest:
         raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
 
@@ -137,10 +136,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoint:
-    """Read the header and identify the family; `prediction`, "eps" or "v", overrules the file.
-
-    Raises ValueError with one line that says what the file is instead.
-    """
+    """Read the header and identify the family; `prediction`, "eps" or "v", overrules the file."""
     header, metadata = read_header(path)
     config = identify_header(path, header, metadata, prediction)
     return Checkpoint(Path(path), header, metadata, config)
@@ -240,10 +236,9 @@ def sizes_of(path: str | Path, unet: dict[str, tuple[int, ...]]) -> dict:
         up[-1] += (depth(block),)
         if f"{block}.1.conv.weight" in unet or f"{block}.2.conv.weight" in unet:
             up.append(())
+    middle = None if "middle_block.0.in_layers.2.weight" in unet else 0
     if "middle_block.2.in_layers.2.weight" in unet:
         middle = depth("middle_block")
-    else:
-        middle = None if "middle_block.0.in_layers.2.weight" in unet else 0
     return dict(channels=tuple(channels), down=tuple(down), middle=middle, up=tuple(up))
 
 

@@ -1,7 +1,4 @@
-"""LoRA files <-> tau: one dictionary {path: (up, down, lora_alpha)}, whatever the spelling.
-
-lora_keys.py has the spellings, names.py has the map from these names to the paths of a tau.
-"""
+"""LoRA files <-> tau, {path: (up, down, lora_alpha)}, in any spelling of lora_keys and names."""
 
 import json
 import math
@@ -41,24 +38,17 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
-    """The family whose UNet has most of these modules, by name and then by shape.
-
-    A LoRA for SSD-1B, whose modules are all among SDXL's, fits both.
-    """
-
-    def fit(family: Family) -> tuple[int, int]:
-        table, named, shaped = module_table(family.unet), 0, 0
-        for (prefix, flat), parts in modules.items():
-            if prefix == "" and flat in table:
-                named += 1
-                sides = zip((parts["up"], parts["down"]), (0, 1), table[flat][1])
-                shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
-        return named, shaped
-
+    """The family whose UNet has most of these modules, by name and then by shape."""
+    of_unet = {flat: parts for (prefix, flat), parts in modules.items() if prefix == ""}
     best = {}
     for family in FAMILIES.values():
-        best[family] = fit(family)
-        if min(best[family]) == sum(prefix == "" for prefix, _ in modules):
+        table, shaped = module_table(family.unet), 0
+        named = of_unet.keys() & table.keys()
+        for flat in named:
+            sides = zip((of_unet[flat]["up"], of_unet[flat]["down"]), (0, 1), table[flat][1])
+            shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
+        best[family] = len(named), shaped
+        if shaped == len(of_unet):
             return family  # nothing can fit better: no need to build the larger UNets
     return max(best, key=best.get)
 
@@ -143,11 +133,7 @@ class PeftSettings(NamedTuple):
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
-    """{prefix in tau: settings} from the header, else from adapter_config.json in the same folder.
-
-    Raises ValueError if they are not PEFT's. A pattern with repeats is refused: in a malicious file
-    such a regular expression could run for years.
-    """
+    """{prefix in tau: settings} from the header, else from adapter_config.json beside the file."""
     config, inside = path.parent / "adapter_config.json", "lora_adapter_metadata" in metadata
     if not inside and not config.is_file():
         return {}
@@ -165,7 +151,7 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
                 settings[ours] = PeftSettings(default, patterns, bool(raw.get(rslora)))
                 for pattern in patterns:
                     re.compile(pattern)
-                    if re.search(r"[*+?{(|]", pattern):
+                    if re.search(r"[*+?{(|]", pattern):  # a malicious one could run for years
                         raise ValueError(f"the pattern {pattern} has repeats or choices")
                 if not all(map(math.isfinite, (default, *patterns.values()))):
                     raise ValueError("an alpha is not finite")

@@ -117,10 +117,7 @@ def by_module(
 def check_shapes(
     name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, **numbers: Tensor
 ) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in) fit, and `numbers` are one value each.
-
-    Of convolutions up is (out, r, 1, 1), down (r, in, k, k).
-    """
+    """Raises ValueError unless up (out, r), down (r, in) fit and `numbers` are one value each."""
     rank, ones = down.shape[:1], (1,) * (len(no_kernel(down.shape)) - 2)
     shape = up.shape if ones else no_kernel(up.shape)
     if down.ndim not in (2, 4) or shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):

@@ -187,10 +187,7 @@ Changes = dict[str, Callable[[Tensor], Tensor]]  # by key
 
 
 def rewrite(source: Path, path: Path, metadata: dict[str, str], changes: Changes) -> None:
-    """A copy of `source` with this metadata; `changes` maps some tensors through a function.
-
-    Atomic. All others stay byte for byte, dtypes and shapes are kept. The peak is one tensor.
-    """
+    """A copy of `source`, atomically, one tensor at a time, with `changes` made to some of them."""
     header, _ = read_header(source)
     entries = {"__metadata__": metadata}
     for key, (dtype, shape, begin, end) in header.items():

@@ -1,7 +1,4 @@
-"""Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time.
-
-dW = (lora_alpha / rank) B A. LoRAs come with lambda; what is written says what it was made from.
-"""
+"""Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time."""
 
 import json
 import math
@@ -52,10 +49,7 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
-    """[{file, sha256, scale, and of an LCM-LoRA objective and w}] of what was added.
-
-    `before`: JSON of what was in it already; what was added and taken away again is left out.
-    """
+    """What was added, after what is in `before`: JSON of [{file, sha256, scale, objective, w}]."""
     try:
         known = json.loads(before or "[]")
         recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}
@@ -66,7 +60,7 @@ def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -
         new["scale"] += recipe.get(new["sha256"], {"scale": 0.0})["scale"]
         known = read_recipe(path)
         recipe[new["sha256"]] = new | {k: known[k] for k in ("objective", "w") if k in known}
-    return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]
+    return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]  # the rest is taken away again
 
 
 def recipe_text(recipe: list[dict]) -> str:

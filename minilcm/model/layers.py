@@ -133,17 +133,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks, whose tokens are the h*w pixels, between two projections.
-
-    proj_in and proj_out are 1x1 convolutions in SD1.x and Linear in SDXL: the same product.
-    """
+    """`depth` transformer blocks, whose tokens are the h*w pixels, between two projections."""
 
     def __init__(
         self, channels: int, depth: int, context_dim: int, heads: int, linear: bool, groups: int
     ):
         super().__init__()
         self.linear = linear
-        project, sizes = (nn.Linear, ()) if linear else (nn.Conv2d, (1,))
+        project, sizes = (nn.Linear, ()) if linear else (nn.Conv2d, (1,))  # the same product
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = project(channels, channels, *sizes)
         blocks = (TransformerBlock(channels, context_dim, heads) for _ in range(depth))

@@ -139,10 +139,7 @@ class TextEncoder(nn.Module):
         self.cut: set[str] = set()  # prompts reported as too long
 
     def tokenize(self, prompts: list[str], pad: int | None = None) -> Tensor:
-        """(b, 77) int64: BOS, tokens, EOS, padding (the first tower's; 0 for bigG).
-
-        Longer prompts are cut, and one printed line says what is ignored.
-        """
+        """(b, 77) int64: BOS, tokens, EOS, padding (bigG's is 0); what is cut off is printed."""
         pad_first = 0 if self.cfg.open_clip else EOS
         pad = pad_first if pad is None else pad
         rows = []

@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.channels[0], 3, padding=1)
         self.down, c = nn.ModuleList(), cfg.channels[0]
         for level, width in enumerate(cfg.channels):
-            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            stage = nn.ModuleDict({"block": nn.Sequential()})
             for _ in range(cfg.res_blocks):
                 stage["block"].append(ResnetBlock(c, width, cfg.groups))
                 c = width
@@ -102,10 +102,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (b, c, H, W)
         for stage in self.down:
-            for block in stage["block"]:
-                h = block(h)
-            if "downsample" in stage:
-                h = stage["downsample"](h)
+            for part in stage.values():  # block, downsample
+                h = part(h)
         for block in self.mid.values():
             h = block(h)  # (b, c, H/f, W/f)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 z, H/f, W/f)
@@ -119,7 +117,7 @@ class Decoder(nn.Module):
         self.mid = middle(c, cfg.groups)
         stages = []
         for level, width in reversed(list(enumerate(cfg.channels))):
-            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            stage = nn.ModuleDict({"block": nn.Sequential()})
             for _ in range(cfg.res_blocks + 1):
                 stage["block"].append(ResnetBlock(c, width, cfg.groups))
                 c = width
@@ -135,10 +133,8 @@ class Decoder(nn.Module):
         for block in self.mid.values():
             h = block(h)
         for stage in reversed(self.up):
-            for block in stage["block"]:
-                h = block(h)
-            if "upsample" in stage:
-                h = stage["upsample"](h)
+            for part in stage.values():  # block, upsample
+                h = part(h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 3, H, W)
 
 
@@ -174,10 +170,9 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
 
     def decode_tiled(self, z0: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
-        """`decode` in tiles of at most `tile` latents a side, blended linearly over `overlap`.
+        """`decode` in tiles of `tile` latents a side, blended linearly over `overlap`: less memory.
 
-        It takes the memory of one tile. The result is close, not equal: attention and GroupNorm see
-        a tile instead of the picture.
+        Close to `decode`, not equal: attention and GroupNorm see a tile instead of the picture.
         """
         b, _, h, w = z0.shape
         f = self.factor

@@ -269,10 +269,7 @@ def append_metrics(path: str | Path, record: dict) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records by step, without a truncated last line; of a step written twice, the last.
-
-    Raises ValueError if there is no such file, or a complete line is not a record.
-    """
+    """The records by step, without a truncated last line; of a step written twice, the last."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     records = {}

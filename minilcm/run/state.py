@@ -61,10 +61,7 @@ class Training(NamedTuple):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside the block no other process trains into the folder, else ValueError.
-
-    `.lock` tells which does; the system drops a lock when its process ends, however it ends.
-    """
+    """Inside the block no other process trains into the folder; `.lock` there says which does."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
@@ -237,10 +234,7 @@ def save_run(
 
 
 def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
-    """Where the result and its sheet are, and the line that draws with it.
-
-    `shipped`: whether the model it began with is, for which an LCM-LoRA is at hand.
-    """
+    """Where the result and its sheet are, and the line that draws with it; `shipped`: the base."""
     result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
     base = [] if shipped else ["--model", args.model]
     words = ["--model", result] if args.full else [*base, "--lora", result]
