@@ -1,8 +1,4 @@
-"""What is said before a picture is drawn, a line each: what will be ignored or will spoil it.
-
-a prompt     names, styles and colours that the model does not know; syntax of other programs
-settings     few steps without an LCM-LoRA, guidance with one, a size the model never saw
-"""
+"""What is said before a picture is drawn, a line each: what will be ignored or will spoil it."""
 
 import difflib
 import re

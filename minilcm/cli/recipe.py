@@ -10,8 +10,6 @@ from PIL import Image
 from .. import __version__
 from ..files.safetensors_file import sha256
 
-# ---- written
-
 
 def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, object]:
     """What made the pictures of a run, under A1111's names; hashes are ten digits of a sha256."""
@@ -54,9 +52,6 @@ def parameters(prompt: str, negative: str, recipe: dict[str, object]) -> str:
     """What A1111 writes and reads."""
     lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in recipe.items())])
-
-
-# ---- read
 
 
 def read_texts(path: Path) -> dict[str, str]:

@@ -137,12 +137,9 @@ def naming(art: Art, rng: random.Random) -> str:
 def caption(
     art: Art, color: str, rng: random.Random, drop: float = 0.1
 ) -> tuple[str, tuple[str | None, str | None, str | None]]:
-    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time.
-
-    A share `drop` is empty. -> (caption, what it says of (name, style, color), None where open).
-    """
+    """(NAME[, STYLE style][, on a COLOR background], (name, style, color) as far as it tells)."""
     says_style, says_color = rng.random() >= 0.4, rng.random() >= 0.4
-    if rng.random() < drop:
+    if rng.random() < drop:  # for guidance
         return "", (None, None, None)
     if art.style is None:  # a picture with a text of its own: the caption is the caption
         return art.name, (art.name, None, None)
@@ -164,10 +161,7 @@ def photograph(image: Image.Image, size: int) -> Tensor:
 
 
 def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Drawings at `scale` (b,) of the canvas, moved by `shift` (b, 2) of it, on plain colours.
-
-    RGBA (b, 4, h, w), RGB (b, 3) in [0, 1] -> (b, 3, S, S) in [-1, 1], by four points a pixel.
-    """
+    """RGBA drawings (b, 4, h, w) at `scale` (b,), moved by `shift` (b, 2), on RGB colors (b, 3)."""
     # a point p of the canvas shows the point (p - 2 shift) / scale of the drawing; both in [-1, 1]
     theta = torch.zeros(len(scale), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
@@ -207,15 +201,6 @@ def compositions(
     rng, todo = random.Random(seed), [a for a in art for _ in range(looks)]
     for i in tqdm(range(0, len(todo), batch), desc="drawings", disable=None):
         yield compose(todo[i : i + batch], size, rng, device)
-
-
-def pool_of(art: list[Art], size: int, looks: int, seed: int, device="cpu") -> Composed:
-    """All compositions, to draw batches from: pixels (m, 3, S, S) as uint8, and m colours."""
-    pixels, colors = [], []
-    for x, color in compositions(art, size, looks, seed, device):
-        pixels.append(((x + 1) * 127.5).round().byte())
-        colors += color
-    return torch.cat(pixels), colors
 
 
 class Cache(NamedTuple):

@@ -1,7 +1,4 @@
-"""Pictures and captions encoded once, into files that later runs find again.
-
-Size ids are SDXL's (2307.01952 section 2.2): original (h, w), crop (top, left), target (h, w).
-"""
+"""Pictures and captions encoded once, into files that later runs find again."""
 
 import hashlib
 import json
@@ -26,7 +23,7 @@ class Example(NamedTuple):
 
     file: Path  # safetensors: mean and std, (4, h, w) each
     caption: str
-    size_ids: list[int]
+    size_ids: list[int]  # SDXL's: original (h, w), crop (top, left), target (h, w)
     shape: tuple[int, int]  # (h, w) of the latent
 
 

@@ -1,6 +1,7 @@
 """What is behind --data: shards, pictures or the emoji art; all give the same stream of batches."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -
 
     _, captions, size_ids, _ = next(streamed(-1))
     say_what_is_cut_off(size_ids.tolist())
-    return Data(eight(captions), streamed, encoder(text), positions, [])
+    return Data(eight(captions), streamed, partial(encode, text), positions, [])
 
 
 def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:
@@ -135,14 +136,11 @@ def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Readi
     def drawn(seed: int, start: int = 0) -> Iterator:
         return art_batches(cache, how.batch, seed, start, how.process, how.world, how.drop)
 
-    return Data(eight(captions), drawn, encoder(text), [], [vae])
+    return Data(eight(captions), drawn, partial(encode, text), [], [vae])
 
 
-def encoder(text: TextEncoder) -> Callable[[list[str], Tensor], Cond]:
-    def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
-        return with_sizes(text.encode_captions(captions), size_ids)
-
-    return cond_of
+def encode(text: TextEncoder, captions: list[str], size_ids: Tensor) -> Cond:
+    return with_sizes(text.encode_captions(captions), size_ids)
 
 
 def eight(captions: list[str]) -> list[str]:

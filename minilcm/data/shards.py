@@ -145,12 +145,7 @@ class Shards(IterableDataset):
         return self.stream(worker=worker, workers=info.num_workers, skip=self.skip[worker])
 
 
-def columns(samples: list[Sample]) -> Sample:
-    """b samples as one `Sample` of lists."""
-    return Sample(*(list(column) for column in zip(*samples)))
-
-
-def in_one_line(loader: DataLoader) -> Iterator[Sample]:
+def in_one_line(loader: DataLoader) -> Iterator[list[Sample]]:
     """The batches; an error of a reader in one line, without the traceback that DataLoader adds."""
     try:
         yield from loader
@@ -187,17 +182,17 @@ def stream_batches(
     workers, device = len(positions), next(vae.parameters()).device
     own = partial(stream, shards, [(size, size)], process, world, seed=seed)
     data = Shards(own, list(positions), start % workers)
-    how = dict(collate_fn=columns, worker_init_fn=ignore_ctrl_c)
+    how = dict(collate_fn=list, worker_init_fn=ignore_ctrl_c)
     loader = DataLoader(data, batch, num_workers=workers, **how)
     rows = slice(process * batch, (process + 1) * batch)
     for step, samples in enumerate(in_one_line(loader), start):
+        pixels, captions, size_ids, position = zip(*samples)
         rng = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         dropped = [rng.random() < drop for _ in range(world * batch)][rows]
-        captions = ["" if gone else caption for gone, caption in zip(dropped, samples.caption)]
-        # one at a time, to save memory
-        moments = [vae.moments(pixels[None].to(device)) for pixels in samples.pixels]
+        captions = ["" if gone else caption for gone, caption in zip(dropped, captions)]
+        moments = [vae.moments(x[None].to(device)) for x in pixels]  # one at a time: less memory
         mean, std = (torch.cat(x) for x in zip(*moments))  # (b, 4, h, w) each
         noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rows]
-        positions[step % workers] = samples.position[-1]
-        yield mean + std * noise.to(device), captions, torch.stack(samples.size_ids), generator
+        positions[step % workers] = position[-1]
+        yield mean + std * noise.to(device), captions, torch.stack(size_ids), generator

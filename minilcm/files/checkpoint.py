@@ -18,8 +18,6 @@ from .names import text_paths
 from .parts import BIG_G, CLIP_L, NO_WEIGHT, PARTS, UNET, VAE_, part_of
 from .safetensors_file import Header, all_finite, read_header, write_tensors
 
-# ---- loading
-
 
 def read_part(
     path: str | Path, header: Header, prefixes: tuple[str, ...], dtype: torch.dtype
@@ -123,9 +121,8 @@ def load_model(
 ) -> Model:
     """(unet, vae, text, config) of a single-file checkpoint, frozen; UNet and text in `dtype`.
 
-    SDXL's VAE overflows in float16, hence float32; `vae_path` is a file whose VAE, or tiny decoder,
-    to take instead. One tensor at a time, so the peak is one model in `dtype`. Raises ValueError in
-    one line: no such file, damaged, another family, a part that is missing or does not fit.
+    SDXL's VAE overflows in float16, hence float32; `vae_path`: a file whose VAE, or tiny decoder,
+    to take instead. One tensor at a time, so the peak is one model in `dtype`.
     """
     return load_checkpoint(open_checkpoint(path), dtype, vae_path)
 

@@ -19,8 +19,6 @@ from .lora_keys import Module, by_module
 from .names import TOWERS, module_table, text_paths, text_table, to_diffusers_path, to_ldm_path
 from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, write_tensors
 
-# ---- reading
-
 
 def parse_lora(text: str) -> tuple[Path, float]:
     """`FILE[:LAMBDA]` -> (path, lambda); LAMBDA is 1 when it is left out."""
@@ -169,9 +167,6 @@ def read_recipe(path: str | Path) -> dict[str, str]:
 def recipe_in(metadata: dict[str, str]) -> dict[str, str]:
     ours = [key for key in metadata if key.startswith("minilcm.")]
     return {key.removeprefix("minilcm."): metadata[key] for key in ours}
-
-
-# ---- writing
 
 
 def write_tau(

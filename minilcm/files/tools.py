@@ -79,24 +79,26 @@ FOR_PEOPLE = re.compile(
 )
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says that may be true of another made from it."""
+    metadata = read_header(path)[1]
+    return {key: x for key, x in metadata.items() if not OF_ONE_FILE.fullmatch(key)}
+
+
 def for_people(paths: list[Path]) -> dict[str, str]:
     """Licence, authors, trigger words and the like, of all the files."""
     said: dict[str, list[str]] = {}
-    for head in [read_header(path)[1] for path in paths]:
-        for key in head:
-            if FOR_PEOPLE.search(key) and not OF_ONE_FILE.fullmatch(key):
-                said.setdefault(key, []).append(head[key])
+    for key, value in [x for path in paths for x in read_metadata(path).items()]:
+        if FOR_PEOPLE.search(key):
+            said.setdefault(key, []).append(value)
     return {key: united(list(dict.fromkeys(values))) for key, values in said.items()}
 
 
 def kept_metadata(paths: list[Path]) -> dict[str, str]:
     """What is for people, and what else all files share; one printed line names the rest."""
-    heads = [read_header(path)[1] for path in paths]
-    kept = for_people(paths)
-    shared = set(heads[0].items()).intersection(*(head.items() for head in heads))
-    kept |= {key: value for key, value in shared if not OF_ONE_FILE.fullmatch(key)}
-    rest = {key for head in heads for key in head if not OF_ONE_FILE.fullmatch(key)} - kept.keys()
-    if rest:
+    kept, heads = for_people(paths), [read_metadata(path).items() for path in paths]
+    kept |= dict(set(heads[0]).intersection(*heads))
+    if rest := {key for head in heads for key, _ in head} - kept.keys():
         first = ", ".join(map(ascii, sorted(rest)[:5]))
         print(f"{len(rest)} entries of metadata differ and are left out, first: {first}")
     return kept

@@ -147,13 +147,10 @@ def loss_by_index(
 
 @torch.no_grad()
 def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -> dict[int, float]:
-    """{first t of a band of 100: mean squared error of eps_hat there}; of a network that says 0: 1.
-
-    z0 (b, c, h, w): image i is at (i + 1/2) / b of every band, with the same noise.
-    """
+    """{first t of a band of 100: mean squared error of eps_hat}: 1 if the network says 0."""
     b, losses, eps_fn = len(z0), {}, bind(student, cond, 0.0)
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
-    for start in range(0, T, 100):
+    for start in range(0, T, 100):  # image i at (i + 1/2) / b of every band
         t = start + (torch.arange(b, device=z0.device) * 2 + 1) * 100 // (2 * b)  # (b,)
         losses[start] = diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None).item()
     return losses
@@ -229,10 +226,7 @@ def few_steps(
 def distance_to_teacher(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> dict[int, float]:
-    """{steps: RMS of the student's z0 minus the trajectory's end}, from the same seeds.
-
-    Only one step can reach 0: with more, the noise between them leads to another picture.
-    """
+    """{steps: RMS of the student's z0 minus the trajectory's end}; only one step can reach 0."""
     z0 = {steps: few_steps(student, trajectory[0], cond, schedule, w, steps) for steps in STEPS}
     return {steps: rms(z0[steps] - trajectory[-1]) for steps in STEPS}
 
