@@ -15,7 +15,7 @@ from ..model.text import TextEncoder, add_size
 from ..model.unet import Cond
 from ..model.vae import VAE
 from .folders import Picture
-from .pictures import crop, nearest, open_picture
+from .pictures import Target, crop, nearest, open_picture
 
 
 class Example(NamedTuple):
@@ -37,7 +37,7 @@ def cache_latents(
     vae_id: str,
     pictures: list[Picture],
     folder: Path,
-    targets: list[tuple[int, int]],
+    targets: list[Target],
     looks: int = 1,
     device: str | torch.device = "cpu",
 ) -> list[Example]:

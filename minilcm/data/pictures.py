@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..files.safetensors_file import atomic
 
+Target = tuple[int, int]  # (h, w) in pixels, to which a picture is cut
+
 
 def picture_suffixes() -> set[str]:
     """ ".png", ".jpg" and the suffixes of all other kinds of pictures that this Pillow opens."""
@@ -81,7 +83,7 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 # ---- cut to size
 
 
-def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
+def buckets(size: int, multiple: int = 64) -> list[Target]:
     """Targets (h, w) of 90 to 100 % of size^2 pixels, in multiples, with aspect 1:2 to 2:1.
 
     buckets(1024) is SDXL's own list in that range (2307.01952 appendix I) and 704 x 1344.
@@ -93,14 +95,12 @@ def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
     return [(h, w) for h, w in all_sides if 0.9 * size**2 < h * w <= size**2]
 
 
-def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, int]:
+def nearest(image: Image.Image, targets: list[Target]) -> Target:
     """The target (h, w) whose aspect ratio is nearest to the image's."""
     return min(targets, key=lambda t: abs(math.log(t[1] * image.height / (t[0] * image.width))))
 
 
-def crop(
-    image: Image.Image, target: tuple[int, int], rng: random.Random
-) -> tuple[Tensor, list[int]]:
+def crop(image: Image.Image, target: Target, rng: random.Random) -> tuple[Tensor, list[int]]:
     """The image scaled to cover `target` and cut at random: pixels (3, h, w), and six size ids."""
     (h, w), (H, W) = target, (image.height, image.width)
     zoom = max(h / H, w / W)

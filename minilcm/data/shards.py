@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..model.vae import VAE
 from .folders import decoded, one_line
-from .pictures import crop, nearest, open_picture, picture_suffixes
+from .pictures import Target, crop, nearest, open_picture, picture_suffixes
 
 
 class Sample(NamedTuple):
@@ -85,7 +85,7 @@ def check_shards(shards: list[Path], readers: int) -> None:
 
 def stream(
     shards: list[Path],
-    targets: list[tuple[int, int]],
+    targets: list[Target],
     process: int = 0,
     world: int = 1,
     worker: int = 0,

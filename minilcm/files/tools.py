@@ -212,13 +212,11 @@ def resize_file(
 # ---- checkpoint files
 
 
-def merge_file(
-    checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0
-) -> None:
+def merge_file(base: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
-    files = [checkpoint, *(path for path, _ in loras)]
+    files = [base, *(path for path, _ in loras)]
     check_out(out, files, force)
-    _, header, metadata, _ = open_checkpoint(checkpoint)
+    _, header, metadata, _ = open_checkpoint(base)
     shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
         check_lora(shapes, tau, str(path))
@@ -229,13 +227,13 @@ def merge_file(
 
     def change(key: str, weight: Tensor) -> Tensor:
         if not all_finite(weight):
-            raise ValueError(f"{checkpoint}: {key} has values that are not finite")
+            raise ValueError(f"{base}: {key} has values that are not finite")
         changed = weight.clone()
         for place, parts in by_key[key]:
             try:
                 add_delta_(place.view(changed), *parts, block=BLOCK)
             except ValueError as error:
-                raise ValueError(f"{checkpoint}: {key}: {error}") from None
+                raise ValueError(f"{base}: {key}: {error}") from None
         return changed
 
     recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
@@ -244,7 +242,7 @@ def merge_file(
     metadata |= for_people(files)
     if recipe:  # not so, if what was merged has been taken away again
         metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
-    rewrite(checkpoint, out, metadata, {key: partial(change, key) for key in by_key})
+    rewrite(base, out, metadata, {key: partial(change, key) for key in by_key})
     print(f"{out}: {len(by_key)} of {len(header)} tensors changed")
 
 
