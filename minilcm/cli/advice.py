@@ -29,7 +29,7 @@ def read_keywords(art: Path) -> dict[str, set[str]]:
 def nearest_names(
     prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]] | None = None
 ) -> list[str]:
-    """[] if the prompt holds a known name, or a word of it that stands for it only.
+    """[] if the prompt holds a known name, or a word of one that stands for no other.
 
     Else at most three names: those that share words with the prompt, or else are spelt alike.
     """

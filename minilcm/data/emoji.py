@@ -2,8 +2,8 @@
 
     art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption
 
-Caption grammar: NAME[, STYLE style][, on a COLOR background]. What a bracket left out would say is
-really left open: the picture keeps its style and colour, the caption does not tell.
+Caption grammar: NAME[, STYLE style][, on a COLOR background]. Each bracket is left out 40 % of the
+time: the picture has a style and a colour then too, but the caption does not tell.
 """
 
 import io
@@ -137,7 +137,7 @@ def naming(art: Art, rng: random.Random) -> str:
 def caption(
     art: Art, color: str, rng: random.Random, drop: float = 0.1
 ) -> tuple[str, tuple[str | None, str | None, str | None]]:
-    """(NAME[, STYLE style][, on a COLOR background], (name, style, color) as far as it tells)."""
+    """A caption, and (name, style, color) as far as it tells them; a share `drop` is empty."""
     says_style, says_color = rng.random() >= 0.4, rng.random() >= 0.4
     if rng.random() < drop:  # for guidance
         return "", (None, None, None)

@@ -28,7 +28,7 @@ class Source(NamedTuple):
     pictures: list[Picture]
 
     def identity(self) -> str:
-        """The same wherever the files lie: by their number, names, sizes and captions, not read."""
+        """The same wherever the files lie: of names, sizes and captions; no file is read."""
         of_art = self.path.glob("held_out.txt")
         files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
         sizes = [(file.name, file.stat().st_size) for file in files]

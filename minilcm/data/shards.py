@@ -131,7 +131,7 @@ def stream(
 
 
 class Shards(IterableDataset):
-    """A process's `stream` as DataLoader needs it: its worker i reads as (first + i) % workers.
+    """`stream` as DataLoader needs it: its worker i reads the part of (first + i) % workers.
 
     DataLoader begins with worker 0; in a resumed run it is the turn of `first`.
     """

@@ -46,7 +46,7 @@ TOWERS = {"te1.": "CLIP-L", "te2.": "bigG"}  # prefix in a tau -> text encoder
 
 
 def vae_key(key: str, levels: int) -> str:
-    """A VAE's key as LDM or diffusers spell it, which numbers `levels` backwards -> LDM's."""
+    """A VAE's key as LDM or diffusers spell it -> LDM's; diffusers counts up_blocks backwards."""
     key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
     for theirs, ours in VAE_NAMES.items():
         key = re.sub(theirs, ours, key)

@@ -49,7 +49,7 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
-    """What was added, after what is in `before`: JSON of [{file, sha256, scale, objective, w}]."""
+    """[{file, sha256, scale, objective, w}] of what was added, after those in `before` (JSON)."""
     try:
         known = json.loads(before or "[]")
         recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}

@@ -48,7 +48,7 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
 
 
 def add_checkpointing(unet: nn.Module) -> None:
-    """Gradient checkpointing (1604.06174): the backward pass recomputes what is in a block."""
+    """Gradient checkpointing (1604.06174): recompute blocks in the backward pass."""
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in unet.modules():
         if isinstance(block, ResBlock | TransformerBlock):
