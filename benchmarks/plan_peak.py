@@ -57,7 +57,7 @@ def job(argv: list[str]) -> None:
     from minilcm.run import diagnostics
 
     diagnostics.guided_trajectory = lambda network, z_T, *_: torch.zeros(51, *z_T.shape)
-    diagnostics.guided_ddim = lambda network, like, *_: torch.zeros_like(like)
+    diagnostics.from_seeds = lambda eps_fn, like, *_: torch.zeros_like(like)
     diagnostics.consistency_along_trajectory = lambda *_: ({}, {})
     diagnostics.distance_to_teacher = diagnostics.loss_by_index = diagnostics.loss_by_band = (
         lambda *_: {}

@@ -29,9 +29,10 @@ from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
-from minilcm.run.diagnostics import read_metrics
+from minilcm.run import diagnostics
+from minilcm.run.diagnostics import guided_trajectory, read_metrics
 from minilcm.run.state import how_to_draw, latest_state, read_run, save_state
-from minilcm.schedule import make_schedule
+from minilcm.schedule import T, make_schedule
 from minilcm.solver import guided_eps
 
 OBJECTIVES = {
@@ -60,6 +61,28 @@ def files(tmp_path_factory):
     (folder / "blank.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     return folder
+
+
+TRAJECTORIES: dict[tuple, torch.Tensor] = {}  # {guidance and first eps_hat: the teacher's}
+
+
+def kept_trajectory(network, z_T, cond, null_cond, schedule, w):
+    """`guided_trajectory`, made once for each teacher: its first eps_hat tells which it is."""
+    first = diagnostics.guided(network, cond, null_cond, w)(z_T, T - 1)
+    key = w, first.float().numpy().tobytes()
+    if key not in TRAJECTORIES:
+        TRAJECTORIES[key] = guided_trajectory(network, z_T, cond, null_cond, schedule, w)
+    return TRAJECTORIES[key]
+
+
+@pytest.fixture(autouse=True)
+def measure_little(monkeypatch):
+    """What a save measures, tested in test_diagnostics.py, takes most of a short run: two fixed
+    batches for eight, two of the grid's indices for ten.
+    """
+    monkeypatch.setattr(train, "islice", lambda batches, _: islice(batches, 2))
+    monkeypatch.setattr(diagnostics, "INDICES", (0, 49))
+    monkeypatch.setattr(diagnostics, "guided_trajectory", torch.no_grad()(kept_trajectory))
 
 
 @pytest.fixture(autouse=True)

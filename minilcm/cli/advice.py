@@ -1,18 +1,13 @@
-"""What is said before a picture is drawn, a line each: what will be ignored or will spoil it.
-
-a prompt     names, styles and colours that the model does not know; syntax of other programs
-settings     few steps without an LCM-LoRA, guidance with one, a size the model never saw
-"""
+"""What is said before a picture is drawn, a line each: what will be ignored or will spoil it."""
 
 import difflib
-import json
 import re
-import tarfile
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from ..data.emoji import COLORS, STYLES
+from ..data.emoji import COLORS, STYLES, read_labels
 from ..files.identify import Checkpoint
 from ..files.lora_file import read_recipe
 from ..generate import SAMPLERS
@@ -23,17 +18,11 @@ SMALL_WORDS = {"a", "an", "the", "of", "on", "in", "with", "and", "style", "back
 
 
 def read_keywords(art: Path) -> dict[str, set[str]]:
-    """{name: the words that the drawings' labels and keywords have for it} from the emoji art's
-    .tar shards; {} without them.
-    """
+    """{name: the words of the drawings' labels and keywords} from the art's .tar shards, if any."""
     words: dict[str, set[str]] = {}
-    for shard in sorted(art.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    meta = json.load(tar.extractfile(member))
-                    told = " ".join([meta["label"], *meta["keywords"]]).lower().split()
-                    words.setdefault(meta["name"], set()).update(told)
+    for meta in chain.from_iterable(map(read_labels, sorted(art.glob("*.tar")))):
+        told = " ".join([meta["label"], *meta["keywords"]]).lower().split()
+        words.setdefault(meta["name"], set()).update(told)
     return words
 
 
@@ -48,8 +37,9 @@ def list_names(names: tuple[str, ...]) -> None:
 def nearest_names(
     prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]] | None = None
 ) -> list[str]:
-    """[] if the prompt holds a known name, or a word that stands for one name only and is part of
-    it; else at most three names: those that share words with the prompt, or else are spelt alike.
+    """[] if the prompt holds a known name, or a word of one that stands for no other.
+
+    Else at most three names: those that share words with the prompt, or else are spelt alike.
     """
     spaced = " ".join(re.findall(r"[a-z0-9]+", prompt.lower()))
     words = set(spaced.split()) - SMALL_WORDS
@@ -89,9 +79,7 @@ def lora_tags(prompt: str) -> list[tuple[str, str]]:
 def on_prompt(
     prompt: str, names: tuple[str, ...], weights: Path, styled: bool = False
 ) -> Iterator[str]:
-    """About one prompt. `names`: all that the model knows, () if that is no closed list; `weights`:
-    the folder of the shipped model; `styled`: whether a LoRA may have taught it other styles.
-    """
+    """About a prompt; `names`: all that the model knows; `styled`: a LoRA may know more styles."""
     if parts := other_syntax(prompt):
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
@@ -114,9 +102,7 @@ def on_prompt(
 
 
 def speeds_up(lora: Path) -> bool:
-    """Whether a file seems to hold an LCM-LoRA, alone or combined with others, by its recipe or its
-    name.
-    """
+    """Whether a file seems to hold an LCM-LoRA, alone or combined, by its recipe or its name."""
     recipe = read_recipe(lora)
     if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
         return True
@@ -126,7 +112,7 @@ def speeds_up(lora: Path) -> bool:
 def on_settings(
     args: Namespace, checkpoint: Checkpoint, loras: list[Path], shipped: bool
 ) -> Iterator[str]:
-    """`args` are sample.py's; `shipped`: whether the model is, for which an LCM-LoRA is at hand."""
+    """`args` are sample.py's; `shipped`: whether the model is, which has an LCM-LoRA."""
     config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
     full_lcm, (width, height) = config.unet.w_dim is not None, args.size
     merged = checkpoint.metadata.get("minilcm.merged", "")

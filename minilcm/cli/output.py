@@ -30,9 +30,7 @@ class Output(io.TextIOWrapper):
 
 
 def plain_output() -> None:
-    """From here on no print raises: not when `| head` has seen enough or the disk is full, nor for
-    a letter that the terminal's encoding lacks, which is shown as \\u5bff.
-    """
+    """From here on no print raises: not after `| head`, nor on a full disk, nor for odd letters."""
     for name in ("stdout", "stderr"):
         if stream := getattr(sys, name):  # None where the program was started without
             how = dict(encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
@@ -42,9 +40,7 @@ def plain_output() -> None:
 def run_script(
     name: str, main: Callable[[Namespace], None], parse: Callable[[], Namespace], stopped: str
 ) -> None:
-    """Parse the command line and run `main`; an error is one line and exit 1, and so is Ctrl-C,
-    which says `stopped`.
-    """
+    """Parse and run `main`; an error, or Ctrl-C (`stopped`), is one line and exit 1."""
     plain_output()
     try:
         main(parse())

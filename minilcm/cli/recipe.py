@@ -1,6 +1,4 @@
-"""The recipe inside a picture: what made it, in the form of A1111, and the command that draws it
-again.
-"""
+"""The recipe inside a picture: what made it, as A1111 has it, and the command to draw it again."""
 
 import re
 import shlex
@@ -12,13 +10,9 @@ from PIL import Image
 from .. import __version__
 from ..files.safetensors_file import sha256
 
-# ---- written
-
 
 def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, object]:
-    """What made the pictures of a run of sample.py, under A1111's names. A hash is ten digits of a
-    file's sha256, by which model sites know it.
-    """
+    """What made the pictures of a run, under A1111's names; hashes are ten digits of a sha256."""
     recipe = {
         "Steps": args.steps,
         "Sampler": args.sampler,
@@ -46,9 +40,7 @@ def recipe_of(args: Namespace, loras: list[tuple[Path, float]]) -> dict[str, obj
 
 
 def command_line(args: Namespace, prompt: str, seed: int, model: Path | None) -> str:
-    """The line that draws one of the pictures, quoted for a shell, with all values, also those that
-    no flag gave; `model` is None for the shipped one.
-    """
+    """The line that draws one of the pictures again, with all values; `model` None: the shipped."""
     used = "sampler", "gamma", "guidance", "negative", "lora", "prediction", "vae", "image"
     used += "dtype", "device"
     flags = {"seed": seed, "model": model, "size": "{}x{}".format(*args.size)}
@@ -66,9 +58,6 @@ def parameters(prompt: str, negative: str, recipe: dict[str, object]) -> str:
     """What A1111 writes and reads."""
     lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in recipe.items())])
-
-
-# ---- read
 
 
 def read_texts(path: Path) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Which examples a training step sees, and all of its randomness: a function of (seed, step).
 
-So a resumed run needs only its step number, and the same seed gives the same run on any number of
-processes.
+A resumed run needs only its step, and a seed gives the same run on any number of processes.
 """
 
 import random
@@ -31,8 +30,7 @@ class Batch(NamedTuple):
 def batch_order(
     shapes: list[tuple[int, int]], batch: int, seed: int, start: int
 ) -> Iterator[tuple[list[int], random.Random, torch.Generator]]:
-    """(indices of examples, rng, generator) of step start, start + 1, ...: its batch, and all its
-    randomness.
+    """(indices of examples, rng, generator) of step start, start + 1, ...: all of its randomness.
 
     Examples of one shape form a bucket, and all examples of a batch are from one bucket. Every
     bucket is an endless sequence of its own permutations, cut into batches: what is left over from
@@ -46,9 +44,8 @@ def batch_order(
         """Batches of each bucket that begin before this epoch."""
         return [-(-epoch * len(m) // batch) for m in members]
 
-    # or an earlier one, because each bucket rounds its batches up
     epoch = start * batch // len(shapes)
-    while sum(before(epoch)) > start:
+    while sum(before(epoch)) > start:  # each bucket rounds its batches up
         epoch -= 1
     while True:
         done, end = before(epoch), before(epoch + 1)
@@ -74,9 +71,7 @@ def batch_order(
 
 
 def in_background(items: Iterator, ahead: int = 2) -> Iterator:
-    """The same items, made by a thread that is up to `ahead` of them early: a GPU need not wait for
-    them.
-    """
+    """The same items, made early by a thread, at most `ahead` of them: a GPU need not wait."""
     made = Queue(ahead)
 
     def make() -> None:
@@ -103,8 +98,7 @@ def batches(
     world: int = 1,
     drop: float = 0.0,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) of step start, start + 1, ...; see
-    `batch_order`.
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) of step start, start + 1, ...
 
     Process p of `world` gets rows p b to (p + 1) b of the batch that one process with batch = world
     b would draw, noise included; so the generator is in the same state on all of them. A share

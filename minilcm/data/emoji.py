@@ -1,12 +1,9 @@
-"""The project's own emoji art: drawings in tar shards, composed on coloured grounds, with captions
-made to fit.
+"""The project's own emoji art: drawings composed on coloured grounds, with captions made to fit.
 
-    art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption,
-    another one each time
+    art (RGBA, name, keywords, style)  --compose-->  pixels (3, S, S) in [-1, 1] and a caption
 
-Caption grammar: NAME[, STYLE style][, on a COLOR background]. A bracket left out is really
-unspecified: the picture keeps the style and the colour it was drawn with, the caption does not
-tell.
+Caption grammar: NAME[, STYLE style][, on a COLOR background]. Each bracket is left out 40 % of the
+time: the picture has a style and a colour then too, but the caption does not tell.
 """
 
 import io
@@ -14,12 +11,14 @@ import json
 import random
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -50,10 +49,11 @@ class Art(NamedTuple):
     image: Image.Image  # RGBA
 
 
+Composed = tuple[Tensor, list[str]]  # pixels (b, 3, S, S) and b colours
+
+
 def read_tar(path: Path) -> list[Art]:
-    """All drawings of one webdataset shard: NAME.png beside NAME.json {name, label, keywords,
-    style}.
-    """
+    """All drawings of a shard: NAME.png beside NAME.json {name, label, keywords, style}."""
     files: dict[str, dict[str, bytes]] = {}
     try:
         with tarfile.open(path) as tar:
@@ -66,64 +66,55 @@ def read_tar(path: Path) -> list[Art]:
     art = []
     for stem, parts in files.items():
         if "png" not in parts or "json" not in parts:
-            raise ValueError(
-                f"{path}: {stem} needs both a .png and a .json; was the shard cut off?"
-            )
+            what = f"{stem} needs both a .png and a .json"
+            raise ValueError(f"{path}: {what}; was the shard cut off?")
         try:
             meta = json.loads(parts["json"])
             image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
-            art.append(
-                Art(meta["name"], (meta["label"], *meta["keywords"]), meta.get("style"), image)
-            )
+            words = meta["label"], *meta["keywords"]
+            art.append(Art(meta["name"], words, meta.get("style"), image))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
     return art
 
 
+def read_labels(shard: Path) -> Iterator[dict]:
+    """What each .json of a shard says, front to back; the pictures are skipped."""
+    with tarfile.open(shard, "r|") as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".json"):
+                yield json.load(tar.extractfile(member))
+
+
 def is_art(shard: Path) -> bool:
-    """Whether a tar is the emoji art, which has keywords and no captions, and not a shard of
-    captioned pictures.
-    """
+    """Whether a tar is the emoji art, which has keywords and no captions."""
     try:
-        with tarfile.open(shard, "r|") as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".json"):
-                    meta = json.load(tar.extractfile(member))
-                    return isinstance(meta, dict) and {"name", "label", "keywords"} <= meta.keys()
+        first = next(read_labels(shard), None)
     except (OSError, ValueError, tarfile.TarError):
         raise ValueError(f"{shard}: not a .tar file, or damaged; copy or make it again") from None
-    return False
+    return isinstance(first, dict) and {"name", "label", "keywords"} <= first.keys()
 
 
 def read_art(path: str | Path) -> list[Art]:
-    """The art of a .tar or of a folder of .tar files. Raises ValueError when there is nothing to
-    read.
-    """
-    path = Path(path)
+    """The art of a .tar or of a folder of them. Raises ValueError when there is nothing to read."""
+    path, give = Path(path), "give the emoji art's .tar shards or their folder"
     shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
     if not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
-        raise ValueError(
-            f"{path}: no such folder or .tar file; give the emoji art's .tar shards or their folder"
-        )
+        raise ValueError(f"{path}: no such folder or .tar file; {give}")
     art = [a for shard in shards for a in read_tar(shard)]
     if not art:
-        raise ValueError(
-            f"{path}: no drawings; give the emoji art's .tar shards or a folder of them"
-        )
+        raise ValueError(f"{path}: no drawings; {give}")
     return art
 
 
 def split_art(
     art: list[Art], held_out: Path, names: list[str] | None = None
 ) -> tuple[list[Art], list[Art]]:
-    """(seen, held out) by the committed list of "name<TAB>style" lines, both restricted to `names`
-    if given.
-    """
+    """(seen, held out) by the committed list of "name<TAB>style" lines; only `names`, if given."""
     pairs = {tuple(line.split("\t")) for line in held_out.read_text().splitlines()}
     art = art if names is None else [a for a in art if a.name in set(names)]
-    return [a for a in art if (a.name, a.style) not in pairs], [
-        a for a in art if (a.name, a.style) in pairs
-    ]
+    seen = [a for a in art if (a.name, a.style) not in pairs]
+    return seen, [a for a in art if (a.name, a.style) in pairs]
 
 
 def article(noun: str) -> str:
@@ -131,9 +122,7 @@ def article(noun: str) -> str:
 
 
 def naming(art: Art, rng: random.Random) -> str:
-    """NAME, or its label, an article or a keyword with it: what a person might type for this
-    drawing.
-    """
+    """NAME, or its label, an article or a keyword with it: what a person might type."""
     label, *keywords = art.words or (art.name,)
     name = label.lower() if label and rng.random() < 0.15 else art.name
     kind = rng.random()
@@ -148,57 +137,37 @@ def naming(art: Art, rng: random.Random) -> str:
 def caption(
     art: Art, color: str, rng: random.Random, drop: float = 0.1
 ) -> tuple[str, tuple[str | None, str | None, str | None]]:
-    """NAME[, STYLE style][, on a COLOR background], each bracket left out 40 % of the time; a share
-    `drop` is empty.
-
-    -> (caption, what it says of (name, style, color), None for what it leaves open).
-    """
-    says_style, says_color, says_nothing = (
-        rng.random() >= 0.4,
-        rng.random() >= 0.4,
-        rng.random() < drop,
-    )
-    if says_nothing:
+    """A caption, and (name, style, color) as far as it tells them; a share `drop` is empty."""
+    says_style, says_color = rng.random() >= 0.4, rng.random() >= 0.4
+    if rng.random() < drop:  # for guidance
         return "", (None, None, None)
     if art.style is None:  # a picture with a text of its own: the caption is the caption
         return art.name, (art.name, None, None)
+    style, color = art.style if says_style else None, color if says_color else None
     parts = [naming(art, rng)]
-    parts += [f"{art.style} style"] if says_style else []
-    parts += [f"on {article(color)} background"] if says_color else []
-    return ", ".join(parts), (
-        art.name,
-        art.style if says_style else None,
-        color if says_color else None,
-    )
+    parts += [f"{style} style"] if style else []
+    parts += [f"on {article(color)} background"] if color else []
+    return ", ".join(parts), (art.name, style, color)
 
 
 def photograph(image: Image.Image, size: int) -> Tensor:
-    """A photograph or painting fills its frame: centre crop of the short side, on white; (3, S, S)
-    in [-1, 1].
-    """
+    """A photograph or painting fills its frame: cropped, on white; (3, S, S) in [-1, 1]."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    crop = image.crop((left, top, left + side, top + side)).resize(
-        (size, size), Image.Resampling.BICUBIC
-    )
-    canvas = Image.alpha_composite(Image.new("RGBA", (size, size), "white"), crop).convert("RGB")
-    return to_pixels(canvas)
+    square = image.crop((left, top, left + side, top + side))
+    square = square.resize((size, size), Image.Resampling.BICUBIC)
+    canvas = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
+    return to_pixels(canvas.convert("RGB"))
 
 
 def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Drawings at `scale` (b,) of the canvas, moved by `shift` (b, 2) (fractions of it), on plain
-    colours.
-
-    RGBA (b, 4, h, w) and RGB (b, 3) in [0, 1] -> (b, 3, S, S) in [-1, 1]; resampled at four points
-    a pixel.
-    """
+    """RGBA drawings (b, 4, h, w) at `scale` (b,), moved by `shift` (b, 2), on RGB colors (b, 3)."""
     # a point p of the canvas shows the point (p - 2 shift) / scale of the drawing; both in [-1, 1]
     theta = torch.zeros(len(scale), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -2 * shift / scale[:, None]
-    grid = F.affine_grid(
-        theta.to(drawings.device), [len(scale), 4, 2 * size, 2 * size], align_corners=False
-    )
+    shape = [len(scale), 4, 2 * size, 2 * size]
+    grid = F.affine_grid(theta.to(drawings.device), shape, align_corners=False)
     # colours weighed by how much of them there is, so that they blend as paint does
     rgb, alpha = drawings[:, :3] * drawings[:, 3:], drawings[:, 3:]
     placed = F.grid_sample(torch.cat([rgb, alpha], dim=1), grid, align_corners=False)
@@ -206,24 +175,17 @@ def place(drawings: Tensor, colors: Tensor, size: int, scale: Tensor, shift: Ten
     return (placed[:, :3] + (1 - placed[:, 3:]) * colors[:, :, None, None]) * 2 - 1
 
 
-def compose(
-    art: list[Art], size: int, rng: random.Random, device="cpu"
-) -> tuple[Tensor, list[str]]:
-    """A training picture of each drawing, (b, 3, S, S) in [-1, 1] on the device, and the b colours
-    they stand on.
-    """
+def compose(art: list[Art], size: int, rng: random.Random, device="cpu") -> Composed:
+    """A training picture of each drawing, (b, 3, S, S) in [-1, 1], and the colours under them."""
     color = [rng.choice(list(COLORS)) if a.style else "white" for a in art]
     scale = torch.tensor([rng.uniform(0.75, 0.95) for _ in art])
     room = (1 - scale) / 4  # half of the way to the edge
     shift = torch.tensor([[rng.uniform(-1, 1), rng.uniform(-1, 1)] for _ in art]) * room[:, None]
-    square = {
-        id(a): np.asarray(ImageOps.pad(a.image, (SIDE, SIDE), Image.Resampling.BICUBIC))
-        for a in art
-    }
-    drawings = (
-        torch.from_numpy(np.stack([square[id(a)] for a in art])).to(device).permute(0, 3, 1, 2)
-        / 255
-    )
+    images = {id(a): a.image for a in art}  # many looks at one
+    pad = partial(ImageOps.pad, size=(SIDE, SIDE), method=Image.Resampling.BICUBIC)
+    squares = {key: np.asarray(pad(image)) for key, image in images.items()}
+    drawings = torch.from_numpy(np.stack([squares[id(a)] for a in art])).to(device)  # (b, h, w, 4)
+    drawings = rearrange(drawings, "b h w c -> b c h w") / 255
     grounds = torch.tensor([COLORS[c] for c in color], device=device) / 255  # (b, 3)
     pixels = place(drawings, grounds, size, scale, shift)
     for i, a in enumerate(art):
@@ -234,33 +196,15 @@ def compose(
 
 def compositions(
     art: list[Art], size: int, looks: int, seed: int, device="cpu", batch: int = 64
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Each drawing composed `looks` times in a row, some at a time: (pixels (b, 3, S, S) in [-1,
-    1], b colours).
-    """
+) -> Iterator[Composed]:
+    """Each drawing composed `looks` times in a row, `batch` at a time: (pixels, colours)."""
     rng, todo = random.Random(seed), [a for a in art for _ in range(looks)]
     for i in tqdm(range(0, len(todo), batch), desc="drawings", disable=None):
         yield compose(todo[i : i + batch], size, rng, device)
 
 
-def pool_of(
-    art: list[Art], size: int, looks: int, seed: int, device="cpu"
-) -> tuple[Tensor, list[str]]:
-    """All compositions at once, to draw batches from: (pixels (m, 3, S, S) uint8 on the device, m
-    colours).
-    """
-    parts = (
-        (((x + 1) * 127.5).round().byte(), colors)
-        for x, colors in compositions(art, size, looks, seed, device)
-    )
-    pixels, colors = zip(*parts)
-    return torch.cat(pixels), [c for part in colors for c in part]
-
-
 class Cache(NamedTuple):
-    """Latents of several compositions a drawing: q(z|x) by mean and std, so a fresh latent is drawn
-    each time.
-    """
+    """Latents of several compositions a drawing, by mean and std of q(z|x)."""
 
     mean: Tensor  # (m, 4, h, w)
     std: Tensor  # (m, 4, h, w)
@@ -277,9 +221,8 @@ def cache_art(vae, art: list[Art], size: int, looks: int, seed: int, device="cpu
         mean, std = vae.moments(pixels)
         means.append(mean.cpu()), stds.append(std.cpu())
         colors += color
-    return Cache(
-        torch.cat(means), torch.cat(stds), [a for a in art for _ in range(looks)], colors, size
-    )
+    shown = [a for a in art for _ in range(looks)]
+    return Cache(torch.cat(means), torch.cat(stds), shown, colors, size)
 
 
 def art_batches(
@@ -291,15 +234,9 @@ def art_batches(
     world: int = 1,
     drop: float = 0.1,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) for step = start, start + 1, ...; see
-    `batches.batches`.
-
-    Captions are made anew each time.
-    """
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) as `batches.batches` has them."""
     rows = slice(process * batch, (process + 1) * batch)
-    size_ids = torch.tensor([[cache.size, cache.size, 0, 0, cache.size, cache.size]]).expand(
-        batch, -1
-    )
+    size_ids = torch.tensor([[cache.size] * 2 + [0, 0] + [cache.size] * 2] * batch)  # (b, 6)
     for index, rng, generator in batch_order([(0, 0)] * len(cache.art), batch * world, seed, start):
         noise = torch.randn(len(index), *cache.mean.shape[1:], generator=generator)
         z0 = cache.mean[index[rows]] + cache.std[index[rows]] * noise[rows]  # (b, 4, h, w)

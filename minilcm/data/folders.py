@@ -1,7 +1,6 @@
 """Folders of pictures with captions, in the three layouts that people have; files of prompts.
 
-read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--> what a training
-step is given
+read_pictures --> Picture --latents.cache_latents--> Example --batches.batches--> a training step
 """
 
 import codecs
@@ -34,8 +33,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     cat.png beside cat.txt or cat.caption; metadata.jsonl or metadata.csv, there or in a subfolder,
     with file_name and text or caption (Hugging Face's imagefolder); subfolders 10_NAME, whose
     pictures come 10 times an epoch and have NAME as caption where a .txt is missing (kohya's).
-    Prints what is left out. Raises ValueError if a caption or picture is missing, or if there is no
-    picture at all.
+    Prints what is left out. Raises ValueError if a caption or every picture is missing.
     """
     path = Path(path)
     if not path.is_dir():
@@ -68,9 +66,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
         captions = listed.get(file) or [read_caption(file, name)]
         pictures += [Picture(file, caption, repeats) for caption in captions]
     if not pictures:
-        raise ValueError(
-            f"{path}: no pictures; add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
-        )
+        how = "add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
+        raise ValueError(f"{path}: no pictures; {how}")
     return pictures
 
 
@@ -95,30 +92,24 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ValueError(f'{table}: picture {n} has no "file_name"; write one')
-        file = table.parent / row["file_name"]
-        if not file.is_file():
-            name = repr(row["file_name"])
-            raise ValueError(
-                f"{table}: picture {n} is {name}, which is not there; add it or drop the line"
-            )
+        name = row["file_name"]
+        if not (table.parent / name).is_file():
+            what = f"picture {n} is {name!r}, which is not there"
+            raise ValueError(f"{table}: {what}; add it or drop the line")
         captions = [row[key] for key in ("text", "caption") if isinstance(row.get(key), str)]
         if not captions:
-            raise ValueError(
-                f'{table}: {row["file_name"]!r} has no caption; write "text" or "caption"'
-            )
+            raise ValueError(f'{table}: {name!r} has no caption; write "text" or "caption"')
         try:
-            yield file, one_line(captions[0])
+            yield table.parent / name, one_line(captions[0])
         except UnicodeEncodeError:
             raise ValueError(f"{table}: {captions[0]!a} holds half a letter; mend it") from None
 
 
 def decoded(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is neither.
-
-    Without the mark, most UTF-16 would be read as letters with zero bytes between them.
-    """
+    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is neither."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if wide else "utf-8-sig")
+    # without the mark, most UTF-16 would be read as letters with zero bytes between them
     if odd := [x for x in text if unicodedata.category(x) == "Cc" and not x.isspace()]:
         raise ValueError(f"it holds the control character {odd[0]!a}")
     return text
@@ -133,9 +124,7 @@ def read_text(path: Path) -> str:
 
 
 def one_line(text: str) -> str:
-    """Blanks and line breaks as single spaces. Raises UnicodeEncodeError for half a letter, as JSON
-    cut within an emoji has, or a file's name in another encoding than the system's.
-    """
+    """Blanks and breaks as one space. Raises UnicodeEncodeError for half a letter (cut JSON)."""
     return " ".join(text.encode().decode().split())
 
 
@@ -148,9 +137,8 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
     except UnicodeEncodeError:
         raise ValueError(f"{folder}: its name, a caption, is not UTF-8; rename it") from None
     if not match[1].isdigit() or not 1 <= int(match[1]) <= 1000 or not match[2]:
-        raise ValueError(
-            f"{folder}: {match[1]} repeats; call it N_NAME with N from 1 to 1000, or just NAME"
-        )
+        how = "call it N_NAME with N from 1 to 1000, or just NAME"
+        raise ValueError(f"{folder}: {match[1]} repeats; {how}")
     return int(match[1]), match[2]
 
 

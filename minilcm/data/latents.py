@@ -1,9 +1,4 @@
-"""Pictures and captions encoded once, into files that later runs find again; or pictures that the
-model draws itself.
-
-Size ids are SDXL's (2307.01952 section 2.2), heights before widths: of the original, crop (top,
-left), of the target.
-"""
+"""Pictures and captions encoded once, for later runs too; or pictures that the model draws."""
 
 import hashlib
 import json
@@ -26,7 +21,7 @@ from ..model.vae import VAE
 from ..schedule import make_schedule
 from ..solver import guided_eps
 from .folders import Picture
-from .pictures import crop, nearest, open_picture
+from .pictures import Target, crop, nearest, open_picture
 
 
 class Example(NamedTuple):
@@ -34,7 +29,7 @@ class Example(NamedTuple):
 
     file: Path  # safetensors: mean and std, (4, h, w) each
     caption: str
-    size_ids: list[int]
+    size_ids: list[int]  # SDXL's: original (h, w), crop (top, left), target (h, w)
     shape: tuple[int, int]  # (h, w) of the latent
 
 
@@ -48,18 +43,16 @@ def cache_latents(
     vae_id: str,
     pictures: list[Picture],
     folder: Path,
-    targets: list[tuple[int, int]],
+    targets: list[Target],
     looks: int = 1,
     device: str | torch.device = "cpu",
 ) -> list[Example]:
-    """Each picture cut to the nearest of `targets` (h, w) and encoded, `looks` times at other
-    places; -> an epoch.
+    """Each picture cut to the nearest of `targets` (h, w) and encoded, `looks` times; -> an epoch.
 
-    targets = buckets(1024), or [(512, 512)] for squares. `vae_id` identifies the VAE, for example
-    by its file's sha256. A look is kept as a file in `folder`, named by a hash of the picture's
-    bytes, targets, look and `vae_id`; if that file exists, nothing is encoded. Prints which
-    pictures are unreadable, and skipped, and whether much is cut off. Raises ValueError if none is
-    readable, or a latent is not finite.
+    `vae_id` identifies the VAE, for example by its file's sha256. A look is kept as a file in
+    `folder`, named by a hash of the picture's bytes, targets, look and `vae_id`; if that file
+    exists, nothing is encoded. Prints which pictures are unreadable, and skipped, and whether much
+    is cut off. Raises ValueError if none is readable, or a latent is not finite.
     """
     examples, skipped = [], 0
     for picture in tqdm(pictures, desc="latents", disable=None):
@@ -78,9 +71,8 @@ def cache_latents(
                 pixels, size_ids = crop(image, nearest(image, targets), random.Random(file.stem))
                 mean, std = vae.moments(pixels[None].to(device))  # (1, 4, h, w) each
                 if not all_finite(mean + std):
-                    raise ValueError(
-                        f"{picture.file}: latent is not finite; SDXL's VAE needs float32"
-                    )
+                    what = "latent is not finite; SDXL's VAE needs float32"
+                    raise ValueError(f"{picture.file}: {what}")
                 folder.mkdir(parents=True, exist_ok=True)
                 ids = {"size_ids": json.dumps(size_ids)}
                 write_tensors(file, {"mean": mean[0], "std": std[0]}, ids)
@@ -152,9 +144,7 @@ def say_what_is_cut_off(size_ids: list[list[int]]) -> None:
 def cache_text(
     text: TextEncoder, text_id: str, captions: list[str], folder: Path
 ) -> dict[str, Path]:
-    """Each caption, and "" for the null condition, in a file named by a hash of it and `text_id`;
-    {caption: file}.
-    """
+    """{caption: file} of each caption and of "", named by a hash of the caption and `text_id`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {caption: digest(caption or None, text_id) for caption in ["", *captions]}
     files = {caption: folder / f"{name}.safetensors" for caption, name in names.items()}
@@ -168,9 +158,7 @@ def cache_text(
 
 
 def read_cond(files: dict[str, Path], captions: list[str], size_ids: Tensor) -> Cond:
-    """The Cond of b captions from the files of `cache_text`; for SDXL with their pictures' size ids
-    (b, 6).
-    """
+    """The Cond of b captions from the files of `cache_text`; for SDXL with size ids (b, 6)."""
     tensors = [read_tensors(files[caption])[0] for caption in captions]
     context = torch.stack([x["context"] for x in tensors])  # (b, n, d)
     if "pooled" not in tensors[0]:

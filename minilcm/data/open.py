@@ -1,8 +1,7 @@
-"""What is behind --data: shards, a folder of pictures, prompts, or the emoji art; each gives the
-same stream of batches.
-"""
+"""What is behind --data: shards, pictures, prompts, the emoji art; all give the same batches."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +36,7 @@ class Source(NamedTuple):
     prompts: list[str] = []
 
     def identity(self) -> str:
-        """The same wherever the files lie: how many they are, and a hash of names, sizes and
-        captions. Pictures, which may be terabytes, are not read for it.
-        """
+        """The same wherever the files lie: of names, sizes and captions; no file is read."""
         if self.prompts:
             return f"{len(self.prompts)} prompts, digest {digest(self.prompts)[:10]}"
         of_art = self.path.glob("held_out.txt")
@@ -103,11 +100,7 @@ def find_data(path: Path) -> Source:
 
 
 def open_data(source: Source, model: Model, model_sha256: str, cache: Path, how: Reading) -> Data:
-    """Pictures of folders, and the emoji art, are encoded here, and prompts are drawn; shards are
-    encoded while training.
-
-    Latents of a folder or of prompts are kept in `cache`. Raises ValueError as the readers do.
-    """
+    """Pictures and art are encoded here and prompts drawn, into `cache`, shards while training."""
     (path, shards, pictures, prompts), (_, vae, text, config) = source, model
     if shards and is_art(shards[0]):
         return open_art(path, vae, text, config, how)
@@ -141,13 +134,11 @@ def open_shards(shards: list[Path], vae: VAE, text: TextEncoder, how: Reading) -
 
     _, captions, size_ids, _ = next(streamed(-1))
     say_what_is_cut_off(size_ids.tolist())
-    return Data(eight(captions), streamed, encoder(text), positions, [])
+    return Data(eight(captions), streamed, partial(encode, text), positions, [])
 
 
 def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Reading) -> Data:
-    """The drawings that are not held out, of the names that the model knows; captions are made anew
-    each time.
-    """
+    """The drawings that are not held out, of the names that the model knows."""
     art = read_art(path)
     if (path / "held_out.txt").exists():
         art, _ = split_art(art, path / "held_out.txt", list(config.names) or None)
@@ -161,14 +152,11 @@ def open_art(path: Path, vae: VAE, text: TextEncoder, config: Config, how: Readi
     def drawn(seed: int, start: int = 0) -> Iterator:
         return art_batches(cache, how.batch, seed, start, how.process, how.world, how.drop)
 
-    return Data(eight(captions), drawn, encoder(text), [], [vae])
+    return Data(eight(captions), drawn, partial(encode, text), [], [vae])
 
 
-def encoder(text: TextEncoder) -> Callable[[list[str], Tensor], Cond]:
-    def cond_of(captions: list[str], size_ids: Tensor) -> Cond:
-        return with_sizes(text.encode_captions(captions), size_ids)
-
-    return cond_of
+def encode(text: TextEncoder, captions: list[str], size_ids: Tensor) -> Cond:
+    return with_sizes(text.encode_captions(captions), size_ids)
 
 
 def eight(captions: list[str]) -> list[str]:

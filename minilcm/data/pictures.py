@@ -1,6 +1,4 @@
-"""Pictures to pixels and back: files read, cut to size, written as PNG with their recipe inside,
-and contact sheets.
-"""
+"""Pictures to pixels and back: files read, cut to size, written as PNG, and contact sheets."""
 
 import io
 import itertools
@@ -9,6 +7,7 @@ import random
 import re
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..files.safetensors_file import atomic
+
+Target = tuple[int, int]  # (h, w) in pixels, to which a picture is cut
 
 
 def picture_suffixes() -> set[str]:
@@ -41,9 +42,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """A picture file's bytes as an RGB image, upright (EXIF), on white. Raises ValueError if it is
-    no picture, or none knows which of its numbers is white.
-    """
+    """A picture file's bytes as an RGB image, upright (EXIF), on white; else ValueError."""
     try:
         image = Image.open(io.BytesIO(data))
         kind, image = image.format, ImageOps.exif_transpose(image)
@@ -61,11 +60,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, scaled and
-    centre-cropped to (W, H).
-
-    Raises ValueError if there is no such file, or it is no picture.
-    """
+    """A picture file as pixels (1, 3, H, W) in [-1, 1]: upright, on white, cut to `size` (W, H)."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
     try:
@@ -88,39 +83,28 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
 # ---- cut to size
 
 
-def buckets(size: int, multiple: int = 64) -> list[tuple[int, int]]:
-    """Targets (h, w) of about size^2 pixels: multiples of `multiple`, 90 to 100 % of the area,
-    aspect 1:2 to 2:1.
+def buckets(size: int, multiple: int = 64) -> list[Target]:
+    """Targets (h, w) of 90 to 100 % of size^2 pixels, in multiples, with aspect 1:2 to 2:1.
 
-    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I), and also 704 x 1344 in
-    landscape.
+    buckets(1024) is SDXL's own list in that range (2307.01952 appendix I) and 704 x 1344.
     """
     if size < 1 or size % multiple:
         raise ValueError(f"size is {size}; give a multiple of {multiple}")
     sides = range(multiple, 2 * size, multiple)
-    return [
-        (h, w)
-        for h in sides
-        for w in sides
-        if 0.9 * size**2 < h * w <= size**2 and h <= 2 * w and w <= 2 * h
-    ]
+    all_sides = [(h, w) for h in sides for w in sides if h <= 2 * w and w <= 2 * h]
+    return [(h, w) for h, w in all_sides if 0.9 * size**2 < h * w <= size**2]
 
 
-def nearest(image: Image.Image, targets: list[tuple[int, int]]) -> tuple[int, int]:
+def nearest(image: Image.Image, targets: list[Target]) -> Target:
     """The target (h, w) whose aspect ratio is nearest to the image's."""
     return min(targets, key=lambda t: abs(math.log(t[1] * image.height / (t[0] * image.width))))
 
 
-def crop(
-    image: Image.Image, target: tuple[int, int], rng: random.Random
-) -> tuple[Tensor, list[int]]:
-    """The image scaled to cover `target` (h, w) and cut at a random place: pixels (3, h, w), and
-    the six size ids.
-    """
+def crop(image: Image.Image, target: Target, rng: random.Random) -> tuple[Tensor, list[int]]:
+    """The image scaled to cover `target` and cut at random: pixels (3, h, w), and six size ids."""
     (h, w), (H, W) = target, (image.height, image.width)
     zoom = max(h / H, w / W)
-    # as large as the scaled picture would be
-    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))
+    tall, wide = max(h, round(zoom * H)), max(w, round(zoom * W))  # of the scaled image
     top, left = rng.randint(0, tall - h), rng.randint(0, wide - w)
     # the cut, in the original
     box = left * W / wide, top * H / tall, (left + w) * W / wide, (top + h) * H / tall
@@ -131,9 +115,7 @@ def crop(
 
 
 def save_png(path: str | Path, image: Image.Image, parameters: str, command: str = "") -> None:
-    """Write a PNG, atomically, with A1111's text chunk `parameters`, whose first line is the
-    prompt, and in the chunk `command` the line that draws it again.
-    """
+    """Write a PNG, atomically, with A1111's text chunk `parameters` and the chunk `command`."""
     info = PngInfo()
     info.add_text("parameters", parameters)
     if command:
@@ -143,10 +125,8 @@ def save_png(path: str | Path, image: Image.Image, parameters: str, command: str
 
 
 def save_new_png(path: Path, image: Image.Image, parameters: str, command: str = "") -> None:
-    """`save_png` under a name that is free. Raises FileExistsError if it is not, whoever else
-    writes to the folder at the same time.
-    """
-    open(path, "x").close()  # the name is ours from here on
+    """`save_png` under a name that is free. Raises FileExistsError if it is not."""
+    open(path, "x").close()  # the name is ours from here on, whoever else writes here
     try:
         save_png(path, image, parameters, command)
     except BaseException:
@@ -162,11 +142,9 @@ def save_numbered(
     first = max((int(m[1]) + 1 for m in numbers if m), default=0)
     for number in itertools.count(first):
         path = folder / f"{number:04d}_{name}.png"
-        try:
+        with suppress(FileExistsError):  # by another run, a moment ago
             save_new_png(path, image, parameters, command)
             return path
-        except FileExistsError:  # by another run, a moment ago
-            continue
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -180,9 +158,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """All images in rows of `columns`, each above its label, whose lines are wrapped to the image's
-    width.
-    """
+    """All images in rows of `columns`, each above its label, wrapped to the image's width."""
     width, height = max(96, max(i.width for i in images)), max(i.height for i in images)
     font = ImageFont.load_default(11)
     lines = [wrap(label, font, width) for label in labels]
@@ -202,12 +178,8 @@ def contact_sheet(images: list[Image.Image], labels: list[str], columns: int) ->
 def draw_sheet(
     columns: dict[str, Tensor], prompts: list[str], decode: Callable[[Tensor], Tensor]
 ) -> Image.Image:
-    """A row per prompt, a column per label, from {label: z0 (b, c, h, w)}.
-
-    decode: (1, c, h, w) -> (1, 3, H, W).
-    """
+    """A row per prompt, a column per label of {label: z0 (b, c, h, w)}, decoded one at a time."""
     pictures = [[to_images(decode(z))[0] for z in z0.split(1)] for z0 in columns.values()]
     labels = [f"{label}\n{prompt}" for prompt in prompts for label in columns]
-    return contact_sheet(
-        [picture for row in zip(*pictures) for picture in row], labels, len(columns)
-    )
+    by_row = [picture for row in zip(*pictures) for picture in row]
+    return contact_sheet(by_row, labels, len(columns))

@@ -1,13 +1,12 @@
-"""Captioned pictures from webdataset tar shards, streamed from front to back: nothing is unpacked
-on disk.
-"""
+"""Captioned pictures from webdataset tar shards, streamed from front to back, never unpacked."""
 
 import json
 import random
 import re
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..model.vae import VAE
 from .folders import decoded, one_line
-from .pictures import crop, nearest, open_picture, picture_suffixes
+from .pictures import Target, crop, nearest, open_picture, picture_suffixes
 
 
 class Sample(NamedTuple):
@@ -31,9 +30,7 @@ class Sample(NamedTuple):
 
 
 def members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(name, suffix, bytes) of each file in a tar, front to back, up to where it is damaged, if it
-    is.
-    """
+    """(name, suffix, bytes) of each file in a tar, front to back, up to where it is damaged."""
     try:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
@@ -49,20 +46,17 @@ def members(shard: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, bytes, str]]:
-    """(name, picture's bytes, caption) of each sample of a webdataset shard, where files of one
-    name are adjacent.
-
-    A sample without a picture or a caption is reported and skipped.
-    """
+    """(name, picture's bytes, caption) of each sample whose adjacent files hold both."""
     kinds = picture_suffixes()
     for name, group in groupby(members(shard), key=lambda member: member[0]):
         parts = {suffix: data for _, suffix, data in group}
         try:
             picture = next(data for suffix, data in parts.items() if f".{suffix}" in kinds)
-            meta = {} if "txt" in parts else json.loads(decoded(parts["json"]))
-            caption = (
-                decoded(parts["txt"]) if "txt" in parts else meta.get("caption") or meta["text"]
-            )
+            if "txt" in parts:
+                caption = decoded(parts["txt"])
+            else:
+                meta = json.loads(decoded(parts["json"]))
+                caption = meta.get("caption") or meta["text"]
             yield name, picture, one_line(caption)
         except (StopIteration, ValueError, KeyError, AttributeError):
             print(f"{shard}: {name} skipped, it needs a picture and a caption in .txt or .json")
@@ -83,16 +77,15 @@ def shuffled(samples: Iterator, buffer: int, rng: random.Random) -> Iterator:
 
 def check_shards(shards: list[Path], readers: int) -> None:
     if len(shards) < readers:
-        raise ValueError(
-            f"{len(shards)} shards for {readers} readers; give each reader one, or fewer workers"
-        )
+        count = f"{len(shards)} shards for {readers} readers"
+        raise ValueError(f"{count}; give each reader one, or fewer workers")
     if missing := [shard for shard in shards if not shard.is_file()]:
         raise ValueError(f"{missing[0]}: no such file")
 
 
 def stream(
     shards: list[Path],
-    targets: list[tuple[int, int]],
+    targets: list[Target],
     process: int = 0,
     world: int = 1,
     worker: int = 0,
@@ -101,8 +94,7 @@ def stream(
     skip: int = 0,
     buffer: int = 1000,
 ) -> Iterator[Sample]:
-    """Endless samples of webdataset .tar shards: NAME.jpg beside NAME.txt, or NAME.json with a
-    caption.
+    """Endless samples of webdataset .tar shards: NAME.jpg beside NAME.txt or NAME.json.
 
     Each of world * workers readers has its own shards and sees each sample once per epoch. A
     sample's position counts the samples up to it, so `skip` passes over them without decoding, and
@@ -139,44 +131,22 @@ def stream(
 
 
 class Shards(IterableDataset):
-    """`stream` as a torch.utils.data.DataLoader needs it: its worker i reads the part of worker
-    (first + i) % workers.
+    """`stream` as DataLoader needs it: its worker i reads the part of (first + i) % workers.
 
-    DataLoader takes turns beginning with worker 0; `first` is whose turn it is when a run is
-    resumed.
+    DataLoader begins with worker 0; in a resumed run it is the turn of `first`.
     """
 
-    def __init__(
-        self,
-        shards: list[Path],
-        targets: list,
-        process: int,
-        world: int,
-        seed: int,
-        skip: list,
-        first: int,
-    ):
-        self.shards, self.targets, self.process, self.world = shards, targets, process, world
-        self.seed, self.skip, self.first = seed, skip, first
+    def __init__(self, stream: Callable[..., Iterator[Sample]], skip: list[int], first: int):
+        self.stream, self.skip, self.first = stream, skip, first
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker = (self.first + info.id) % info.num_workers
-        at, readers = self.skip[worker], info.num_workers
-        return stream(
-            self.shards, self.targets, self.process, self.world, worker, readers, self.seed, at
-        )
+        return self.stream(worker=worker, workers=info.num_workers, skip=self.skip[worker])
 
 
-def columns(samples: list[Sample]) -> Sample:
-    """b samples as one `Sample` of lists."""
-    return Sample(*(list(column) for column in zip(*samples)))
-
-
-def in_one_line(loader: DataLoader) -> Iterator[Sample]:
-    """The batches; an error of a reader in its one line, without the traceback that DataLoader
-    adds.
-    """
+def in_one_line(loader: DataLoader) -> Iterator[list[Sample]]:
+    """The batches; an error of a reader in one line, without the traceback that DataLoader adds."""
     try:
         yield from loader
     except ValueError as error:
@@ -201,8 +171,7 @@ def stream_batches(
     positions: list[int],
     drop: float = 0.0,
 ) -> Iterator[tuple[Tensor, list[str], Tensor, torch.Generator]]:
-    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) like `batches.batches`, from shards,
-    encoded when read.
+    """(z0 (b, 4, h, w), captions, size ids (b, 6), generator) like `batches.batches`, from shards.
 
     `positions` holds the position of each worker, 0 at first, and is updated when one of its
     batches is taken; a call with the saved positions continues at `start`. Workers take turns,
@@ -211,19 +180,19 @@ def stream_batches(
     """
     check_shards(shards, world * len(positions))
     workers, device = len(positions), next(vae.parameters()).device
-    data = Shards(shards, [(size, size)], process, world, seed, list(positions), start % workers)
-    loader = DataLoader(
-        data, batch, num_workers=workers, collate_fn=columns, worker_init_fn=ignore_ctrl_c
-    )
+    own = partial(stream, shards, [(size, size)], process, world, seed=seed)
+    data = Shards(own, list(positions), start % workers)
+    how = dict(collate_fn=list, worker_init_fn=ignore_ctrl_c)
+    loader = DataLoader(data, batch, num_workers=workers, **how)
     rows = slice(process * batch, (process + 1) * batch)
     for step, samples in enumerate(in_one_line(loader), start):
+        pixels, captions, size_ids, position = zip(*samples)
         rng = random.Random(f"{seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         dropped = [rng.random() < drop for _ in range(world * batch)][rows]
-        captions = ["" if gone else caption for gone, caption in zip(dropped, samples.caption)]
-        # one at a time, to save memory
-        moments = [vae.moments(pixels[None].to(device)) for pixels in samples.pixels]
+        captions = ["" if gone else caption for gone, caption in zip(dropped, captions)]
+        moments = [vae.moments(x[None].to(device)) for x in pixels]  # one at a time: less memory
         mean, std = (torch.cat(x) for x in zip(*moments))  # (b, 4, h, w) each
         noise = torch.randn(world * batch, *mean.shape[1:], generator=generator)[rows]
-        positions[step % workers] = samples.position[-1]
-        yield mean + std * noise.to(device), captions, torch.stack(samples.size_ids), generator
+        positions[step % workers] = position[-1]
+        yield mean + std * noise.to(device), captions, torch.stack(size_ids), generator

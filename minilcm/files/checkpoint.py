@@ -1,6 +1,4 @@
-"""One file, one model: UNet, VAE and text encoders under the official prefixes, loaded strictly,
-and written.
-"""
+"""One file, one model: UNet, VAE and text encoders under official prefixes, loaded strictly."""
 
 import re
 from pathlib import Path
@@ -19,8 +17,6 @@ from .identify import Checkpoint, Config, open_checkpoint, refuse_quantised, to_
 from .names import text_paths
 from .parts import BIG_G, CLIP_L, NO_WEIGHT, PARTS, UNET, VAE_, part_of
 from .safetensors_file import Header, all_finite, read_header, write_tensors
-
-# ---- loading
 
 
 def read_part(
@@ -83,41 +79,31 @@ def places(header: Header) -> dict[str, Place]:
 
 
 def weight_shapes(header: Header) -> dict[str, Tensor]:
-    """{path in a tau + ".weight": a tensor of the weight's shape, without data}: what
-    `merge.check_fit` compares with.
-
-    So whether a LoRA fits can be known before a tensor is read.
-    """
-    shapes = {}
-    for path, place in places(header).items():
-        shape = header[place.key].shape
-        shapes[f"{path}.weight"] = place.view(torch.empty(shape, device="meta"))
-    return shapes
+    """{path in a tau + ".weight": a tensor of that shape without data}, for `merge.check_fit`."""
+    return {
+        f"{path}.weight": place.view(torch.empty(header[place.key].shape, device="meta"))
+        for path, place in places(header).items()
+    }
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Put `state` into a module built on meta; a 1x1 kernel may be stored as a matrix, and the
-    reverse.
-
-    Raises ValueError naming missing and misshapen keys; keys that are left over are named in one
-    printed line.
-    """
+    """Put `state` into a module built on meta; 1x1 kernels may be stored as matrices, and back."""
     want, problems = module.state_dict(), []
     for key in want.keys() & state.keys():
         if no_kernel(state[key].shape) == no_kernel(want[key].shape):
             state[key] = state[key].reshape(want[key].shape)
     missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
+    unused = f"first: {', '.join(extra[:5])}"
     if missing:
         problems += [f"{len(missing)} missing keys, first: {', '.join(missing[:5])}"]
-    if extra and missing:
-        problems += [f"{len(extra)} unknown keys, first: {', '.join(extra[:5])}"]
+        problems += [f"{len(extra)} unknown keys, {unused}"] if extra else []
     if wrong := sorted(k for k in want if k in state and want[k].shape != state[k].shape):
         k = wrong[0]
         problems += [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}"]
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
     if extra:
-        print(f"{what}: {len(extra)} keys not used, first: {', '.join(extra[:5])}")
+        print(f"{what}: {len(extra)} keys not used, {unused}")
     module.load_state_dict({k: state[k] for k in want}, assign=True)
 
 
@@ -133,13 +119,10 @@ class Model(NamedTuple):
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, vae_path: str | Path | None = None
 ) -> Model:
-    """(unet, vae, text, config) of a single-file checkpoint, frozen. UNet and text in `dtype`, the
-    VAE in float32.
+    """(unet, vae, text, config) of a single-file checkpoint, frozen; UNet and text in `dtype`.
 
-    SD1.x, SD2.x, SDXL, their relatives and what minilcm writes. SDXL's VAE overflows in float16,
-    hence float32. `vae_path`: a file whose VAE, or tiny decoder, to take instead. One tensor at a
-    time: the peak is one model in `dtype`. Raises ValueError with one line: no such file, damaged,
-    another family, a part that is missing or does not fit.
+    SDXL's VAE overflows in float16, hence float32; `vae_path`: a file whose VAE, or tiny decoder,
+    to take instead. One tensor at a time, so the peak is one model in `dtype`.
     """
     return load_checkpoint(open_checkpoint(path), dtype, vae_path)
 
@@ -186,9 +169,7 @@ def load_vae(path: Path, header: Header, config: Config) -> VAE | TinyDecoder:
 
 
 def build(cls: type[nn.Module], cfg, path: Path) -> nn.Module:
-    """The network without memory for its weights. Raises ValueError if its config, from the file,
-    is impossible.
-    """
+    """The network, without memory for its weights. Raises ValueError for impossible sizes."""
     try:
         with torch.device("meta"):
             return cls(cfg)
@@ -220,9 +201,7 @@ def load_text(text: TextEncoder, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 def save_model(
     path: str | Path, unet: dict[str, Tensor], vae: VAE, text: TextEncoder, config: Config
 ) -> None:
-    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict: it may be an
-    average.
-    """
+    """Write a single-file checkpoint in float16, atomically; `unet` is a state dict."""
     parts = {UNET[0]: unet, VAE_[0]: vae.state_dict()}
     if config.text.open_clip:  # SD2 keeps its tower by open_clip's own names
         parts[CLIP_L[3]] = text.tower.state_dict()
@@ -230,11 +209,7 @@ def save_model(
         parts[CLIP_L[1 if config.text.big else 0]] = open_clip_to_clip_l(text.tower.state_dict())
     if config.text.big:  # SDXL keeps its second tower by open_clip's own names
         parts[BIG_G[1]] = text.big.state_dict()
-    tensors = {
-        prefix + key: value.half()
-        for prefix, state in parts.items()
-        for key, value in state.items()
-    }
+    tensors = {p + key: x.half() for p, state in parts.items() for key, x in state.items()}
     if config.unet.v:  # by which other programs know it
         tensors["v_pred"] = torch.empty(0)
     if config.unet.zero_snr:

@@ -1,6 +1,4 @@
-"""Which model is in a file? The family of a checkpoint, or what else the file is, from its header
-alone.
-"""
+"""Which model is in a file, or what else is in it, from its header alone."""
 
 import json
 import re
@@ -14,7 +12,7 @@ from ..model.text import TextConfig, sd2_text, sdxl_text
 from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
 from .parts import PARTS, UNET, part_of
-from .safetensors_file import FLOATS, Header, read_header
+from .safetensors_file import FLOATS, MALFORMED, Header, read_header
 
 QUANTISED = re.compile(
     r".*(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)).*"
@@ -38,9 +36,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`. Raises ValueError and the like unless every field is there with the
-    right type.
-    """
+    """The inverse of `to_json`. Raises one of MALFORMED unless all fields have the right types."""
 
     def tuples(x):
         return tuple(tuples(y) for y in x) if isinstance(x, list) else x
@@ -50,12 +46,9 @@ def from_json(text: str) -> Config:
         if isinstance(kind, UnionType):
             return any(fits(value, k) for k in args)
         if args:  # tuple[int, ...] or tuple[int, int, int]
-            fixed = args[:1] * (len(value) - 1) if type(value) is tuple else None
-            return (
-                fixed is not None
-                and args[1:] in ((...,), fixed)
-                and all(fits(x, args[0]) for x in value)
-            )
+            if type(value) is not tuple or args[1:] not in ((...,), args[:1] * (len(value) - 1)):
+                return False
+            return all(fits(x, args[0]) for x in value)
         if kind in (int, float):
             return type(value) in (int, kind) and 0 <= value <= 1 << 16
         return type(value) is kind
@@ -63,8 +56,8 @@ def from_json(text: str) -> Config:
     def build(cls, values: dict):
         out = cls(**{key: tuples(value) for key, value in values.items()})
         for field in fields(cls):
-            if not fits(getattr(out, field.name), field.type):
-                raise ValueError(f"{field.name} is {getattr(out, field.name)!r}")
+            if not fits(value := getattr(out, field.name), field.type):
+                raise ValueError(f"{field.name} is {value!r}")
         return out
 
     raw = json.loads(text)
@@ -110,11 +103,8 @@ SUPPORTED = "SD1.x, SD2.x, SDXL and what is distilled from them (SSD-1B, Vega, t
 
 
 def check_size(config: Config, size: int) -> None:
-    """Raises ValueError unless pictures of this width and height have whole latents at the UNet's
-    lowest level.
-    """
-    levels = len(config.vae.channels) + len(config.unet.channels)
-    coarsest = 2 ** (levels - 2)  # pixels per point of that level
+    """Raises ValueError unless the UNet's lowest level divides this width and height evenly."""
+    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point
     if size < 1 or size % coarsest:
         raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
 
@@ -125,9 +115,7 @@ def is_large(config: Config) -> bool:
 
 
 def count_blocks(config: Config) -> int:
-    """Roughly how many blocks the networks have, each of which needs tensors: a bound on what a
-    header may claim.
-    """
+    """Roughly how many blocks the networks have: a bound on what a header may claim."""
     unet, text = config.unet, config.text
     depths = [depth for level in (*unet.down, *unet.up) for depth in level]
     vae = 2 * len(config.vae.channels) * config.vae.res_blocks
@@ -148,18 +136,14 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoint:
-    """Read the header and identify the family. `prediction`: "eps" or "v" whatever the file says.
-    Raises ValueError with one line that says what the file is instead.
-    """
+    """Read the header and identify the family; `prediction`, "eps" or "v", overrules the file."""
     header, metadata = read_header(path)
     config = identify_header(path, header, metadata, prediction)
     return Checkpoint(Path(path), header, metadata, config)
 
 
 def identify(path: str | Path) -> Config:
-    """The Config of a checkpoint, from its header alone: what `load_model` would build. Raises as
-    `open_checkpoint`.
-    """
+    """The Config of a checkpoint: what `load_model` would build. Raises as `open_checkpoint`."""
     return open_checkpoint(path).config
 
 
@@ -188,7 +172,7 @@ def identify_header(
             config = from_json(metadata["minilcm.config"])
             if count_blocks(config) > len(header):
                 raise ValueError("it describes a larger model than the file has tensors for")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             what = ascii(str(error)[:200])
             raise ValueError(f"{path}: minilcm.config is not of this version ({what})") from None
     else:
@@ -206,13 +190,11 @@ def identify_header(
 
 
 def config_of_shapes(path: str | Path, unet: dict[str, tuple[int, ...]]) -> Config:
-    """The Config of the official family that reads such a prompt, with the sizes of this UNet.
-    Raises ValueError if there is none.
-    """
+    """The Config of the official family that reads such a prompt, with the sizes of this UNet."""
     matrices = {k: s for k, s in unet.items() if len(s) > 1}
     width, channels = matrices.get("input_blocks.0.0.weight", (None, None))[:2]
     contexts = [s[1] for k, s in sorted(matrices.items()) if k.endswith("attn2.to_k.weight")]
-    context = contexts[0] if contexts else None
+    context = next(iter(contexts), None)
     adm = matrices.get("label_emb.0.0.weight", (None, None))[1]
     w_dims = [matrices.get(k, (0, 0))[1] for k in unet if k.endswith("cond_proj.weight")]
     for config in (sd15_config(), sd2_config(), sdxl_config()):
@@ -238,9 +220,7 @@ def sizes_of(path: str | Path, unet: dict[str, tuple[int, ...]]) -> dict:
     def count(side: str) -> int:
         return len({k.split(".")[1] for k in unet if k.startswith(side)})
 
-    channels: list[int] = []
-    down: list[tuple[int, ...]] = [()]
-    up: list[tuple[int, ...]] = [()]
+    channels, down, up = [], [()], [()]
     for i in range(1, count("input_blocks.")):
         block = f"input_blocks.{i}"
         if f"{block}.0.op.weight" in unet:
@@ -256,17 +236,14 @@ def sizes_of(path: str | Path, unet: dict[str, tuple[int, ...]]) -> dict:
         up[-1] += (depth(block),)
         if f"{block}.1.conv.weight" in unet or f"{block}.2.conv.weight" in unet:
             up.append(())
+    middle = None if "middle_block.0.in_layers.2.weight" in unet else 0
     if "middle_block.2.in_layers.2.weight" in unet:
         middle = depth("middle_block")
-    else:
-        middle = None if "middle_block.0.in_layers.2.weight" in unet else 0
     return dict(channels=tuple(channels), down=tuple(down), middle=middle, up=tuple(up))
 
 
 def refuse_quantised(path: str | Path, header: Header) -> None:
-    """Raises ValueError, one line, if a part has tensors that are not floating-point, or that other
-    tensors scale.
-    """
+    """Raises ValueError if a part has tensors that are no floats, or that other tensors scale."""
     for prefixes in PARTS:
         for key, (file_key, _) in part_of(header, prefixes).items():
             stored = header[file_key].dtype
@@ -276,18 +253,17 @@ def refuse_quantised(path: str | Path, header: Header) -> None:
 
 def what_else(header: Header) -> str:
     """What a file without an LDM UNet looks like."""
-    for mark, what in (
-        ("joint_blocks.", "Stable Diffusion 3"),
-        ("double_blocks.", "Flux"),
-        ("clf.1.", "Stable Cascade"),
-        ("x_embedder.", "a diffusion transformer"),
-        ("encoder.conv_in.weight", "a VAE without UNet; pass it with --vae"),
-        (
-            "down_blocks.0.resnets.0.conv1.weight",
-            "a diffusers UNet (down_blocks); give the LDM single file",
-        ),
-        ("text_model.encoder.", "a text encoder without UNet"),
-    ):
+    diffusers = "a diffusers UNet (down_blocks); give the LDM single file"
+    marks = {  # in a key
+        "joint_blocks.": "Stable Diffusion 3",
+        "double_blocks.": "Flux",
+        "clf.1.": "Stable Cascade",
+        "x_embedder.": "a diffusion transformer",
+        "encoder.conv_in.weight": "a VAE without UNet; pass it with --vae",
+        "down_blocks.0.resnets.0.conv1.weight": diffusers,
+        "text_model.encoder.": "a text encoder without UNet",
+    }
+    for mark, what in marks.items():
         if found := [k for k in header if mark in k]:
             return f"this is {what} (key {min(found)})"
     return f"not an LDM checkpoint (first key: {min(header, default='none')})"

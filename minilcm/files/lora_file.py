@@ -1,7 +1,4 @@
-"""LoRA files <-> tau: one dictionary {path: (up, down, lora_alpha)}, whatever the spelling.
-
-lora_keys.py has the spellings, names.py has the map from these names to the paths of a tau.
-"""
+"""LoRA files <-> tau, {path: (up, down, lora_alpha)}, in any spelling of lora_keys and names."""
 
 import json
 import math
@@ -20,9 +17,7 @@ from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
 from .lora_keys import Module, by_module
 from .names import TOWERS, module_table, text_paths, text_table, to_diffusers_path, to_ldm_path
-from .safetensors_file import all_finite, read_header, read_tensors, write_tensors
-
-# ---- reading
+from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, write_tensors
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -35,40 +30,31 @@ def parse_lora(text: str) -> tuple[Path, float]:
     except ValueError:
         lam = math.nan
     if not math.isfinite(lam):
-        raise ValueError(
-            f"{text}: {number!r} is not a number; give FILE:LAMBDA, for example {name}:0.8"
-        )
+        example = f"give FILE:LAMBDA, for example {name}:0.8"
+        raise ValueError(f"{text}: {number!r} is not a number; {example}")
     return Path(name), lam
 
 
 def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
-    """The family whose UNet has most of these modules, by name and then by shape.
-
-    SSD-1B's modules are all among SDXL's: a LoRA that has no other is said to be for SSD-1B, and
-    fits both.
-    """
-
-    def fit(family: Family) -> tuple[int, int]:
-        table, named, shaped = module_table(family.unet), 0, 0
-        for (prefix, flat), parts in modules.items():
-            if prefix == "" and flat in table:
-                named += 1
-                sides = zip((parts["up"], parts["down"]), (0, 1), table[flat][1])
-                shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
-        return named, shaped
-
+    """The family whose UNet has most of these modules, by name and then by shape."""
+    of_unet = {flat: parts for (prefix, flat), parts in modules.items() if prefix == ""}
     best = {}
     for family in FAMILIES.values():
-        best[family] = fit(family)
-        if min(best[family]) == sum(prefix == "" for prefix, _ in modules):
+        table, shaped = module_table(family.unet), 0
+        named = of_unet.keys() & table.keys()
+        for flat in named:
+            sides = zip((of_unet[flat]["up"], of_unet[flat]["down"]), (0, 1), table[flat][1])
+            shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
+        best[family] = len(named), shaped
+        if shaped == len(of_unet):
             return family  # nothing can fit better: no need to build the larger UNets
     return max(best, key=best.get)
 
 
 def family_of(tau: Tau) -> Family:
     """`find_family` for a tau."""
-    parts = {path: {"up": up, "down": down} for path, (up, down, _) in tau.items()}
-    return find_family({("", path.replace(".", "_")): parts[path] for path in tau})
+    named = {path.replace(".", "_"): parts for path, parts in tau.items()}
+    return find_family({("", n): {"up": up, "down": down} for n, (up, down, _) in named.items()})
 
 
 def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
@@ -76,37 +62,31 @@ def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
     for te, tower in TOWERS.items():
         first = next((path for path in tau if path.startswith(te)), None)
         if first and not any(key.startswith(te) for key in weights):
-            raise ValueError(
-                f"{name}: changes {tower}, a text encoder that is not here, first: {first}"
-            )
+            what = f"{tower}, a text encoder that is not here"
+            raise ValueError(f"{name}: changes {what}, first: {first}")
     check_fit(weights, tau, name)
 
 
 def read_tau(path: str | Path) -> Tau:
-    """A LoRA file as {path: (up, down, lora_alpha)}, tensors float32; a missing alpha means rank, 0
-    means no effect.
+    """A LoRA file as {path: (up, down, lora_alpha)} in float32; a missing alpha means rank.
 
     Raises ValueError with one line: no such file, damaged, not a LoRA, another kind of adapter, a
-    key that names no module, a module spelled twice, down without up, ranks that do not fit, values
-    that are not finite.
+    key that names no module, a module spelled twice, ranks that do not fit, values not finite.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
     modules, spelled = by_module(path, tensors)
     family, settings = find_family(modules), peft_settings(path, metadata)
     if not settings and any(key.startswith("base_model.model.") for key in tensors):
-        print(
-            f"{path}: no adapter_config.json: lora_alpha is taken as the rank; PEFT's default is 8"
-        )
+        what = "lora_alpha is taken as the rank; PEFT's default is 8"
+        print(f"{path}: no adapter_config.json: {what}")
     paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
     paths.pop(("te1.", "text_projection"), None)  # CLIP-L has none
     unknown = [module for module in modules if paths.get(module) is None]
     acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
     if acting := ["".join(module) for module in acts]:
         what = f"{len(acting)} of {len(modules)} modules are in no known UNet"
-        hint = (
-            "; it is a LoRA for SD3 or Flux, which are no UNets" if of_transformer(acting) else ""
-        )
+        hint = "; it is for SD3 or Flux, which are no UNets" if of_transformer(acting) else ""
         raise ValueError(f"{path}: {what}, first: {', '.join(acting[:5])}{hint}")
     if unknown:  # ComfyUI's LoraSave writes embeddings that are the same in both models, too
         first = "".join(unknown[0])
@@ -117,9 +97,8 @@ def read_tau(path: str | Path) -> Tau:
             continue
         target, up, down = module[0] + paths[module], parts["up"], parts["down"]
         if target in tau:
-            raise ValueError(
-                f"{path}: {target} is in the file twice, in LDM and in diffusers spelling"
-            )
+            spelled_twice = "in the file twice, in LDM and in diffusers spelling"
+            raise ValueError(f"{path}: {target} is {spelled_twice}")
         if "mid" in parts:  # LoCon's Tucker form: down is 1x1, mid has the kernel
             down = einsum(parts["mid"], down.flatten(1), "p q h w, q i -> p i h w")
         if "alpha" in parts:
@@ -143,13 +122,12 @@ class PeftSettings(NamedTuple):
 
     def lora_alpha(self, module: str, rank: int) -> float:
         """By the first pattern that matches the end of `module`'s name, at a dot."""
+        scale = rank**0.5 if self.rslora else 1.0
         names = module, f"text_model.{module}"  # text encoders: patterns have it or not
-        fits = (
-            a
-            for p, a in self.patterns.items()
-            if any(re.fullmatch(rf"(.*\.)?({p})", name) for name in names)
-        )
-        return next(fits, self.default) * (rank**0.5 if self.rslora else 1.0)
+        for pattern, alpha in self.patterns.items():
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names):
+                return alpha * scale
+        return self.default * scale
 
 
 def of_transformer(modules: list[str]) -> bool:
@@ -159,12 +137,7 @@ def of_transformer(modules: list[str]) -> bool:
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
-    """{prefix in tau: settings} from the header's `lora_adapter_metadata`, else adapter_config.json
-    in the same folder.
-
-    Raises ValueError with one line if they are not PEFT's. A pattern with repeats is refused: in a
-    malicious file such a regular expression could run for years.
-    """
+    """{prefix in tau: settings} from the header, else from adapter_config.json beside the file."""
     config, inside = path.parent / "adapter_config.json", "lora_adapter_metadata" in metadata
     if not inside and not config.is_file():
         return {}
@@ -182,19 +155,11 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
                 settings[ours] = PeftSettings(default, patterns, bool(raw.get(rslora)))
                 for pattern in patterns:
                     re.compile(pattern)
-                    if re.search(r"[*+?{(|]", pattern):
+                    if re.search(r"[*+?{(|]", pattern):  # a malicious one could run for years
                         raise ValueError(f"the pattern {pattern} has repeats or choices")
                 if not all(map(math.isfinite, (default, *patterns.values()))):
                     raise ValueError("an alpha is not finite")
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        re.error,
-    ) as error:
+    except (*MALFORMED, re.error) as error:
         what = ascii(f"{type(error).__name__} {error}"[:200])
         raise ValueError(f"{path}: {where} does not hold PEFT's settings ({what})") from None
     return settings
@@ -206,14 +171,8 @@ def read_recipe(path: str | Path) -> dict[str, str]:
 
 
 def recipe_in(metadata: dict[str, str]) -> dict[str, str]:
-    return {
-        key.removeprefix("minilcm."): value
-        for key, value in metadata.items()
-        if key.startswith("minilcm.")
-    }
-
-
-# ---- writing
+    ours = [key for key in metadata if key.startswith("minilcm.")]
+    return {key.removeprefix("minilcm."): metadata[key] for key in ours}
 
 
 def write_tau(
@@ -224,8 +183,7 @@ def write_tau(
     style: str | None = None,
     kept: dict[str, str] | None = None,
 ) -> None:
-    """Write tau as a LoRA file, atomically, lora_alpha kept; the recipe goes into the metadata
-    under `minilcm.*`, and what is `kept` of other files beside it.
+    """Write a LoRA file, atomically, with the recipe as metadata `minilcm.*` and what is `kept`.
 
     style: "diffusers" (G1), "ldm" (G2) or "peft" (G4). The default is what most programs read: G1
     for SD1.x; G2 for SDXL, because A1111 ignores one of SDXL's modules in G1, and for small-sd and
@@ -251,10 +209,8 @@ def write_tau(
             up, down = with_kernel(up, down, shape[2:])  # as the official weight, for other readers
         for x in (up, down):
             if all_finite(x) and not all_finite(x.to(dtype)):
-                raise ValueError(
-                    f"{path}: {target} has values too large for {str(dtype)[6:]}; "
-                    "give --dtype float32"
-                )
+                what = f"values too large for {str(dtype)[6:]}; give --dtype float32"
+                raise ValueError(f"{path}: {target} has {what}")
         if style == "peft":
             name = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
             tensors[f"{name}.{module}.lora_B.weight"] = up.to(dtype)
@@ -274,9 +230,7 @@ def write_tau(
 def lora_metadata(
     tau: Tau, family: Family, settings: dict[str, dict[str, tuple[int, float]]]
 ) -> dict[str, str]:
-    """What the lists of kohya, A1111 and ComfyUI read; A1111 hides an SDXL LoRA whose metadata does
-    not say SDXL.
-    """
+    """What the lists of kohya, A1111 and ComfyUI read: A1111 hides SDXL LoRAs that don't say so."""
     ranks = sorted({down.shape[0] for _, down, _ in tau.values()})
     alphas = sorted({lora_alpha for _, _, lora_alpha in tau.values()})
     metadata = {
@@ -287,12 +241,12 @@ def lora_metadata(
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.date": date.today().isoformat(),
     }
-    base = {  # by the width of the prompt
+    bases = {  # by the width of the prompt
         768: ("sd_v1", "stable-diffusion-v1/lora"),
         1024: ("sd_v2", "stable-diffusion-v2-512/lora"),
         2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    }.get(family.unet().context_dim)
-    if base:
+    }
+    if base := bases.get(family.unet().context_dim):
         metadata["ss_base_model_version"], metadata["modelspec.architecture"] = base
     if settings:  # PEFT: one rank and lora_alpha for a network, patterns for modules that differ
         raw = {}

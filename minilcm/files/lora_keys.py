@@ -44,19 +44,15 @@ FLOAT_TYPES |= {torch.float8_e4m3fn, torch.float8_e5m2}  # others are of quantis
 
 
 def split_key(key: str) -> tuple[str, str, str] | None:
-    """A key in any spelling -> (prefix in tau, module as spelled, part).
-
-    part: "up" | "down" | "mid" | "alpha" | "scalar"
-    """
+    """A key in any spelling -> (prefix in tau, module, up | down | mid | alpha | scalar)."""
     key = key.removeprefix("base_model.model.")
     # G5: attn1.processor.to_q_lora.down.weight; in text encoders self_attn.to_q_lora.down.weight
     if old := re.fullmatch(r"(.*?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight", key):
         theirs = "to_out.0" if old[2] == "out" else f"to_{old[2]}"
         tail = f"{old[2]}_proj" if "self_attn" in old[1] else theirs
         key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
-    ending = r"\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight"
-    match = re.fullmatch(r"(.+?)" + ending, key)
-    match = match or re.fullmatch(r"(.+)\.(alpha|scalar)", key)
+    ending = r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight"
+    match = re.fullmatch(ending, key) or re.fullmatch(r"(.+)\.(alpha|scalar)", key)
     if not match:
         return None
     prefix = next(p for p in PREFIXES if re.match(p, match[1]))
@@ -71,16 +67,13 @@ Module = tuple[str, str]  # (prefix in tau, flattened name)
 def by_module(
     path: Path, tensors: dict[str, Tensor]
 ) -> tuple[dict[Module, dict[str, Tensor]], dict[Module, str]]:
-    """({module: {"up", "down", ...: tensor}}, {module: its name as spelled}). Raises ValueError as
-    `read_tau` does.
-    """
+    """({module: {"up", "down", ...: tensor}}, {module: its spelling}). Raises as `read_tau`."""
     for key in sorted(tensors):
         for mark, kind in REFUSED.items():
             if re.search(mark, key):
-                raise ValueError(
-                    f"{path}: {kind} is not LoRA and cannot be added to one (first key: {key}); "
-                    "merge it by the program that made it, then python -m minilcm extract"
-                )
+                what = f"{kind} is not LoRA and cannot be added to one (first key: {key})"
+                how = "merge it by the program that made it, then python -m minilcm extract"
+                raise ValueError(f"{path}: {what}; {how}")
     keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith(BUNDLED)}
     if not any(keys.values()):
         is_model = any("diffusion_model." in key for key in keys)
@@ -94,18 +87,16 @@ def by_module(
         if split is None:
             raise ValueError(f"{path}: key {key} does not belong to a LoRA")
         if value.dtype not in FLOAT_TYPES and split[2] not in ("alpha", "scalar"):
-            raise ValueError(
-                f"{path}: {key} is {str(value.dtype)[6:]}, quantised; dequantise it first"
-            )
+            kind = str(value.dtype)[6:]
+            raise ValueError(f"{path}: {key} is {kind}, quantised; dequantise it first")
         value = value.float()
         if not all_finite(value):
             raise ValueError(f"{path}: {key} has values that are not finite")
         prefix, name, part = split
         module = prefix, name.replace(".", "_")
         if part in modules.setdefault(module, {}):
-            raise ValueError(
-                f"{path}: {''.join(module)} is in the file twice, the second time as {key}"
-            )
+            twice = f"{''.join(module)} is in the file twice, the second time as {key}"
+            raise ValueError(f"{path}: {twice}")
         modules[module][part], spelled[module] = value, name
     for (prefix, flat), parts in modules.items():
         if "up" not in parts or "down" not in parts:
@@ -126,9 +117,7 @@ def by_module(
 def check_shapes(
     name: str, up: Tensor, down: Tensor, mid: Tensor | None = None, **numbers: Tensor
 ) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in), for convolutions (out, r, 1, 1) and
-    (r, in, k, k), fit and are not empty, and `numbers` (alpha, scalar) are one value each.
-    """
+    """Raises ValueError unless up (out, r), down (r, in) fit and `numbers` are one value each."""
     rank, ones = down.shape[:1], (1,) * (len(no_kernel(down.shape)) - 2)
     shape = up.shape if ones else no_kernel(up.shape)
     if down.ndim not in (2, 4) or shape[1:] != (*rank, *ones) or 0 in (*up.shape, *down.shape):

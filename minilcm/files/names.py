@@ -1,8 +1,6 @@
-"""The names of modules, LDM <-> diffusers, and flattened: one of the two maps of this project, with
-its inverse.
+"""The names of modules, LDM <-> diffusers, and flattened; one of the two maps of this project.
 
-A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's paths for the
-text encoders.
+A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's for text.
 
     LDM        input_blocks.4.1.transformer_blocks.0.attn1.to_q   as in checkpoints and in a tau
     diffusers  down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q
@@ -48,9 +46,7 @@ TOWERS = {"te1.": "CLIP-L", "te2.": "bigG"}  # prefix in a tau -> text encoder
 
 
 def vae_key(key: str, levels: int) -> str:
-    """A VAE's key in LDM's or diffusers' spelling -> LDM's. diffusers counts the decoder's `levels`
-    from the other end.
-    """
+    """A VAE's key as LDM or diffusers spell it -> LDM's; diffusers counts up_blocks backwards."""
     key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
     for theirs, ours in VAE_NAMES.items():
         key = re.sub(theirs, ours, key)
@@ -71,9 +67,7 @@ def split_parts(tau: Tau) -> tuple[Tau, Tau]:
 
 @cache
 def block_names(cfg: UNetConfig) -> dict[str, str]:
-    """{LDM block: diffusers block}, in running order. LDM numbers all blocks in one series,
-    diffusers by level.
-    """
+    """{LDM block: diffusers block}, in running order: diffusers numbers blocks level by level."""
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -117,9 +111,7 @@ def to_diffusers_path(path: str, cfg: UNetConfig) -> str:
 
 @cache
 def module_table(config: Callable[[], UNetConfig]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{flattened name: (LDM path, shape of the weight)} of a UNet's Linear and Conv2d modules, in
-    both spellings.
-    """
+    """{flattened name: (LDM path, shape of the weight)} of a UNet's layers, in both spellings."""
     with torch.device("meta"):
         unet = UNet(config())
     table = {}
@@ -132,9 +124,7 @@ def module_table(config: Callable[[], UNetConfig]) -> dict[str, tuple[str, tuple
 
 @cache
 def text_table() -> dict[str, str]:
-    """{flattened name: Hugging Face's path below `text_model.`}, for 32 layers, and bigG's
-    text_projection.
-    """
+    """{flattened name: Hugging Face's path below `text_model.`}, for 32 layers."""
     parts = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
     paths = [f"encoder.layers.{i}.{part}" for i in range(32) for part in parts]
     return {path.replace(".", "_"): path for path in [*paths, "text_projection"]}
@@ -148,7 +138,5 @@ def text_paths() -> set[str]:
 
 
 def to_ldm_path(flat: str, config: Callable[[], UNetConfig]) -> str | None:
-    """`down_blocks_0_resnets_0_conv1` or `input_blocks_1_0_in_layers_2` ->
-    `input_blocks.1.0.in_layers.2`.
-    """
+    """`input_blocks_1_0_in_layers_2`, `down_blocks_0_resnets_0_conv1` -> the path in a tau."""
     return module_table(config).get(flat, (None,))[0]

@@ -29,18 +29,14 @@ NO_WEIGHT = re.compile(  # buffers, and leftovers of training that no network ne
 
 
 def part_of(header: Header, prefixes: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{official key below the prefix: (key in the file, shape)} of one part's weights.
-
-    A file may mix the prefixes; where two of them give the same key, the first counts. A UNet or
-    VAE alone in its file may have none.
-    """
+    """{official key below the prefix: (key in the file, shape)} of one part's weights."""
     known = sum(PARTS, ())
     bare = {UNET: ("input_blocks.",), VAE_: ("encoder.conv_in.", "decoder.conv_in.")}
-    if any(k.startswith(bare.get(prefixes, ())) for k in header):
+    if any(k.startswith(bare.get(prefixes, ())) for k in header):  # alone in its file
         prefixes += ("",)
     levels = {m[1] for k in header if (m := re.search(r"decoder\.up_blocks\.(\d+)\.", k))}
     part = {}
-    for prefix in reversed(prefixes):
+    for prefix in reversed(prefixes):  # where two give the same key, the first counts
         for k, entry in header.items():
             if next((p for p in known if k.startswith(p)), "") == prefix:
                 name = k.removeprefix(prefix)

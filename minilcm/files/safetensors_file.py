@@ -1,6 +1,4 @@
-"""Safetensors files: read with one clear error, written under a temporary name, so they are
-complete or absent.
-"""
+"""Safetensors files: read with one clear error, written under a temporary name or not at all."""
 
 import hashlib
 import json
@@ -20,9 +18,7 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` if the block succeeds and removed if it does
-    not.
-    """
+    """A temporary path to write to, renamed to `path` if the block succeeds, else removed."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -45,13 +41,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, sorted by key, atomically; other programs expect {"format": "pt"}
-    in the metadata.
-    """
+    """Write a safetensors file, sorted by key, atomically."""
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         try:
-            save_file(tensors, part, {"format": "pt", **metadata})
+            save_file(tensors, part, {"format": "pt", **metadata})  # which others expect
         except SafetensorError as error:  # for example a full disk
             raise OSError(f"{path}: cannot be written ({error})") from None
 
@@ -75,18 +69,20 @@ class Entry(NamedTuple):
 
 
 Header = dict[str, Entry]
-MAX_HEADER = (
-    10_000_000  # bytes, 30 times SDXL's; parsed JSON takes up to 30 times its size in memory
-)
+MAX_HEADER = 10_000_000  # bytes, 30 times SDXL's; parsed, it takes 30 times as much memory
+# What JSON of another form than expected raises where it is read
+MALFORMED = ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
+
+
+def damaged(path: str | Path, what: object) -> ValueError:
+    return ValueError(f"{path}: file is damaged or incomplete ({what}); download it again")
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
-    """({key: Entry}, metadata) of a safetensors file, checked to the last byte without reading a
-    tensor.
+    """({key: Entry}, metadata) of a safetensors file, all checked without reading a tensor.
 
-    The format: 8 bytes of length, a JSON header, the data. Raises ValueError with one line:
-    missing, a folder, a pickle or GGUF, damaged, a header above 10 MB, a key twice or not
-    printable, offsets that overlap or leave the file.
+    The format: 8 bytes of length, a JSON header, the data. Raises ValueError in one line: no such
+    file, another kind of file, damaged, a key twice, offsets that overlap or leave the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -99,33 +95,23 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         if head[:4] == b"GGUF":
             raise ValueError(f"{path}: GGUF is not supported; give the safetensors file")
         n = int.from_bytes(head[:8], "little")
-        damaged = f"{path}: file is damaged or incomplete"
         if len(head) < 9:
-            raise ValueError(
-                f"{damaged} (expected a header, found {size} bytes); download it again"
-            )
+            raise damaged(path, f"expected a header, found {size} bytes")
         if head[8:9] != b"{" or head[:1] == b"{" and n >> 56:
             raise ValueError(f"{path}: not a safetensors file{what_instead(head + f.read(191))}")
         if n > size - 8:
-            found = f"expected a header of {n:,} bytes, found {size - 8:,}"
-            raise ValueError(f"{damaged} ({found}); download it again")
+            raise damaged(path, f"expected a header of {n:,} bytes, found {size - 8:,}")
         if n > MAX_HEADER:
-            raise ValueError(
-                f"{damaged} (a header of {n:,} bytes, above {MAX_HEADER:,}); download it again"
-            )
+            raise damaged(path, f"a header of {n:,} bytes, above {MAX_HEADER:,}")
         f.seek(8)
-        raw = f.read(n)
-
-    header, metadata = parse_header(raw, damaged)
+        header, metadata = parse_header(path, f.read(n))
     end = 0
     for begin, next_end in sorted((entry.begin, entry.end) for entry in header.values()):
         if begin != end:
-            raise ValueError(f"{damaged} (the tensors overlap or leave a gap); download it again")
+            raise damaged(path, "the tensors overlap or leave a gap")
         end = next_end
     if size != 8 + n + end:
-        raise ValueError(
-            f"{damaged} (expected {8 + n + end:,} bytes, found {size:,}); download it again"
-        )
+        raise damaged(path, f"expected {8 + n + end:,} bytes, found {size:,}")
     return header, metadata
 
 
@@ -142,10 +128,8 @@ def what_instead(head: bytes) -> str:
     return "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
 
 
-def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
-    """The JSON of a header. Raises ValueError, beginning with `damaged`, unless each entry makes
-    sense by itself.
-    """
+def parse_header(path: Path, raw: bytes) -> tuple[Header, dict[str, str]]:
+    """The JSON of a header. Raises ValueError unless each entry makes sense by itself."""
 
     def unique(pairs: list) -> dict:
         if len(pairs) != len({key for key, _ in pairs}):
@@ -159,51 +143,33 @@ def parse_header(raw: bytes, damaged: str) -> tuple[Header, dict[str, str]]:
             (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
             if not key.isprintable() or len(key) > 1000:
                 raise ValueError(f"key {ascii(key)[:80]} is not a name")
-            if type(shape) is not list or not all(
-                type(x) is int and x >= 0 for x in (begin, end, *shape)
-            ):
+            numbers = [begin, end, *shape] if type(shape) is list else [None]
+            if not all(type(x) is int and x >= 0 for x in numbers):
                 raise ValueError(f"{key} has a shape or offset that is not a number")
-            if (
-                end - begin != BYTES[dtype] * math.prod(shape)
-                or math.prod(x for x in shape if x) >= 1 << 63
-            ):
+            too_large = math.prod(x for x in shape if x) >= 1 << 63
+            if too_large or end - begin != BYTES[dtype] * math.prod(shape):
                 raise ValueError(f"{key} is {dtype} {str(shape)[:100]} in {end - begin} bytes")
             header[key] = Entry(dtype, tuple(shape), begin, end)
         if not all(type(key) is type(value) is str for key, value in metadata.items()):
             raise ValueError("metadata is not text")
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except MALFORMED as error:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
-        raise ValueError(
-            f"{damaged} (header: {' '.join(what.split())[:200]}); download it again"
-        ) from None
+        raise damaged(path, f"header: {' '.join(what.split())[:200]}") from None
     return header, metadata
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file. Raises ValueError with one line, as `read_header`
-    does.
-    """
+    """(tensors, metadata) of a safetensors file. Raises ValueError as `read_header`."""
     header, metadata = read_header(path)
     try:
         with safe_open(path, "pt") as f:
             return {key: f.get_tensor(key) for key in header}, metadata
     except (SafetensorError, AttributeError) as error:  # for example a dtype that this torch lacks
-        raise ValueError(
-            f"{path}: file is damaged or incomplete ({error}); download it again"
-        ) from None
+        raise damaged(path, error) from None
 
 
 def sha256(path: str | Path) -> str:
-    """The hash of a file, in hexadecimal, by which A1111 and model sites identify it (often by ten
-    digits).
-    """
+    """The hash of a file, in hexadecimal, by which A1111 and model sites know it."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -212,31 +178,23 @@ def sha256(path: str | Path) -> str:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x has no NaN and no infinity: both would show in its minimum or maximum. One pass, no
-    copy.
-    """
+    """Whether x has no NaN and no infinity: both would show in its minimum or maximum."""
     x = x.float() if x.element_size() == 1 else x  # of float8, torch knows no minimum
     return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
-def rewrite(
-    source: str | Path,
-    path: str | Path,
-    metadata: dict[str, str],
-    changes: dict[str, Callable[[Tensor], Tensor]],
-) -> None:
-    """A copy of `source` with this metadata, in which `changes` maps some tensors through a
-    function, and all others stay byte for byte.
+Changes = dict[str, Callable[[Tensor], Tensor]]  # by key
 
-    Atomic. One tensor at a time, in the file's order, so the peak memory is one tensor; dtypes and
-    shapes are kept.
-    """
+
+def rewrite(source: Path, path: Path, metadata: dict[str, str], changes: Changes) -> None:
+    """A copy of `source`, atomically, one tensor at a time, with `changes` made to some of them."""
     header, _ = read_header(source)
     entries = {"__metadata__": metadata}
     for key, (dtype, shape, begin, end) in header.items():
         entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # data aligned to 8 bytes
+    in_order = sorted(header.items(), key=lambda x: x[1].begin)
     with (
         atomic(path) as part,
         open(source, "rb") as f,
@@ -245,9 +203,7 @@ def rewrite(
     ):
         start = 8 + int.from_bytes(f.read(8), "little")
         out.write(len(raw).to_bytes(8, "little") + raw)
-        for key, entry in tqdm(
-            sorted(header.items(), key=lambda x: x[1].begin), desc="tensors", disable=None
-        ):
+        for key, entry in tqdm(in_order, desc="tensors", disable=None):
             if key in changes:
                 value = tensors.get_tensor(key)
                 changed = changes[key](value).to(value.dtype).contiguous()

@@ -1,8 +1,4 @@
-"""Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time.
-
-dW = (lora_alpha / rank) B A. A LoRA is given with its lambda, and written with a recipe of what it
-was made from.
-"""
+"""Work on LoRA and checkpoint files, in float32; a checkpoint is written one tensor at a time."""
 
 import json
 import math
@@ -25,7 +21,7 @@ from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refus
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
-from .safetensors_file import Header, all_finite, read_header, rewrite, sha256
+from .safetensors_file import MALFORMED, Header, all_finite, read_header, rewrite, sha256
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
 
@@ -33,9 +29,7 @@ Lora = tuple[Path, float]  # file and lambda
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
-    """Raises ValueError if `out` is one of the inputs, a folder, or exists and `force` is not set;
-    makes the folder that it is to be in.
-    """
+    """Refuse an `out` that is an input, a folder, or there without `force`; make its folder."""
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; give a file, for example {out}/new.safetensors")
     if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):  # which other programs open as pickles
@@ -55,20 +49,18 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
-    """[{file, sha256, scale, and of an LCM-LoRA objective and w}] of what was added; `before`: JSON
-    of what was in it already. What was added and taken away again is left out.
-    """
+    """[{file, sha256, scale, objective, w}] of what was added, after those in `before` (JSON)."""
     try:
         known = json.loads(before or "[]")
         recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # not as written here
+    except MALFORMED:
         recipe = {}
     for path, lam in loras:
         new = {"file": path.name, "sha256": sha256(path)[:10], "scale": sign * lam}
         new["scale"] += recipe.get(new["sha256"], {"scale": 0.0})["scale"]
         known = read_recipe(path)
         recipe[new["sha256"]] = new | {k: known[k] for k in ("objective", "w") if k in known}
-    return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]
+    return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]  # the rest is taken away again
 
 
 def recipe_text(recipe: list[dict]) -> str:
@@ -82,30 +74,31 @@ OF_ONE_FILE = re.compile(
 )
 # Kept even if not all files say it
 FOR_PEOPLE = re.compile(
-    r"licen[cs]e|author|copyright|trigger|trained_?words|tag_frequency|description|usage_hint"
-    r"|comment"
+    "licen[cs]e|author|copyright|trigger|trained_?words|tag_frequency|description|usage_hint"
+    "|comment"
 )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says that may be true of another made from it."""
+    metadata = read_header(path)[1]
+    return {key: x for key, x in metadata.items() if not OF_ONE_FILE.fullmatch(key)}
 
 
 def for_people(paths: list[Path]) -> dict[str, str]:
     """Licence, authors, trigger words and the like, of all the files."""
-    heads = [read_header(path)[1] for path in paths]
-    keys = dict.fromkeys(key for head in heads for key in head if FOR_PEOPLE.search(key))
-    return {
-        key: united(list(dict.fromkeys(head[key] for head in heads if key in head)))
-        for key in keys
-        if not OF_ONE_FILE.fullmatch(key)
-    }
+    said: dict[str, list[str]] = {}
+    for key, value in [x for path in paths for x in read_metadata(path).items()]:
+        if FOR_PEOPLE.search(key):
+            said.setdefault(key, []).append(value)
+    return {key: united(list(dict.fromkeys(values))) for key, values in said.items()}
 
 
 def kept_metadata(paths: list[Path]) -> dict[str, str]:
     """What is for people, and what else all files share; one printed line names the rest."""
-    heads = [read_header(path)[1] for path in paths]
-    kept = for_people(paths)
-    shared = set(heads[0].items()).intersection(*(head.items() for head in heads))
-    kept |= {key: value for key, value in shared if not OF_ONE_FILE.fullmatch(key)}
-    rest = {key for head in heads for key in head if not OF_ONE_FILE.fullmatch(key)} - kept.keys()
-    if rest:
+    kept, heads = for_people(paths), [read_metadata(path).items() for path in paths]
+    kept |= dict(set(heads[0]).intersection(*heads))
+    if rest := {key for head in heads for key, _ in head} - kept.keys():
         first = ", ".join(map(ascii, sorted(rest)[:5]))
         print(f"{len(rest)} entries of metadata differ and are left out, first: {first}")
     return kept
@@ -118,7 +111,7 @@ def united(values: list[str]) -> str:
     try:
         dicts = [json.loads(value) for value in values]
         return json.dumps({key: x for one in reversed(dicts) for key, x in one.items()})
-    except (ValueError, AttributeError, RecursionError):
+    except MALFORMED:
         return "; ".join(values)
 
 
@@ -158,10 +151,8 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
     more += ", predicts v" if config.unet.v else ""
     more += ", zero terminal SNR" if config.unet.zero_snr else ""
     base = replace(config.unet, w_dim=None, v=False, zero_snr=False)
-    title = next(
-        (family.title for family in FAMILIES.values() if family.unet() == base),
-        "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes",
-    )
+    title = "a model by minilcm" if "minilcm.config" in metadata else "a UNet of other sizes"
+    title = next((x.title for x in FAMILIES.values() if x.unet() == base), title)
     print(f"  checkpoint: {title}, native {config.size}x{config.size}{more}")
     extra = set(header)
     first = "OpenCLIP-H" if config.text.open_clip else "CLIP-L"
@@ -221,12 +212,11 @@ def resize_file(
 # ---- checkpoint files
 
 
-def merge_file(
-    checkpoint: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0
-) -> None:
+def merge_file(base: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
-    check_out(out, [checkpoint, *(path for path, _ in loras)], force)
-    _, header, metadata, _ = open_checkpoint(checkpoint)
+    files = [base, *(path for path, _ in loras)]
+    check_out(out, files, force)
+    _, header, metadata, _ = open_checkpoint(base)
     shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
         check_lora(shapes, tau, str(path))
@@ -237,22 +227,22 @@ def merge_file(
 
     def change(key: str, weight: Tensor) -> Tensor:
         if not all_finite(weight):
-            raise ValueError(f"{checkpoint}: {key} has values that are not finite")
+            raise ValueError(f"{base}: {key} has values that are not finite")
         changed = weight.clone()
         for place, parts in by_key[key]:
             try:
                 add_delta_(place.view(changed), *parts, block=BLOCK)
             except ValueError as error:
-                raise ValueError(f"{checkpoint}: {key}: {error}") from None
+                raise ValueError(f"{base}: {key}: {error}") from None
         return changed
 
     recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
     stale = "minilcm.merged", "modelspec.hash_sha256"
     metadata = {k: v for k, v in metadata.items() if k not in stale} | {"format": "pt"}
-    metadata |= for_people([checkpoint, *(path for path, _ in loras)])
+    metadata |= for_people(files)
     if recipe:  # not so, if what was merged has been taken away again
         metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
-    rewrite(checkpoint, out, metadata, {key: partial(change, key) for key in by_key})
+    rewrite(base, out, metadata, {key: partial(change, key) for key in by_key})
     print(f"{out}: {len(by_key)} of {len(header)} tensors changed")
 
 
@@ -264,10 +254,10 @@ def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[s
         for name, (key, shape) in part_of(tuned, prefixes).items():
             if name not in here:  # bigG has two layouts: another name tells nothing
                 keys += [key] if prefixes is not BIG_G else []
-            elif no_kernel(here[name][1]) != no_kernel(shape) or not torch.equal(
-                a.get_tensor(here[name][0]).float().flatten(), b.get_tensor(key).float().flatten()
-            ):
-                keys.append(key)
+            else:
+                x, y = a.get_tensor(here[name][0]).float(), b.get_tensor(key).float()
+                fits = no_kernel(x.shape) == no_kernel(shape)
+                keys += [] if fits and torch.equal(x.flatten(), y.flatten()) else [key]
     return keys
 
 
@@ -330,8 +320,8 @@ def diff(path_a: Path, path_b: Path) -> None:
             if {a[key].dtype[:2], b[key].dtype[:2]} & {"F4", "F6"}:
                 print(f"  {a[key].dtype} against {b[key].dtype}, not compared  {key}")
                 continue
-            x, y = fa.get_tensor(key).float(), fb.get_tensor(key).float()
-            x = x.reshape(y.shape)
+            y = fb.get_tensor(key).float()
+            x = fa.get_tensor(key).float().reshape(y.shape)
             if torch.equal(x, y):
                 same += 1
                 continue

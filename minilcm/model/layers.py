@@ -14,13 +14,10 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of t (b,) -> (b, dim), cosines first: frequency i is exp(-ln(10000) i / (dim/2)).
-    LDM's util.py.
-    """
+    """Sinusoids of t (b,) -> (b, dim), cosines first; frequencies exp(-ln(10000) i / (dim/2))."""
     half = dim // 2
-    freqs = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10000) * i / half)
     args = t.float()[:, None] * freqs  # (b, half)
     return torch.cat([args.cos(), args.sin()], dim=-1)  # (b, dim)
 
@@ -33,27 +30,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, the time embedding added between them, and a skip (1x1 where the
-    channels change).
-    """
+    """Two 3x3 convolutions with the time embedding added between them, and a skip."""
 
     def __init__(self, channels: int, out_channels: int, time_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
-        )
+        norm, conv = nn.GroupNorm(groups, channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(norm, nn.SiLU(), conv)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_channels),
-            nn.SiLU(),
-            nn.Identity(),  # dropout, numbering only
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        norm = nn.GroupNorm(groups, out_channels)
+        conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        dropout = nn.Identity()  # numbering only
+        self.out_layers = nn.Sequential(norm, nn.SiLU(), dropout, conv)
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         h = self.in_layers(x)  # (b, c_out, h, w)
@@ -84,9 +73,7 @@ class Upsample(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v. Queries come from x; keys and values from the context, or from x
-    itself (attn1).
-    """
+    """softmax(q k^T / sqrt(d)) v; q from x, k and v from the context, or from x itself (attn1)."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -100,11 +87,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         # (b, n, d), (b, m, d), (b, m, d)
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (
-            rearrange(y, "b n (heads d) -> b heads n d", heads=self.heads) for y in (q, k, v)
-        )
-        y = attention(q, k, v)
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        split = "b n (heads d) -> b heads n d"
+        y = attention(*(rearrange(y, split, heads=self.heads) for y in projected))
         return self.to_out(rearrange(y, "b heads n d -> b n (heads d)"))
 
 
@@ -132,17 +117,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over the pixels, cross-attention to the prompt, feed-forward; each with norm
-    and residual.
-    """
+    """Attention among the pixels, then to the prompt, feed-forward; norm and residual at each."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1 = CrossAttention(width, width, heads)
         self.attn2 = CrossAttention(width, context_dim, heads)
         self.ff = FeedForward(width)
@@ -154,26 +133,19 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks with the h*w pixels as tokens, between two projections, and a
-    residual around it all.
-
-    proj_in and proj_out are 1x1 convolutions in SD1.x (linear=False) and Linear in SDXL: the same
-    product.
-    """
+    """`depth` transformer blocks, whose tokens are the h*w pixels, between two projections."""
 
     def __init__(
         self, channels: int, depth: int, context_dim: int, heads: int, linear: bool, groups: int
     ):
         super().__init__()
         self.linear = linear
+        project, sizes = (nn.Linear, ()) if linear else (nn.Conv2d, (1,))  # the same product
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_in = project(channels, channels, *sizes)
+        blocks = (TransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = project(channels, channels, *sizes)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = x.shape[2]

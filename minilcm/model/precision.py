@@ -15,11 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
-    """The fastest safe dtype: float16 on CUDA; on a CPU bfloat16 if it has the instructions, else
-    float32, as on Apple's GPUs.
-
-    A CPU without them emulates bfloat16 and float16, some 170 times slower than float32.
-    """
+    """The fastest safe dtype: a CPU without bfloat16 emulates it, 170 times slower than float32."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.float16
@@ -29,15 +25,10 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def forward_dtype(device: str) -> torch.dtype:
-    """Of the forward pass: bfloat16 where it is fast. Trained weights, loss and schedule are
-    float32.
-    """
-    if (
-        device == "cuda"
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability() < (8, 0)
-    ):
-        return torch.float32  # such a GPU emulates bfloat16
+    """Of the forward pass: bfloat16 where it is fast. Trained weights and loss are float32."""
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.get_device_capability() < (8, 0):  # emulates bfloat16
+        return torch.float32
     return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
 
 
@@ -48,9 +39,7 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
 
 @contextmanager
 def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
-    """The module on `device` for one block, then back on the CPU: only one of three networks is on
-    the GPU.
-    """
+    """The module on `device` for one block, then back on the CPU, so that networks take turns."""
     try:
         yield module.to(device)
     finally:
@@ -59,18 +48,11 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
 
 
 def add_checkpointing(unet: nn.Module) -> None:
-    """Gradient checkpointing (1604.06174): keep only the inputs of each ResBlock and transformer
-    block.
-
-    The backward pass recomputes what is inside: about a third more work, a fraction of the
-    activations. A forward pass without gradients, as the teacher's and the target's, is not
-    changed.
-    """
+    """Gradient checkpointing (1604.06174): recompute blocks in the backward pass."""
+    recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in unet.modules():
         if isinstance(block, ResBlock | TransformerBlock):
-            block.forward = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = functools.partial(recompute, block.forward)
 
 
 # ---- a frozen float16 weight under float32 arithmetic
@@ -82,11 +64,9 @@ def is_narrow(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
 
 
 def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer's output in float32, from a weight that is widened where it is used, in both
-    directions.
+    """The layer's output in float32, from a weight that is widened where it is used, both ways.
 
-    A plain `weight.float()` would be kept by autograd from the forward to the backward pass, for
-    every layer at once.
+    Autograd would keep a plain `weight.float()` until the backward pass, for all layers at once.
     """
     if isinstance(layer, nn.Linear):
         return WidenedLinear.apply(x, layer.weight, layer.bias)
@@ -111,22 +91,14 @@ class WidenedConv2d(torch.autograd.Function):
     """The same for a convolution."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, *how: tuple) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.sizes = x.shape, stride, padding
-        return F.conv2d(
-            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding
-        )
+        ctx.shape, ctx.how = x.shape, how  # stride, padding
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), bias, *how)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (weight,), (shape, stride, padding) = ctx.saved_tensors, ctx.sizes
-        return (
-            nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding),
-            None,
-            None,
-            None,
-            None,
-        )
+        (weight,) = ctx.saved_tensors
+        grad_x = nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad, *ctx.how)
+        return grad_x, None, None, None, None

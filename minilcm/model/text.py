@@ -1,5 +1,4 @@
-"""The text encoders: prompts -> Cond, by open_clip's tower and tokenizer, from the official key
-names.
+"""The text encoders: prompts -> Cond, by open_clip's tower and tokenizer.
 
 Official SD1.x files have the tower under Hugging Face's names with separate q, k, v projections;
 open_clip fuses the three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse:
@@ -44,11 +43,7 @@ def qkv_rows(n: int) -> dict[str, slice]:
 
 
 def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP-L keys (below `text_model.`) -> open_clip's TextTransformer keys, with q, k, v fused.
-
-    `embeddings.position_ids` is not a weight and is left out. Raises KeyError if a layer lacks one
-    of q, k, v.
-    """
+    """CLIP-L keys (below `text_model.`) -> open_clip's. Raises KeyError if q, k or v is missing."""
     out = {}
     for key, value in state.items():
         if qkv := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", key):
@@ -63,11 +58,9 @@ def clip_l_to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def open_clip_to_clip_l(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `clip_l_to_open_clip`."""
-    out = {}
+    out, in_proj = {}, r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)"
     for key, value in state.items():
-        if fused := re.fullmatch(
-            r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key
-        ):
+        if fused := re.fullmatch(in_proj, key):
             for x, rows in qkv_rows(len(value)).items():
                 out[f"encoder.layers.{fused[1]}.self_attn.{x}_proj.{fused[2]}"] = value[rows]
         else:
@@ -83,9 +76,7 @@ class TextConfig:
     layers: int = 12
     heads: int = 12
     open_clip: bool = False  # OpenCLIP's tower: GELU for QuickGELU, padded with 0 for EOS
-    big: tuple[int, int, int] | None = (
-        None  # (width, layers, heads) of SDXL's second tower, OpenCLIP bigG
-    )
+    big: tuple[int, int, int] | None = None  # (width, layers, heads) of SDXL's OpenCLIP bigG
 
 
 def sdxl_text() -> TextConfig:
@@ -111,14 +102,11 @@ def phrase_pairs(phrase: str) -> list[int]:
 
 
 def byte_pairs(prompt: str) -> list[int]:
-    """The prompt's tokens. A comma between plain words is a token of its own, and training captions
-    are made of few phrases: each is split into tokens once.
-    """
+    """The prompt's tokens. Captions are made of few phrases: each is split into tokens once."""
     if not prompt.isascii() or "&" in prompt:  # which open_clip mends in its own ways
         return tokenizer().encode(prompt)
-    first, *rest = (
-        phrase_pairs(phrase) for phrase in re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt)
-    )
+    # a comma between plain words is a token of its own
+    first, *rest = map(phrase_pairs, re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt))
     return sum(([*phrase_pairs(","), *tokens] for tokens in rest), first)
 
 
@@ -138,19 +126,11 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer()
-        self.tower = TextTransformer(
-            N_TOKENS,
-            VOCAB,
-            cfg.width,
-            cfg.heads,
-            cfg.layers,
-            output_dim=None,
-            proj_type="none",
-            act_layer=nn.GELU if cfg.open_clip else QuickGELU,
-        )
-        self.tower.attn_mask = (
-            None  # built in `hidden`, so that a tower made on meta needs only its weights
-        )
+        sizes = N_TOKENS, VOCAB, cfg.width, cfg.heads, cfg.layers
+        how = dict(output_dim=None, proj_type="none")
+        how["act_layer"] = nn.GELU if cfg.open_clip else QuickGELU
+        self.tower = TextTransformer(*sizes, **how)
+        self.tower.attn_mask = None  # built in `hidden`: a tower made on meta has only weights
         if cfg.big:
             width, layers, heads = cfg.big
             sizes = N_TOKENS, VOCAB, width, heads, layers
@@ -159,10 +139,7 @@ class TextEncoder(nn.Module):
         self.cut: set[str] = set()  # prompts reported as too long
 
     def tokenize(self, prompts: list[str], pad: int | None = None) -> Tensor:
-        """(b, 77) int64: BOS, the prompt's tokens, EOS, padding (the first tower's; 0 for bigG).
-
-        Longer prompts are cut, and one printed line says what is ignored.
-        """
+        """(b, 77) int64: BOS, tokens, EOS, padding (bigG's is 0); what is cut off is printed."""
         pad_first = 0 if self.cfg.open_clip else EOS
         pad = pad_first if pad is None else pad
         rows = []
@@ -182,9 +159,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: list[str], size: tuple[int, int] = (1024, 1024)) -> Cond:
-        """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); `size` = (W, H) in pixels,
-        SDXL only. Raises ValueError for one string, which would be a prompt for each letter.
-        """
+        """Prompts -> Cond(context (b, 77, d), vector (b, 2816) or None); SDXL: size (W, H)."""
         if isinstance(prompts, str):
             raise ValueError(f"encode takes a list of prompts; give [{prompts!r}]")
         device = self.tower.positional_embedding.device
@@ -194,30 +169,24 @@ class TextEncoder(nn.Module):
         ids_big = self.tokenize(prompts, pad=0).to(device)
         _, context = hidden(self.tower, ids)  # (b, 77, 768)
         last, context_big = hidden(self.big, ids_big)  # (b, 77, 1280)
-        # pooled: bigG's last layer at the first EOS, which has the largest id, through ln_final and
-        # text_projection
+        # pooled: bigG's last layer at the first EOS, which has the largest id, normed and projected
         at_eos = self.big.ln_final(last)[torch.arange(len(ids)), ids_big.argmax(dim=1)]  # (b, 1280)
         pooled = at_eos @ self.big.text_projection
         return Cond(torch.cat([context, context_big], dim=-1), add_size(pooled, uncut_ids(size)))
 
     def encode_captions(self, captions: list[str]) -> Cond:
-        """`encode`, but an empty caption, dropped for guidance, gets the null condition that
-        sampling will use.
-        """
+        """`encode`, but an empty caption, dropped for guidance, gets sampling's null condition."""
         cond = self.encode(captions)
         if cond.vector is None:
             return cond  # SD1.x: "" is the null condition
         null = self.null_cond(len(captions))
-        is_empty = [caption == "" for caption in captions]
-        empty = torch.tensor(is_empty, device=cond.context.device)  # (b,)
+        empty = torch.tensor([not x for x in captions], device=cond.context.device)  # (b,)
         context = torch.where(empty[:, None, None], null.context, cond.context)
         return Cond(context, torch.where(empty[:, None], null.vector, cond.vector))
 
     @torch.no_grad()
     def null_cond(self, b: int, size: tuple[int, int] = (1024, 1024)) -> Cond:
-        """The null condition of classifier-free guidance, b rows: "" for SD1.x; for SDXL zeros,
-        except the size.
-        """
+        """b rows of guidance's null condition: "" for SD1.x; for SDXL zeros, except the size."""
         if not self.cfg.big:
             return Cond(self.encode([""]).context.expand(b, -1, -1))
         weight, width = self.tower.positional_embedding, self.cfg.big[0]
@@ -232,9 +201,7 @@ def uncut_ids(size: tuple[int, int]) -> Tensor:
 
 
 def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
-    """Pooled text (b, d) and ids (b or 1, 6): original (h, w), crop (top, left), target (h, w) ->
-    (b, d + 1536).
-    """
+    """Pooled text (b, d), and size ids (b or 1, 6) by 256 sinusoids each -> (b, d + 1536)."""
     embedded = timestep_embedding(size_ids.to(pooled.device).flatten(), 256)  # (b * 6, 256)
     embedded = rearrange(embedded, "(b six) d -> b (six d)", six=6).to(pooled.dtype)
     return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=-1)
@@ -242,17 +209,13 @@ def add_size(pooled: Tensor, size_ids: Tensor) -> Tensor:
 
 def with_sizes(cond: Cond, size_ids: Tensor) -> Cond:
     """The same Cond with other size ids (b or 1, 6); unchanged for SD1.x, which has none."""
-    return (
-        cond
-        if cond.vector is None
-        else Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
-    )
+    if cond.vector is None:
+        return cond
+    return Cond(cond.context, add_size(cond.vector[:, : -6 * 256], size_ids))
 
 
 def lora_weights(text: TextEncoder) -> dict[str, Tensor]:
-    """{path in a tau + ".weight": view of the weight}: te1. is CLIP-L, te2. is bigG; q, k, v are
-    rows of one matrix.
-    """
+    """{path in a tau + ".weight": view of the weight}: te1. is CLIP-L, te2. is bigG."""
     views = {}
     for te, tower in (("te1", text.tower), ("te2", getattr(text, "big", None))):
         for i, block in enumerate(tower.transformer.resblocks if tower else []):

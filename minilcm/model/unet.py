@@ -49,9 +49,7 @@ class Cond(NamedTuple):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet. A depth is the number of transformer blocks after a ResBlock; levels are in
-    running order.
-    """
+    """Sizes of a UNet. Depths are transformer blocks after a ResBlock; levels in running order."""
 
     channels: tuple[int, ...]  # width of each level
     down: tuple[tuple[int, ...], ...]  # depths on the way down, one tuple a level
@@ -107,12 +105,8 @@ def sdxl() -> UNetConfig:
 
 
 def ssd1b() -> UNetConfig:
-    return replace(
-        sdxl(),
-        down=((0, 0), (2, 2), (4, 4)),
-        middle=None,
-        up=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
-    )
+    up = (4, 4, 10), (2, 1, 1), (0, 0, 0)
+    return replace(sdxl(), down=((0, 0), (2, 2), (4, 4)), middle=None, up=up)
 
 
 def vega() -> UNetConfig:
@@ -160,39 +154,32 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         width, time_dim = cfg.channels[0], 4 * cfg.channels[0]
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+
+        def embed(d_in: int) -> nn.Module:
+            first, second = nn.Linear(d_in, time_dim), nn.Linear(time_dim, time_dim)
+            return nn.Sequential(first, nn.SiLU(), second)
+
+        self.time_embed = embed(width)
         if cfg.adm:
-            self.label_emb = nn.Sequential(
-                nn.Sequential(
-                    nn.Linear(cfg.adm, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-                )
-            )
+            self.label_emb = nn.Sequential(embed(cfg.adm))
         if cfg.w_dim:  # of a full LCM, whose files have diffusers' name for it
-            self.time_embedding = nn.ModuleDict(
-                {"cond_proj": nn.Linear(cfg.w_dim, width, bias=False)}
-            )
+            cond_proj = nn.Linear(cfg.w_dim, width, bias=False)
+            self.time_embedding = nn.ModuleDict({"cond_proj": cond_proj})
 
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, time_dim, cfg.groups)
 
         def transformer(c: int, depth: int) -> list[nn.Module]:
             heads = cfg.heads or c // cfg.head_dim
-            return (
-                [SpatialTransformer(c, depth, cfg.context_dim, heads, cfg.linear, cfg.groups)]
-                if depth
-                else []
-            )
+            sizes = c, depth, cfg.context_dim, heads, cfg.linear, cfg.groups
+            return [SpatialTransformer(*sizes)] if depth else []
 
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(4, width, 3, padding=1))])
         c, skips = width, [width]
         for level, depths in enumerate(cfg.down):
             for depth in depths:
-                self.input_blocks.append(
-                    Block(res(c, cfg.channels[level]), *transformer(cfg.channels[level], depth))
-                )
-                c = cfg.channels[level]
+                before, c = c, cfg.channels[level]
+                self.input_blocks.append(Block(res(before, c), *transformer(c, depth)))
                 skips.append(c)
             if level < len(cfg.down) - 1:
                 self.input_blocks.append(Block(Downsample(c)))
@@ -204,25 +191,22 @@ class UNet(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, depths in enumerate(cfg.up):
-            width_up = cfg.channels[-1 - level]
             for i, depth in enumerate(depths):
-                parts = [res(c + skips.pop(), width_up), *transformer(width_up, depth)]
-                c = width_up
+                before, c = c + skips.pop(), cfg.channels[-1 - level]
+                parts = [res(before, c), *transformer(c, depth)]
                 if i == len(depths) - 1 and level < len(cfg.up) - 1:
                     parts.append(Upsample(c))
                 self.output_blocks.append(Block(*parts))
 
-        self.out = nn.Sequential(
-            nn.GroupNorm(cfg.groups, c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1)
-        )
+        norm, conv_out = nn.GroupNorm(cfg.groups, c), nn.Conv2d(c, 4, 3, padding=1)
+        self.out = nn.Sequential(norm, nn.SiLU(), conv_out)
 
     def forward(
         self, z_t: Tensor, t: int | Tensor, cond: Cond, w_emb: Tensor | None = None
     ) -> Tensor:
         """eps_hat, or v, float32 (b, 4, h, w), of z_t of that shape at t, an int or (b,).
 
-        cond has b rows. w_emb (b, w_dim) is `lcm.guidance_embedding(w)`, for a full LCM; an
-        LCM-LoRA's UNet takes none.
+        cond has b rows. A full LCM also takes w_emb (b, w_dim), its `lcm.guidance_embedding(w)`.
         """
         dtype = self.out[2].weight.dtype
         context = cond.context.to(dtype)  # (b, n, d)

@@ -31,9 +31,7 @@ class VAEConfig:
 
 
 class ResnetBlock(nn.Module):
-    """The ResBlock of layers.py without a time embedding, under the names that LDM uses in its
-    autoencoder.
-    """
+    """The ResBlock of layers.py without a time embedding, under LDM's names in an autoencoder."""
 
     def __init__(self, channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -61,9 +59,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.shape[2]
         y = self.norm(x)
-        q, k, v = (
-            rearrange(proj(y), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v)
-        )
+        projected = self.q(y), self.k(y), self.v(y)
+        q, k, v = (rearrange(x, "b c h w -> b 1 (h w) c") for x in projected)
         y = attention(q, k, v)  # (b, 1, h*w, c)
         return x + self.proj_out(rearrange(y, "b 1 (h w) c -> b c h w", h=h))
 
@@ -80,13 +77,9 @@ class Down(nn.Module):
 
 
 def middle(channels: int, groups: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "block_1": ResnetBlock(channels, channels, groups),
-            "attn_1": AttnBlock(channels, groups),
-            "block_2": ResnetBlock(channels, channels, groups),
-        }
-    )
+    block_1, attn_1 = ResnetBlock(channels, channels, groups), AttnBlock(channels, groups)
+    block_2 = ResnetBlock(channels, channels, groups)
+    return nn.ModuleDict({"block_1": block_1, "attn_1": attn_1, "block_2": block_2})
 
 
 class Encoder(nn.Module):
@@ -95,7 +88,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.channels[0], 3, padding=1)
         self.down, c = nn.ModuleList(), cfg.channels[0]
         for level, width in enumerate(cfg.channels):
-            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            stage = nn.ModuleDict({"block": nn.Sequential()})
             for _ in range(cfg.res_blocks):
                 stage["block"].append(ResnetBlock(c, width, cfg.groups))
                 c = width
@@ -109,10 +102,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (b, c, H, W)
         for stage in self.down:
-            for block in stage["block"]:
-                h = block(h)
-            if "downsample" in stage:
-                h = stage["downsample"](h)
+            for part in stage.values():  # block, downsample
+                h = part(h)
         for block in self.mid.values():
             h = block(h)  # (b, c, H/f, W/f)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 z, H/f, W/f)
@@ -126,7 +117,7 @@ class Decoder(nn.Module):
         self.mid = middle(c, cfg.groups)
         stages = []
         for level, width in reversed(list(enumerate(cfg.channels))):
-            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            stage = nn.ModuleDict({"block": nn.Sequential()})
             for _ in range(cfg.res_blocks + 1):
                 stage["block"].append(ResnetBlock(c, width, cfg.groups))
                 c = width
@@ -142,10 +133,8 @@ class Decoder(nn.Module):
         for block in self.mid.values():
             h = block(h)
         for stage in reversed(self.up):
-            for block in stage["block"]:
-                h = block(h)
-            if "upsample" in stage:
-                h = stage["upsample"](h)
+            for part in stage.values():  # block, upsample
+                h = part(h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (b, 3, H, W)
 
 
@@ -161,21 +150,13 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of q(z|x), scaled: pixels (b, 3, H, W) -> two of (b, 4, H/f, W/f), float32.
-
-        pixels are in [-1, 1].
-        """
-        mean, log_var = (
-            self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype)))
-            .float()
-            .chunk(2, dim=1)
-        )
+        """Scaled mean and std of q(z|x): (b, 3, H, W) in [-1, 1] -> 2 x (b, 4, H/f, W/f)."""
+        x = pixels.to(self.quant_conv.weight.dtype)
+        mean, log_var = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return mean * self.cfg.scale, torch.exp(0.5 * log_var.clamp(-30, 20)) * self.cfg.scale
 
     def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """A sample z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f), by a CPU
-        generator.
-        """
+        """A sample z0 ~ q(z|x), scaled: (b, 3, H, W) in [-1, 1] -> (b, 4, H/f, W/f)."""
         mean, std = self.moments(pixels)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
@@ -184,18 +165,14 @@ class VAE(nn.Module):
         return self.moments(pixels)[0]
 
     def decode(self, z0: Tensor) -> Tensor:
-        """Scaled latents (b, 4, h, w) -> pixels (b, 3, f h, f w), float32, near [-1, 1] but not
-        clamped.
-        """
+        """Scaled latents (b, 4, h, w) -> pixels (b, 3, f h, f w), float32, near [-1, 1]."""
         z = (z0 / self.cfg.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z)).float()
 
     def decode_tiled(self, z0: Tensor, tile: int = 128, overlap: int = 16) -> Tensor:
-        """`decode` in square tiles of at most `tile` latents, blended linearly over `overlap`:
-        memory of one tile.
+        """`decode` in tiles of `tile` latents a side, blended linearly over `overlap`: less memory.
 
-        The result is close to `decode`, not equal: attention and GroupNorm see a tile instead of
-        the picture.
+        Close to `decode`, not equal: attention and GroupNorm see a tile instead of the picture.
         """
         b, _, h, w = z0.shape
         f = self.factor
@@ -203,10 +180,8 @@ class VAE(nn.Module):
         def spans(n: int) -> list[slice]:
             """Spread evenly along one axis, so that neighbours share at least `overlap`."""
             side, count = min(tile, n), max(1, math.ceil((n - overlap) / (tile - overlap)))
-            return [
-                slice(start, start + side)
-                for start in (i * (n - side) // max(1, count - 1) for i in range(count))
-            ]
+            starts = (i * (n - side) // max(1, count - 1) for i in range(count))
+            return [slice(start, start + side) for start in starts]
 
         def ramp(n: int) -> Tensor:
             """Weight along one axis of a tile: near 0 at its edges, 1 from `overlap` on."""
@@ -218,10 +193,7 @@ class VAE(nn.Module):
         weight = ramp(min(tile, h))[:, None] * ramp(min(tile, w))  # (f tile, f tile)
         for rows in spans(h):
             for columns in spans(w):
-                where = (
-                    slice(rows.start * f, rows.stop * f),
-                    slice(columns.start * f, columns.stop * f),
-                )
-                out[:, :, where[0], where[1]] += weight * self.decode(z0[:, :, rows, columns])
+                where = tuple(slice(x.start * f, x.stop * f) for x in (rows, columns))
+                out[(..., *where)] += weight * self.decode(z0[:, :, rows, columns])
                 total[where] += weight
         return out / total

@@ -40,9 +40,8 @@ class Probe(NamedTuple):
     prompts_cond: Cond  # of the eight prompts that are drawn, from seeds 0-7
     prompts_null: Cond
     w: float  # guidance
-    before: (
-        Tensor  # lcm: teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) at first
-    )
+    # lcm: the teacher's trajectory (51, 8, 4, h, w); diffusion: z0 (8, 4, h, w) at first
+    before: Tensor
 
 
 def make_probe(
@@ -56,15 +55,13 @@ def make_probe(
     schedule: Schedule,
     guidance: float,
 ) -> Probe:
-    """Before the first step; what is drawn are latents (8, 4, side, side), for diffusion with
-    `guidance`.
-    """
+    """Before the first step; what is drawn are latents (8, 4, side, side), for diffusion guided."""
     z_T, _ = noise(range(8), (4, side, side), z0.device)
     w = sum(objective.w_range) / 2 if objective.kind == "lcm" else guidance - 1
     if objective.kind == "lcm":
         before = guided_trajectory(teacher, z_T, *prompts, schedule, w)
     else:
-        before = guided_ddim(teacher, z_T, *prompts, schedule, w)
+        before = from_seeds(guided(teacher, *prompts, w), z_T, "ddim", 20, schedule)
     return Probe(z0, cond, null_cond, *prompts, w, before)
 
 
@@ -72,60 +69,34 @@ def make_probe(
 def measure(
     objective: Objective, networks: list[Network], probe: Probe, schedule: Schedule, tau: Tau
 ) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements, {label: z0 (8, 4, h, w)} for the sheet) of student, teacher and target, and of
-    a LoRA.
-    """
-    if objective.kind == "lcm":
-        skip = objective.k, objective.psi_steps
-        record, columns = lcm_record(*networks, probe, schedule, *skip)
-    else:
-        record, columns = diffusion_record(networks[0], probe, schedule)
-    return record | ({"delta_norms": delta_norms(tau)} if tau else {}), columns
+    """(measurements of student, teacher and target, {label: z0 (8, 4, h, w)} for the sheet)."""
+    student, teacher, _ = networks
+    norms = {"delta_norms": delta_norms(tau)} if tau else {}
+    if objective.kind == "diffusion":
+        eps_fn = guided(student, probe.prompts_cond, probe.prompts_null, probe.w)
+        now = from_seeds(eps_fn, probe.before, "ddim", 20, schedule)
+        record = {"loss_by_band": loss_by_band(student, probe.z0, probe.cond, schedule)}
+        return record | norms, {"before, 20 DDIM": probe.before, "now, 20 DDIM": now}
+    latents = probe.z0, probe.cond, probe.null_cond, schedule, probe.w
+    along = probe.before, probe.prompts_cond, schedule, probe.w
+    neighbours, to_end = consistency_along_trajectory(student, *along)
+    record = {
+        "loss_by_index": loss_by_index(*networks, *latents, objective.k, objective.psi_steps),
+        "self_consistency": neighbours,
+        "to_end": to_end,
+        "to_teacher": distance_to_teacher(student, *along),
+    }
+    return record | norms, lcm_columns(student, teacher, *along)
 
 
 @torch.no_grad()
 def loss_on(batches: list[Batch], batch_loss: Callable[[Batch], Tensor]) -> float:
-    """The mean loss on batches; their generators are restored, so that every evaluation sees the
-    same noise.
-    """
+    """The mean loss on batches, whose generators are restored: every save sees the same noise."""
     states = [batch.generator.get_state() for batch in batches]
     loss = sum(batch_loss(batch).item() for batch in batches) / len(batches)
     for batch, state in zip(batches, states):
         batch.generator.set_state(state)
     return mean_over_processes(loss)[0]
-
-
-def lcm_record(
-    student: Network,
-    teacher: Network,
-    target: Network,
-    probe: Probe,
-    schedule: Schedule,
-    k: int,
-    psi_steps: int,
-) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements of an LCM, {label: z0 (8, 4, h, w)} for its sheet)."""
-    latents = probe.z0, probe.cond, probe.null_cond, schedule, probe.w
-    along = probe.before, probe.prompts_cond, schedule, probe.w
-    neighbours, to_end = consistency_along_trajectory(student, *along)
-    record = {
-        "loss_by_index": loss_by_index(student, teacher, target, *latents, k, psi_steps),
-        "self_consistency": neighbours,
-        "to_end": to_end,
-        "to_teacher": distance_to_teacher(student, *along),
-    }
-    return record, lcm_columns(student, teacher, *along)
-
-
-def diffusion_record(
-    student: Network, probe: Probe, schedule: Schedule
-) -> tuple[dict, dict[str, Tensor]]:
-    """(measurements of a diffusion model, {label: z0 (8, 4, h, w)} for its sheet)."""
-    now = guided_ddim(
-        student, probe.before, probe.prompts_cond, probe.prompts_null, schedule, probe.w
-    )
-    record = {"loss_by_band": loss_by_band(student, probe.z0, probe.cond, schedule)}
-    return record, {"before, 20 DDIM": probe.before, "now, 20 DDIM": now}
 
 
 def bind(network: Network, cond: Cond, w: float) -> EpsFn:
@@ -139,9 +110,7 @@ def bind(network: Network, cond: Cond, w: float) -> EpsFn:
 
 
 def in_parts(network: Network, most: int) -> Network:
-    """The network on at most `most` images at a time, so that measuring needs no more memory than a
-    training step.
-    """
+    """The network on at most `most` images at a time: no more memory than a training step."""
 
     def call(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
         parts = [slice(i, i + most) for i in range(0, len(z_t), most)]
@@ -170,33 +139,21 @@ def loss_by_index(
     k: int = T // GRID,
     psi_steps: int = 1,
 ) -> dict[int, float]:
-    """{n: distillation loss at grid index n} for ten n, on clean latents z0 (b, c, h, w), with the
-    same noise.
-    """
+    """{n: distillation loss at grid index n} for ten n, on z0 (b, c, h, w), with the same noise."""
     _, ws, eps = draw(z0.shape, torch.Generator().manual_seed(0), (w, w))
-
-    def loss_at(n: int) -> float:
-        drawn = torch.full((len(z0),), n), ws, eps
-        networks, latents = (student, teacher, target), (z0, cond, null_cond)
-        return lcd_loss(*networks, *latents, schedule, *drawn, k, psi_steps).item()
-
-    return {n: loss_at(n) for n in INDICES}
+    given = student, teacher, target, z0, cond, null_cond, schedule
+    at = {n: torch.full((len(z0),), n) for n in INDICES}
+    return {n: lcd_loss(*given, at_n, ws, eps, k, psi_steps).item() for n, at_n in at.items()}
 
 
 @torch.no_grad()
 def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -> dict[int, float]:
-    """{first t of a band of 100: mean squared error of eps_hat there}, unweighted: a network that
-    says 0 has 1.
-
-    z0 (b, c, h, w): image i is at (i + 1/2) / b of every band, with the same noise.
-    """
-    b, losses = len(z0), {}
+    """{first t of a band of 100: mean squared error of eps_hat}: 1 if the network says 0."""
+    b, losses, eps_fn = len(z0), {}, bind(student, cond, 0.0)
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
-    for start in range(0, T, 100):
-        t = start + (torch.arange(b) * 2 + 1) * 100 // (2 * b)  # (b,)
-        losses[start] = diffusion_loss(
-            bind(student, cond, 0.0), z0, t.to(z0.device), eps, schedule, gamma=None
-        ).item()
+    for start in range(0, T, 100):  # image i at (i + 1/2) / b of every band
+        t = start + (torch.arange(b, device=z0.device) * 2 + 1) * 100 // (2 * b)  # (b,)
+        losses[start] = diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None).item()
     return losses
 
 
@@ -231,28 +188,17 @@ def guided(network: Network, cond: Cond, null_cond: Cond, w: float) -> EpsFn:
     return guided_eps(lambda z_t, t, cond: bind(network, cond, w)(z_t, t), cond, null_cond, w)
 
 
-def guided_ddim(
-    network: Network,
-    like: Tensor,
-    cond: Cond,
-    null_cond: Cond,
-    schedule: Schedule,
-    w: float,
-    steps: int = 20,
-) -> Tensor:
-    """z0 (b, c, h, w), of the shape and device of `like`, by guided DDIM from seeds 0 to b - 1."""
-    eps_fn, seeds = guided(network, cond, null_cond, w), range(len(like))
-    return generate(
-        eps_fn, seeds, like.shape[1:], "ddim", steps, device=like.device, schedule=schedule
-    )
+def from_seeds(eps_fn: EpsFn, like: Tensor, sampler: str, steps: int, schedule: Schedule) -> Tensor:
+    """z0 (b, c, h, w), of the shape and device of `like`, from seeds 0 to b - 1."""
+    seeds, shape = range(len(like)), like.shape[1:]
+    return generate(eps_fn, seeds, shape, sampler, steps, device=like.device, schedule=schedule)
 
 
 @torch.no_grad()
 def consistency_along_trajectory(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """How far f is from constant along the teacher's 50-step trajectory (51, b, c, h, w), by grid
-    index n.
+    """How far f is from constant along the teacher's trajectory (51, b, c, h, w), by index n.
 
     {n: RMS of f at index n minus f at its neighbour}, 20 timesteps below; {n: RMS of f at index n
     minus z0, the trajectory's end}. Both are 0 if the student solves the teacher's ODE as 50 steps
@@ -275,21 +221,13 @@ def few_steps(
     network: Network, like: Tensor, cond: Cond, schedule: Schedule, w: float, steps: int
 ) -> Tensor:
     """z0 (b, c, h, w), shape and device of `like`, by 1 to 50 LCM steps from seeds 0 to b - 1."""
-    eps_fn, seeds = bind(network, cond, w), range(len(like))
-    return generate(
-        eps_fn, seeds, like.shape[1:], "lcm", steps, device=like.device, schedule=schedule
-    )
+    return from_seeds(bind(network, cond, w), like, "lcm", steps, schedule)
 
 
 def distance_to_teacher(
     student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
 ) -> dict[int, float]:
-    """{steps: RMS of the student's z0 in 1, 2, 4 steps minus the trajectory's end}, both from seeds
-    0 to b - 1.
-
-    Only one step can reach 0: with more, the noise between them leads to another picture of the
-    same prompt.
-    """
+    """{steps: RMS of the student's z0 minus the trajectory's end}; only one step can reach 0."""
     z0 = {steps: few_steps(student, trajectory[0], cond, schedule, w, steps) for steps in STEPS}
     return {steps: rms(z0[steps] - trajectory[-1]) for steps in STEPS}
 
@@ -316,9 +254,7 @@ def write_sheet(
 
 
 def append_metrics(path: str | Path, record: dict) -> None:
-    """Append a line of JSON, on the disk when this returns. A kill meanwhile leaves at most a
-    truncated last line.
-    """
+    """Append a line of JSON, on the disk when this returns; a kill meanwhile may truncate it."""
     with open(path, "a+b") as f:
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)  # a truncated line would merge with this one
@@ -328,22 +264,18 @@ def append_metrics(path: str | Path, record: dict) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records by step. A truncated last line is ignored; of a step written twice, the later
-    record counts.
-
-    Raises ValueError if there is no such file, or a complete line is not a record.
-    """
+    """The records by step, without a truncated last line; of a step written twice, the last."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     records = {}
-    for i, line in enumerate(
-        Path(path).read_bytes().split(b"\n")[:-1], 1
-    ):  # what follows the last break is truncated
+
+    def numbered(d: dict) -> dict:  # JSON's keys are strings: indices and steps become int again
+        return {int(k) if k.isdigit() else k: v for k, v in d.items()}
+
+    complete = Path(path).read_bytes().split(b"\n")[:-1]  # without a truncated last line
+    for i, line in enumerate(complete, 1):
         try:
-            # JSON's keys are strings: indices and numbers of steps become int again
-            record = json.loads(
-                line, object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()}
-            )
+            record = json.loads(line, object_hook=numbered)
             records[record["step"]] = record
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: line {i} is not a record of a step") from None

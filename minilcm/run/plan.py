@@ -1,5 +1,4 @@
-"""Will it fit? The memory of a training step, part by part, from shapes alone: before any weight is
-read.
+"""Will it fit? The memory of a training step, part by part, before any weight is read.
 
 The real step runs on fake tensors, which have a shape but no memory. They are declared to be on the
 CPU, because autograd's backward pass asks for a real GPU; the shapes are the same.
@@ -27,10 +26,8 @@ from ..model.unet import Cond, UNet
 from ..model.vae import VAE
 from ..objective import Objective, loss_of, make_networks
 
-RUNTIME = {
-    "cuda": 0.5,
-    "cpu": 0.9,
-}  # GB, about: the CUDA context; Python, its libraries and the kernels they compile
+# GB, about: the CUDA context; Python, its libraries and the kernels they compile
+RUNTIME = {"cuda": 0.5, "cpu": 0.9}
 
 
 class Step(NamedTuple):
@@ -48,9 +45,7 @@ class Step(NamedTuple):
 
 
 def tensors_in(x) -> Iterator[torch.Tensor]:
-    """The tensors among an operation's arguments or results; torch's own tree_leaves is several
-    times slower.
-    """
+    """The tensors in an operation's arguments or results, faster than torch's own tree_leaves."""
     if isinstance(x, torch.Tensor):
         yield x
     elif isinstance(x, list | tuple):
@@ -62,8 +57,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors made inside the block that are still alive: `now`, and at the `peak`.
 
     It sees every operation below autograd, so temporaries and what the graph saves both count;
-    views share their storage and count once. Works on real tensors and on fake ones
-    (FakeTensorMode), which have a shape but no memory.
+    views share their storage and count once. Works on real tensors and on fake ones.
     """
 
     def __init__(self):
@@ -91,9 +85,8 @@ def peak_bytes(device: str) -> int:
     """The most memory this process has held so far, on the GPU or in main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size_of(tensors) -> int:
@@ -106,19 +99,13 @@ def size_of(tensors) -> int:
 
 @contextmanager
 def norms_as_on_cuda() -> Iterator[None]:
-    """CUDA's autocast normalises in float32 and keeps the widened inputs, which therefore count;
-    the CPU's does not.
-    """
+    """CUDA's autocast, not the CPU's, normalises in float32 and keeps the widened inputs."""
 
     def widened(norm):
-        return lambda x, *args: norm(
-            x.float(), *(a.float() if isinstance(a, Tensor) else a for a in args)
-        )
+        return lambda *args: norm(*(a.float() if isinstance(a, Tensor) else a for a in args))
 
-    with (
-        patch.object(F, "group_norm", widened(F.group_norm)),
-        patch.object(F, "layer_norm", widened(F.layer_norm)),
-    ):
+    norms = {"group_norm": widened(F.group_norm), "layer_norm": widened(F.layer_norm)}
+    with patch.multiple(F, **norms):
         yield
 
 
@@ -134,17 +121,12 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
         vector = torch.randn(step.batch, config.unet.adm) if config.unet.adm else None
         cond = Cond(torch.randn(step.batch, N_TOKENS, config.unet.context_dim), vector)
         with LiveBytes() as live, norms_as_on_cuda() if step.device == "cuda" else nullcontext():
-            for _ in range(
-                min(2, step.accumulate)
-            ):  # in the second batch all gradients are there from the start
+            for _ in range(min(2, step.accumulate)):  # in the second all gradients are there
                 loss_of(objective, nets, z0, cond, cond, torch.Generator()).backward()
         gradients = size_of(x.grad for x in trained)
-    full = objective.rank is None
-    copies = (
-        size_of(nets.target_unet.parameters()) + base * step.half.itemsize
-        if nets.target_unet
-        else 0
-    )
+    full, copies = objective.rank is None, 0
+    if nets.target_unet:
+        copies = size_of(nets.target_unet.parameters()) + base * step.half.itemsize
     return {
         "UNet": size_of(x for x in unet.parameters() if full or not x.requires_grad),
         "teacher and target": copies,
@@ -158,9 +140,7 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
 
 
 def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
-    """Bytes in float32 of VAE, text encoders, and the activations of encoding a picture and
-    decoding it in tiles.
-    """
+    """Bytes in float32 of VAE, text encoders, encoding a picture and decoding it in tiles."""
     with FakeTensorMode(), torch.no_grad():
         vae, text = VAE(config.vae), TextEncoder(config.text)
         with LiveBytes() as encoding:
@@ -171,15 +151,11 @@ def vae_and_text_bytes(config: Config, size: int) -> tuple[int, int, int, int]:
 
 
 def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0) -> None:
-    """Print the bytes of a step by part, with the other choice of checkpointing, and whether
-    `capacity` GB suffice.
-    """
-    with ProcessPoolExecutor(
-        1, get_context("spawn")
-    ) as pool:  # fake tensors are slow: SDXL takes most of a minute
-        job = pool.submit(
-            step_bytes, objective._replace(checkpointing=not objective.checkpointing), config, step
-        )
+    """Print the bytes of a step, part by part, and whether `capacity` GB suffice."""
+    opposite = objective._replace(checkpointing=not objective.checkpointing)
+    # in two processes: fake tensors are slow, and SDXL takes most of a minute
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        job = pool.submit(step_bytes, opposite, config, step)
         parts, count = step_bytes(objective, config, step)
         vae, text, encoding, decoding = vae_and_text_bytes(config, step.size)
         other, _ = job.result()
@@ -192,11 +168,9 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
     }
     total = max(stages.values()) / 1e9
 
-    print(
-        f"{objective.kind}, {count:,} parameters to train, batch {step.batch} x "
-        f"{step.size}x{step.size}, {str(step.half)[6:]}, "
-        f"checkpointing {'on' if objective.checkpointing else 'off'}"
-    )
+    batch, half = f"batch {step.batch} x {step.size}x{step.size}", str(step.half)[6:]
+    how = f"{batch}, {half}, checkpointing {'on' if objective.checkpointing else 'off'}"
+    print(f"{objective.kind}, {count:,} parameters to train, {how}")
     for part, size_in_bytes in parts.items():
         if size_in_bytes:
             print(f"  {part:20} {size_in_bytes / 1e9:7.2f} GB")
@@ -209,11 +183,8 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
         print(f".tar shards are encoded while training, with VAE and text on the GPU: {more}")
     if capacity:
         left = capacity - total - RUNTIME[step.device]
-        fits = (
-            f"fits, {left:.2f} GB are left"
-            if left >= 0
-            else f"does not fit, {-left:.2f} GB are missing"
-        )
+        fits = "fits, {:.2f} GB are left" if left >= 0 else "does not fit, {:.2f} GB are missing"
+        fits = fits.format(abs(left))
         runtime = "CUDA" if step.device == "cuda" else "Python"
         print(f"in {capacity:g} GB, {RUNTIME[step.device]} for {runtime} itself: {fits}")
     print(f"total {total:.2f} GB")

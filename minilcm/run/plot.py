@@ -1,6 +1,4 @@
-"""A training run on one page: RUN/metrics.jsonl -> RUN/plot.png. Needs matplotlib, the extra
-`plot`.
-"""
+"""A training run on one page: RUN/metrics.jsonl -> RUN/plot.png. Needs the extra `plot`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,32 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-INDEX = "grid index n,  t = 20 n + 19"
+INDEX, BAND = "grid index n,  t = 20 n + 19", "timestep t, first of a band of 100"
+RMS, NOISE = "RMS, latent units", "mean squared error of the noise"
+NEIGHBOURS = "Self-consistency: f at neighbours\non the teacher's trajectory"
+END = "Solving the ODE: f against the end\nof the teacher's trajectory"
 SAVES = {  # key in a record: title and axes of a panel with one line per save
     "loss_by_index": ("Loss by grid index", INDEX, "distillation loss, latent units"),
-    "loss_by_band": (
-        "Loss by timestep",
-        "timestep t, first of a band of 100",
-        "mean squared error of the noise",
-    ),
-    "self_consistency": (
-        "Self-consistency: f at neighbours\non the teacher's trajectory",
-        INDEX,
-        "RMS, latent units",
-    ),
-    "to_end": (
-        "Solving the ODE: f against the end\nof the teacher's trajectory",
-        INDEX,
-        "RMS, latent units",
-    ),
+    "loss_by_band": ("Loss by timestep", BAND, NOISE),
+    "self_consistency": (NEIGHBOURS, INDEX, RMS),
+    "to_end": (END, INDEX, RMS),
     "delta_norms": ("Size of the LoRA's change", "block of the UNet", "Frobenius norm ||dW||"),
 }
 
 
 def plot_run(run: Path) -> Path:
-    """Write RUN/plot.png and return its path. Raises ValueError as `read_metrics` and `draw_run`
-    do.
-    """
+    """Write RUN/plot.png and return its path. Raises ValueError as the two it calls do."""
     figure, out = draw_run(read_metrics(run / "metrics.jsonl"), str(run)), run / "plot.png"
     with atomic(out) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -46,10 +33,7 @@ def plot_run(run: Path) -> Path:
 
 
 def draw_run(records: list[dict], title: str) -> "Figure":
-    """A panel for each quantity that the records, sorted by step, contain.
-
-    Raises ValueError if matplotlib is not installed, or there is no record.
-    """
+    """A panel for each quantity in the records. Raises ValueError without any, or matplotlib."""
     try:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
@@ -75,9 +59,8 @@ def draw_run(records: list[dict], title: str) -> "Figure":
     for key in saved:
         draw_saves(axes[key], key, records, colour)
     if saved:
-        figure.colorbar(
-            colour, ax=list(axes.values()), label="optimizer step of a save", shrink=0.6
-        )
+        label = "optimizer step of a save"
+        figure.colorbar(colour, ax=list(axes.values()), label=label, shrink=0.6)
     for ax in axes.values():
         ax.grid(alpha=0.3)
     return figure
@@ -85,43 +68,25 @@ def draw_run(records: list[dict], title: str) -> "Figure":
 
 def draw_loss(ax: "Axes", records: list[dict]) -> None:
     """The training loss by step, and at each save the loss on fixed latents."""
-    trained = [record for record in records if "loss" in record]
-    ax.plot(
-        [r["step"] for r in trained],
-        [r["loss"] for r in trained],
-        color="0.6",
-        label="of the current batch",
-    )
+    trained = {r["step"]: r["loss"] for r in records if "loss" in r}
+    ax.plot(list(trained), list(trained.values()), color="0.6", label="of the current batch")
+    how = dict(color="black", markersize=4, label="of fixed latents, mean over t")
     for key in ("loss_by_index", "loss_by_band"):
         means = {r["step"]: sum(r[key].values()) / len(r[key]) for r in records if key in r}
         if means:
-            ax.plot(
-                *zip(*means.items()),
-                "o-",
-                color="black",
-                markersize=4,
-                label="of fixed latents, mean over t",
-            )
+            ax.plot(*zip(*means.items()), "o-", **how)
     ax.set(title="Training loss", xlabel="optimizer step", ylabel="loss", yscale="log")
     ax.legend()
 
 
 def draw_distance(ax: "Axes", records: list[dict]) -> None:
     """The student's distance to the teacher by step, a line per number of LCM steps."""
-    for (steps, _), mark in zip(records[0]["to_teacher"].items(), "o^sDv"):
-        distance = [record["to_teacher"][steps] for record in records]
-        ax.plot(
-            [r["step"] for r in records],
-            distance,
-            f"{mark}-",
-            label=f"{steps} step{'s' * (steps > 1)}",
-        )
-    ax.set(
-        title="Student against the teacher's\nguided 50 steps",
-        xlabel="optimizer step",
-        yscale="log",
-    )
-    ax.set_ylabel("RMS, latent units")
+    for steps, mark in zip(records[0]["to_teacher"], "o^sDv"):
+        distance = {r["step"]: r["to_teacher"][steps] for r in records}
+        label = f"{steps} step{'s' * (steps > 1)}"
+        ax.plot(*zip(*distance.items()), f"{mark}-", label=label)
+    title = "Student against the teacher's\nguided 50 steps"
+    ax.set(title=title, xlabel="optimizer step", ylabel=RMS, yscale="log")
     ax.legend()
 
 

@@ -36,9 +36,7 @@ def replicate(unet: nn.Module) -> nn.Module:
 
 
 def shard(unet: nn.Module) -> nn.Module:
-    """FSDP2, in place: a block's weights are whole only while it runs; each process keeps 1 / world
-    of them.
-    """
+    """FSDP2, in place: a block's weights are whole only while it runs, else shared out."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

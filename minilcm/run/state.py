@@ -1,6 +1,4 @@
-"""The state of a training run, and its files: all that it needs to continue as if it had never
-stopped.
-"""
+"""The state of a training run, and its files: all that it needs to continue as if never stopped."""
 
 import json
 import os
@@ -63,11 +61,7 @@ class Training(NamedTuple):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside the block no other process trains into the folder; the file `.lock` tells which does.
-
-    The system drops a lock when its process ends, however it ends. Raises ValueError if the folder
-    is locked.
-    """
+    """Inside the block no other process trains into the folder; `.lock` there says which does."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
@@ -91,9 +85,8 @@ def locked(folder: Path) -> Iterator[None]:
 def start_folder(folder: Path, resume: bool) -> None:
     """Refuse to write over a run, and remove what a killed run left half written."""
     if states_in(folder) and not resume:
-        raise ValueError(
-            f"{folder} already holds a run; continue it with --resume, or give another --out"
-        )
+        how = "continue it with --resume, or give another --out"
+        raise ValueError(f"{folder} already holds a run; {how}")
     for part in folder.glob(".*.part"):
         if re.match(r"\.(lora|model|target|state_\d+|step_\d+)\.", part.name):
             part.unlink()
@@ -118,32 +111,24 @@ def flags_of(args: Namespace, model_sha256: str, data: str, world: int) -> dict[
 
 
 def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
-    """Raises ValueError with both values of the first flag that would make the resumed run another
-    run.
-    """
+    """Raises ValueError at the first flag that would make the resumed run another run."""
     for key, value in now.items():
         if (was := then.get(key)) != value:
-            flag = key.replace("_", "-")
-            raise ValueError(
-                f"--resume: --{flag} was {was}, is now {value}; give the flags of that run"
-            )
+            changed = f"--{key.replace('_', '-')} was {was}, is now {value}"
+            raise ValueError(f"--resume: {changed}; give the flags of that run")
 
 
 def state_tensors(
     named: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, Tensor]:
-    """What a run needs to continue, on the CPU: trained tensors (and averages), and the optimizer's
-    moments.
+    """What a run needs to continue, on the CPU: trained tensors, averages, moments.
 
-    There is no generator to save: everything random in a step is drawn from (seed, step). If every
-    process has only its share of the tensors, all of them must call this; those that do not `keep`
-    get {}.
+    There is no generator to save: everything random in a step is drawn from (seed, step). All
+    processes must call this, as each may have only a share; those that do not `keep` get {}.
     """
-    moments = {
-        f"optimizer.{i}.{key}": value
-        for i, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
+    moments = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        moments |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
     out = {}
     for key, value in (named | moments).items():
         value = whole(value).detach()
@@ -153,9 +138,7 @@ def state_tensors(
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
-    """Write `state_tensors` and `run` (step, flags) as safetensors with JSON in the header,
-    atomically.
-    """
+    """Write `state_tensors` and `run` (step, flags) as safetensors, atomically."""
     write_tensors(path, tensors, {"minilcm.run": json.dumps(run)})
 
 
@@ -171,9 +154,7 @@ def latest_state(folder: str | Path) -> Path:
 
 
 def read_run(path: str | Path) -> dict:
-    """{"step", "flags", "positions"} of a state. Raises ValueError if the file is not a complete
-    state.
-    """
+    """{"step", "flags", "positions"} of a state. Raises ValueError if it is not complete."""
     _, metadata = read_header(path)
     if "minilcm.run" not in metadata:
         raise ValueError(f"{path}: not the state of a run")
@@ -184,28 +165,22 @@ def read_run(path: str | Path) -> dict:
 def load_state(
     path: str | Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict:
-    """Fill `named` and the optimizer in place from a state; returns its `run`. Raises ValueError on
-    other keys.
-    """
+    """Fill `named` and the optimizer from a state; -> its `run`. ValueError for other keys."""
     tensors, _ = read_tensors(path)
     moments = {k: tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")}
     if set(tensors) != set(named) or any(tensors[k].shape != named[k].shape for k in named):
-        raise ValueError(
-            f"{path}: state of another model or objective; give another --out, or that run's flags"
-        )
+        what = "state of another model or objective"
+        raise ValueError(f"{path}: {what}; give another --out, or that run's flags")
     for key, value in named.items():
         value.copy_(share_of(tensors[key], value))
-    parameters = optimizer.param_groups[0]["params"]
-    state: dict[int, dict[str, Tensor]] = {}
+    saved, parameters = optimizer.state_dict(), optimizer.param_groups[0]["params"]
+    saved["state"] = {}
     for key, value in moments.items():
         _, i, name = key.split(".")
         like = parameters[int(i)]
-        state.setdefault(int(i), {})[name] = (
-            share_of(value, like) if value.shape == like.shape else value
-        )
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+        value = share_of(value, like) if value.shape == like.shape else value
+        saved["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(saved)
     return read_run(path)
 
 
@@ -223,14 +198,9 @@ def recipe_of(
     recipe = {"objective": objective.kind, "steps": str(step), "seed": str(seed)}
     recipe |= {"model": model, "model_sha256": model_sha256}
     if objective.kind == "lcm":
-        w = ":".join(f"{w:g}" for w in dict.fromkeys(objective.w_range))
-        recipe |= {
-            "w": w,
-            "k": str(objective.k),
-            "psi_steps": str(objective.psi_steps),
-            "K": str(GRID),
-            "timestep_scaling": f"{T_SCALE:g}",
-        }
+        recipe["w"] = ":".join(f"{w:g}" for w in dict.fromkeys(objective.w_range))
+        recipe |= {"k": str(objective.k), "psi_steps": str(objective.psi_steps)}
+        recipe |= {"K": str(GRID), "timestep_scaling": f"{T_SCALE:g}"}
     return recipe
 
 
@@ -239,9 +209,8 @@ def save_run(
 ) -> None:
     """The result and the state, of which two are kept; `run` has step, flags and positions.
 
-    Every process must call this, and the `first` one writes: lora.safetensors with the recipe, or
-    model.safetensors; of a full LCM target.safetensors, too. The official script also writes both,
-    as `unet` and `unet_target`.
+    Every process must call this, and the `first` one writes. Of a full LCM the target is written
+    too: the official script writes both, as `unet` and `unet_target`.
     """
     weights = {}
     for name, x in (training.average or training.named).items():
@@ -250,21 +219,15 @@ def save_run(
     tensors = state_tensors(training.saved(), training.optimizer, keep=first)
     if not first:
         return
-    if layers := get_tau(training.unet):
-        tau = {
-            path: (
-                weights[f"{path}.lora_up.weight"],
-                weights[f"{path}.lora_down.weight"],
-                lora_alpha,
-            )
-            for path, (_, _, lora_alpha) in layers.items()
-        }
+    if tau := get_tau(training.unet):
+        for path, (_, _, lora_alpha) in tau.items():
+            up, down = (weights[f"{path}.lora_{x}.weight"] for x in ("up", "down"))
+            tau[path] = up, down, lora_alpha
         write_tau(folder / "lora.safetensors", tau, recipe)
     else:
         config = replace(base.config, unet=training.unet.cfg)
         save_model(folder / "model.safetensors", weights, base.vae, base.text, config)
-        target = {k[7:]: x for k, x in tensors.items() if k.startswith("target.")}
-        if target:
+        if target := {k[7:]: x for k, x in tensors.items() if k.startswith("target.")}:
             save_model(folder / "target.safetensors", target, base.vae, base.text, config)
     save_state(folder / f"state_{run['step']:06d}.safetensors", tensors, run)
     for old in states_in(folder)[:-2]:
@@ -272,14 +235,10 @@ def save_run(
 
 
 def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
-    """Where the result and its sheet are, and the line that draws with it; `shipped`: whether the
-    model it began with is, for which an LCM-LoRA is at hand.
-    """
+    """Where the result and its sheet are, and how to draw; `shipped`: whether the base is."""
     result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
-    if args.full:
-        words = ["--model", result]
-    else:
-        words = [*([] if shipped else ["--model", args.model]), "--lora", result]
+    base = [] if shipped else ["--model", args.model]
+    words = ["--model", result] if args.full else [*base, "--lora", result]
     if args.objective == "diffusion":  # few steps need an LCM-LoRA
         words += ["--lora", "lcm"] if shipped and not args.full else ["--sampler", "ddim"]
     line = shlex.join(["python", "sample.py", prompt, *map(str, words)])

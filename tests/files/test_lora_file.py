@@ -532,7 +532,7 @@ def test_lora_of_a_transformer(tmp_path, key, down, up):
     path = tmp_path / "lora.safetensors"
     pair = {f"{key}.lora_{down}.weight": torch.ones(2, 3)}
     save_file(pair | {f"{key}.lora_{up}.weight": torch.ones(3, 2)}, path)
-    with pytest.raises(ValueError, match="1 of 1 modules .* it is a LoRA for SD3 or Flux"):
+    with pytest.raises(ValueError, match="1 of 1 modules .* it is for SD3 or Flux"):
         read_tau(path)
 
 

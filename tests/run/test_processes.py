@@ -4,11 +4,14 @@ Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of 
 two of one.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -35,17 +38,19 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(
-    files: Path, out: Path, world: int, batch: int, steps: int, *flags: str
-) -> subprocess.Popen:
-    argv = ["--lr", "0.001", *flags, "--batch", batch, "--steps", steps]
+def flags(files: Path, out: Path, batch: int, steps: int, *more: str) -> list[str]:
+    argv = ["--lr", "0.001", *more, "--batch", batch, "--steps", steps]
     argv += "--looks 1 --device cpu".split()
     argv += ["--model", files / "model.safetensors", "--data", files / "art", "--out", out]
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
-    command = [sys.executable, *(runner if world > 1 else []), __file__, *argv]
+    return [*map(str, argv)]
+
+
+def start(*runs: list[str], world: int = 2) -> subprocess.Popen:
+    """Processes that do one run after another: most of a short run's time is importing torch."""
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*map(str, command)],
+        [sys.executable, *(runner if world > 1 else []), __file__, json.dumps(runs)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -54,13 +59,31 @@ def start(
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out[-3000:]
     return out
 
 
+LCM = "--objective", "lcm", "--rank", "4", "--save-every", "1"
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory) -> tuple[Path, dict[int, str]]:
+    """OUT/WORLD/OBJECTIVE, each a run of one step, and OUT/2/untouched; what was printed."""
+    out, printed = tmp_path_factory.mktemp("out"), {}
+    for world, batch in ((1, 4), (2, 2)):
+        here = out / str(world)
+        runs = [
+            flags(files, here / name, batch, 1, *how, "--lr", "1e-5")
+            for name, how in OBJECTIVES.items()
+        ]
+        runs += [flags(files, here / "untouched", 1, 6, *LCM)] if world == 2 else []
+        printed[world] = finish(start(*runs, world=world))
+    return out, printed
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
+def test_two_ranks_are_one_with_twice_the_batch(finished, objective):
     """The gradient of a step, clipped, is the same to 1e-6 of its largest value; so is the loss
     that is printed. For the consistency loss to 1e-3: it is nearly a sum of absolute values, whose
     gradient jumps within c = 1e-3 of zero.
@@ -69,11 +92,8 @@ def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
     same noise or summed gradients would be off by as much as the gradient. The weights say less:
     Adam makes a step of lr out of any sign.
     """
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*OBJECTIVES[objective], "--lr", "1e-5"]
-    printed = [finish(start(files, one, 1, 4, 1, *flags))]
-    printed += [finish(start(files, two, 2, 2, 1, *flags))]
-    a, b = (read_tensors(latest_state(out))[0] for out in (one, two))
+    out, printed = finished
+    a, b = (read_tensors(latest_state(out / world / objective))[0] for world in "12")
     assert a.keys() == b.keys()
     moments = [key for key in a if key.endswith("exp_avg")]
     largest = max(a[key].abs().max().item() for key in moments)
@@ -81,18 +101,20 @@ def test_two_ranks_are_one_with_twice_the_batch(files, tmp_path, objective):
     assert moments and far <= (1e-3 if "lcm" in objective else 1e-6) * largest, far / largest
     names = [key for key in a if not key.startswith("optimizer")]
     assert all((a[key] - b[key]).abs().max() <= 3e-5 for key in names)  # lr is 1e-5
-    losses = [
-        next(line for line in out.splitlines() if line.startswith("step 1: ")) for out in printed
+    said = [
+        [line.split()[3] for line in text.splitlines() if line.startswith("step 1: ")]
+        for text in printed.values()
     ]
-    assert losses[0].split()[3] == losses[1].split()[3]
+    i = list(OBJECTIVES).index(objective)
+    assert said[0][i] == said[1][i]
 
 
-def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path):
+def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path, finished):
     """SIGKILL to one of two: the other does not hang, torchrun says which rank it was, and its
     state is whole: resumed, the run ends with the bits of one that lost nobody.
     """
-    job = files, tmp_path / "run", 2, 1, 6, "--objective", "lcm", "--rank", "4", "--save-every", "1"
-    process = start(*job)
+    run = flags(files, tmp_path / "run", 1, 6, *LCM)
+    process = start(run)
     while process.poll() is None and not list((tmp_path / "run").glob("state_*")):
         time.sleep(0.1)
     workers = subprocess.run(
@@ -102,10 +124,10 @@ def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in out
     assert 1 <= read_run(latest_state(tmp_path / "run"))["step"] < 6
-    finish(start(*job, "--resume"))
-    finish(start(files, tmp_path / "untouched", *job[2:]))
-    a, b = (read_tensors(latest_state(tmp_path / out))[0] for out in ("run", "untouched"))
-    assert read_run(latest_state(tmp_path / "run"))["step"] == 6
+    finish(start([*run, "--resume"]))
+    states = latest_state(tmp_path / "run"), latest_state(finished[0] / "2/untouched")
+    a, b = (read_tensors(state)[0] for state in states)
+    assert read_run(states[0])["step"] == 6
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -113,7 +135,12 @@ if __name__ == "__main__":
     import train
 
     train.forward_dtype = lambda device: torch.float32
+    train.islice = lambda batches, _: islice(batches, 1)  # what a save measures costs more than
+    train.diagnostics.INDICES = (0, 49)  # the steps: one fixed batch for eight, two indices for ten
+    # the processes of the first run are those of the others
+    torch.distributed.init_process_group = cache(torch.distributed.init_process_group)
     try:
-        train.main(train.parse(sys.argv[1:]))
+        for argv in json.loads(sys.argv[1]):
+            train.main(train.parse(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

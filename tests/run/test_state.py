@@ -1,13 +1,13 @@
 """A run's folder: its states by number, and one process at a time."""
 
 import os
-import signal
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT
 
 from minilcm.run.state import latest_state, locked, save_state, start_folder, states_in
 
@@ -21,31 +21,26 @@ def test_states_are_in_the_order_of_their_numbers(tmp_path):
     assert latest_state(tmp_path).stem == "state_1000000"
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from minilcm.run.state import locked
-with locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    time.sleep(100)
-"""
+def hold(folder: Path, ready: Connection) -> None:
+    with locked(folder):
+        ready.send("locked")
+        time.sleep(100)
 
 
 def test_one_training_in_a_folder(tmp_path):
     """While another process trains into it, a folder is refused with its owner's name, and what it
     is writing stays; a killed owner leaves a lock that nobody heeds.
     """
-    folder = tmp_path / "run"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLD, folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as owner:
-        assert owner.stdout.readline() == "locked\n"
-        with pytest.raises(
-            ValueError, match=f"run: process {owner.pid} on .* trains into it; give"
-        ):
-            with locked(folder):
-                pass
-        owner.send_signal(signal.SIGKILL)
+    folder, fork = tmp_path / "run", get_context("fork")
+    here, there = fork.Pipe()
+    owner = fork.Process(target=hold, args=(folder, there))
+    owner.start()
+    assert here.recv() == "locked"
+    with pytest.raises(ValueError, match=f"run: process {owner.pid} on .* trains into it; give"):
+        with locked(folder):
+            pass
+    owner.kill()
+    owner.join()
     assert (folder / ".lock").exists()
     with locked(folder):
         assert str(os.getpid()) in (folder / ".lock").read_text()

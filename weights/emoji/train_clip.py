@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.data.emoji import COLORS, STYLES, caption, pool_of, read_art, split_art
+from minilcm.data.emoji import COLORS, STYLES, caption, read_art, split_art
 from minilcm.files.safetensors_file import read_tensors, write_tensors
 from minilcm.model.precision import autocast, forward_dtype
 from minilcm.model.text import EOS, VOCAB, TextConfig, TextEncoder, open_clip_to_clip_l
 from minilcm.objective import learning_rate
+
+from .train_vae import pool_of
 
 HERE = Path(__file__).parent
 SIZE, WIDTH = 64, 128  # of the pictures; of both embeddings

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.data.emoji import STYLES, Art, pool_of, read_art, split_art
+from minilcm.data.emoji import STYLES, Art, read_art, split_art
 from minilcm.files.safetensors_file import write_tensors
 from minilcm.metrics import Judge
 from minilcm.model.precision import autocast, forward_dtype
@@ -29,7 +29,7 @@ from minilcm.model.vae import VAE
 from paper.styles import KINDS, split_style
 
 from .train_clip import degrade
-from .train_vae import read_vae
+from .train_vae import pool_of, read_vae
 
 HERE = Path(__file__).parent
 SIZE = 128

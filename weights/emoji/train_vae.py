@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.data.emoji import pool_of, read_art, split_art
+from minilcm.data.emoji import Art, compositions, read_art, split_art
 from minilcm.files.checkpoint import load_model
 from minilcm.files.safetensors_file import read_tensors, write_tensors
 from minilcm.metrics import psnr, sharpness
@@ -38,6 +38,17 @@ from minilcm.objective import learning_rate
 HERE = Path(__file__).parent
 CONFIG = VAEConfig(channels=(32, 32, 64, 128), res_blocks=1, groups=8, scale=1.0)
 SIZE = 128
+
+
+def pool_of(
+    art: list[Art], size: int, looks: int, seed: int, device="cpu"
+) -> tuple[Tensor, list[str]]:
+    """All compositions, to draw batches from: pixels (m, 3, S, S) as uint8, and m colours."""
+    pixels, colors = [], []
+    for x, color in compositions(art, size, looks, seed, device):
+        pixels.append(((x + 1) * 127.5).round().byte())
+        colors += color
+    return torch.cat(pixels), colors
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
