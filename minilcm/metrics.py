@@ -6,15 +6,10 @@ The emoji model's judge was taught on the art (`weights/emoji/train_judge.py`) a
 common with the text tower that conditions the UNet.
 """
 
-import json
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
-
-from .files.safetensors_file import read_tensors
 
 SIZE = 96  # of the pictures that the judge looks at
 
@@ -38,16 +33,6 @@ class Judge(nn.Module):
         """Pixels (b, 3, H, W) in [-1, 1] -> logits of the names (b, n) and of the styles (b, s)."""
         h = self.features(pixels)
         return self.name(h), self.style(h)
-
-
-def load_judge(path: str | Path) -> Judge:
-    """The judge of `weights/emoji/judge.safetensors`, in float32."""
-    tensors, metadata = read_tensors(path)
-    judge = Judge(*json.loads(metadata["config"]))
-    judge.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    )
-    return judge.eval().requires_grad_(False)
 
 
 def picked(logits: Tensor, words: list[str], choices: list[str] | None = None) -> list[str]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from minilcm.data.emoji import COLORS, Art, article
-from minilcm.files.checkpoint import load_model
+from minilcm.files.checkpoint import load_judge, load_model
 from minilcm.files.identify import Config
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import read_tensors, sha256, write_tensors
 from minilcm.lora import Tau
-from minilcm.metrics import Judge, load_judge
+from minilcm.metrics import Judge
 from minilcm.model.precision import default_dtype
 from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from minilcm.files.checkpoint import load_judge
 from minilcm.files.safetensors_file import write_tensors
 from minilcm.metrics import (
     Judge,
     accuracy,
     interval,
-    load_judge,
     picked,
     psnr,
     sharpness,

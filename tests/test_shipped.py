@@ -6,11 +6,11 @@ from tiny import ROOT
 
 import sample
 from minilcm.cli.advice import nearest_names
-from minilcm.files.checkpoint import load_model
+from minilcm.files.checkpoint import load_judge, load_model
 from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.merge import check_fit
-from minilcm.metrics import accuracy, load_judge
+from minilcm.metrics import accuracy
 from minilcm.model.unet import emoji
 
 WEIGHTS = ROOT / "weights/emoji"

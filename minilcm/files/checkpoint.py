@@ -1,8 +1,9 @@
 """One file, one model: UNet, VAE and text encoders under official prefixes, loaded strictly."""
 
+import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,7 +17,10 @@ from ..model.vae import VAE
 from .identify import Checkpoint, Config, open_checkpoint, refuse_quantised, to_json
 from .names import text_paths
 from .parts import BIG_G, CLIP_L, NO_WEIGHT, PARTS, UNET, VAE_, part_of
-from .safetensors_file import Header, all_finite, read_header, write_tensors
+from .safetensors_file import Header, all_finite, read_header, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ..metrics import Judge
 
 
 def read_part(
@@ -215,3 +219,14 @@ def save_model(
     if config.unet.zero_snr:
         tensors["ztsnr"] = torch.empty(0)
     write_tensors(path, tensors, {"minilcm.config": to_json(config)})
+
+
+def load_judge(path: str | Path) -> "Judge":
+    """The judge of `weights/emoji/judge.safetensors`, in float32, frozen."""
+    from ..metrics import Judge  # imports open_clip, which reading a header does without
+
+    tensors, metadata = read_tensors(path)
+    judge = Judge(*json.loads(metadata["config"]))
+    state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    judge.load_state_dict(state)
+    return judge.eval().requires_grad_(False)

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from minilcm.data.emoji import COLORS, STYLES, Art, article, compose, read_art, split_art
 from minilcm.data.pictures import contact_sheet, save_png, to_images
-from minilcm.files.checkpoint import Model, load_model
+from minilcm.files.checkpoint import Model, load_judge, load_model
 from minilcm.files.lora_file import read_tau
 from minilcm.generate import generate
 from minilcm.merge import combine, merge_into, unmerge
-from minilcm.metrics import Judge, accuracy, interval, load_judge, picked, psnr, sharpness
+from minilcm.metrics import Judge, accuracy, interval, picked, psnr, sharpness
 from minilcm.model.precision import autocast, default_dtype
 from minilcm.objective import run
 from minilcm.solver import guided_eps
