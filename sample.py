@@ -2,7 +2,7 @@
 
     python sample.py "a slice of pizza"
     python sample.py "penguin" "rocket, noto style, on a pink background" --sheet sheet.png
-    python sample.py "cat face, blueprint style" --lora blueprint:0.8 --lora lcm
+    python sample.py "cat face, blueprint style" --lora blueprint --lora lcm
     python sample.py "cat face" --sampler ddim --steps 25 --guidance 3
     python sample.py --again pictures/0000_a-slice-of-pizza_seed0.png
 
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     seed = "picture i of all, prompt by prompt, has seed + i (default 0; -1: a random one)"
     add("--seed", type=int, default=0, help=seed)
     add_flags_of_sampling(add)
-    add("--size", metavar="WxH", help="pixels, e.g. 64x64 (default: the model's own size)")
+    add("--size", metavar="WxH", help="pixels, e.g. 128x128 (default: the model's own size)")
     model = "a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)"
     add("--model", type=Path, default=WEIGHTS / "model.safetensors", help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
