@@ -101,7 +101,7 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--steps", type=int, help=f"sampling steps: {steps}")
     at = "lcm: the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
-    fresh = "lcm: share of the noise between steps that is fresh, 0-1; TCD's gamma (default: all)"
+    fresh = "lcm: how much of the noise between steps is fresh, 0-1: TCD's gamma (default: all)"
     add("--gamma", type=float, help=fresh)
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
@@ -304,7 +304,7 @@ def write_pictures(args: Namespace, images: list[Image.Image], recipe: dict[str,
 
 @torch.no_grad()
 def main(args: Namespace) -> None:
-    # ---- what is asked for, checked against the header before a tensor is read
+    # ---- what is asked for, checked before the model's tensors are read
     checkpoint = open_checkpoint(args.model, args.prediction)
     config = checkpoint.config
     if args.list:

@@ -13,10 +13,12 @@ diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the
 teacher's trajectory: the teacher is the model itself with its LoRA off (for a full LCM: a frozen
 copy), guided by w. At every save, --out gets lora.safetensors (or model.safetensors; of a full LCM
 also its averaged target), a sheet of pictures and a line of measurements in metrics.jsonl. The loss
-of a step is noisy; to see whether training helps, compare the fixed loss of one save with the next:
-it is the mean over the same 8 batches with the same noise. --out also keeps the last two states,
-from which --resume continues as if never stopped. Under torchrun, a --shutdown-timeout of some
-seconds leaves time to save on Ctrl-C.
+of a step is noisy; the fixed loss is the mean over the same 8 batches with the same noise. For
+diffusion it should fall from save to save. For lcm it stays flat, since the student is compared
+with itself: look at the sheets, and at to_end and to_teacher, distances to where the teacher's own
+path ends (of eight pictures only, so a small change says nothing). --out also keeps the last two
+states, from which --resume continues as if never stopped. Under torchrun, a --shutdown-timeout of
+some seconds leaves time to save on Ctrl-C.
 """
 
 import math
@@ -310,7 +312,6 @@ def loop(
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     for step in progress:
-        # warm-up, then cosine
         lr = args.lr if args.constant_lr else learning_rate(args.lr, step, args.steps)
         optimizer.param_groups[0]["lr"] = lr
 

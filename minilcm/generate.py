@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lcm import lcm_grid, sample_lcm
-from .schedule import Schedule, add_noise, make_schedule
+from .lcm import GRID, lcm_grid, sample_lcm
+from .schedule import Schedule, T, add_noise, make_schedule
 from .solver import EpsFn, ddim_grid, dpmpp_grid, sample_ddim, sample_dpmpp_2m
 
 Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
@@ -22,30 +22,25 @@ Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
 class Sampler(NamedTuple):
     """A way from noise to z0, as the command line offers it."""
 
-    sample: Callable[
-        ..., Tensor
-    ]  # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength, gamma)
-    grid: Callable[
-        ..., list[int]
-    ]  # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
+    # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength, gamma)
+    sample: Callable[..., Tensor]
+    # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
+    grid: Callable[..., list[int]]
     steps: int  # by default
     most: int  # steps
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
-    stochastic: bool = (
-        False  # draws noise between steps, and so can start from a noisy picture (image to image)
-    )
+    # draws noise between steps, and so can start from a noisy picture (image to image)
+    stochastic: bool = False
+
+
+def ddim_starts(steps: int) -> list[int]:
+    return [t for t, _ in ddim_grid(steps)]
 
 
 SAMPLERS = {
-    "lcm": Sampler(sample_lcm, lcm_grid, steps=4, most=50, needs_lcm_lora=True, stochastic=True),
-    "ddim": Sampler(
-        sample_ddim,
-        lambda steps: [t for t, _ in ddim_grid(steps)],
-        steps=25,
-        most=1000,
-        needs_lcm_lora=False,
-    ),
-    "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, steps=20, most=1000, needs_lcm_lora=False),
+    "lcm": Sampler(sample_lcm, lcm_grid, steps=4, most=GRID, needs_lcm_lora=True, stochastic=True),
+    "ddim": Sampler(sample_ddim, ddim_starts, steps=25, most=T, needs_lcm_lora=False),
+    "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, steps=20, most=T, needs_lcm_lora=False),
 }
 
 
@@ -90,11 +85,11 @@ def generate(
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     steps = way.steps if steps is None else steps
-    z_t, generators = noise(seeds, shape, device)
+    z_T, generators = noise(seeds, shape, device)
     if image is not None:
         if not way.stochastic:
             raise ValueError(f"{sampler} cannot start from a picture")
-        z_t = add_noise(image.to(device), z_t, timesteps(sampler, steps, strength)[0], schedule)
+        z_T = add_noise(image.to(device), z_T, timesteps(sampler, steps, strength)[0], schedule)
     extra = (generators, strength, gamma) if way.stochastic else ()
-    z0 = way.sample(eps_fn, z_t, schedule, steps, *extra)
+    z0 = way.sample(eps_fn, z_T, schedule, steps, *extra)
     return z0 if decode is None else decode(z0)

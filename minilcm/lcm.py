@@ -2,8 +2,8 @@
 sampler.
 
 A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is
-distilled from a teacher by asking that two points of the teacher's trajectory have the same image,
-and it then samples in one to eight steps. Nothing here knows a UNet, a file or a LoRA: student,
+distilled from a teacher by asking that f be equal at two points of the teacher's trajectory, and it
+then samples in one to eight steps. Nothing here knows a UNet, a file or a LoRA: student,
 teacher and target are callables (z_t, t, cond, w) -> eps_hat, or v where `schedule.v` says so.
 """
 
@@ -30,11 +30,11 @@ Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat; v where schedul
 
 
 def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) at the integer timestep t: (1, 0) at t = 0. 2310.04378 section 3 and code.
+    """(c_skip, c_out) at the integer timestep t: (1, 0) at t = 0. Values from the official code.
 
     s grows so fast that the two switch over between t = 0 and the first point of the grid: c_skip
-    is 7e-6 at t = 19, so f is x0 everywhere but at t = 0. c_out has no factor sigma_data, unlike
-    that of Consistency Models (2303.01469 eq. 5): c_skip + c_out^2 = 1.
+    is 7e-6 at t = 19, so f is x0 everywhere but at t = 0. c_out has no factor sigma_data, which
+    that of Consistency Models (2303.01469 appendix C) has; without it c_skip + c_out^2 = 1.
     """
     s = T_SCALE * torch.as_tensor(t, dtype=torch.float32)
     # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = 10 t
@@ -71,7 +71,7 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
 
 
 def train_grid() -> Tensor:
-    """The 50 timesteps a training pair can start from, t_{n+k} = 19, 39, ..., 999, int64 (50,).
+    """The 50 timesteps a training pair can start from: 19, 39, ..., 999, int64 (50,).
 
     They are `spacing` = 20 apart whatever k is: `--k` moves only the pair's other end.
     """
@@ -89,9 +89,9 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What Algorithm 1 draws for latents of `shape` (b, c, h, w).
 
-    n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1). n (b,) indexes the grid; all three are on the
-    CPU. An LCM-LoRA has no input for w: of a range it can only learn a mixture, so one value
-    is its default.
+    n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1), all on the CPU. n (b,) indexes the grid at the
+    pair's noisier end: grid[n] = t_start, which the paper calls t_{n+k}. An LCM-LoRA has no input
+    for w: of a range it can only learn a mixture, so one value is its default.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
@@ -116,15 +116,17 @@ def lcd_loss(
     """Latent consistency distillation, Algorithm 1 of 2310.04378 (tour/05): z0 (b, c, h, w) ->
     scalar.
 
-    One skip of the guided teacher, t_start = t_{n+k} -> t_end = t_n, must not change f. For
-    LCM-LoRA the three networks are one UNet with LoRA on, off, and on without gradient.
-    n (b,), w (b,), eps (b, c, h, w): see `draw`. `k` is the skipping interval in timesteps: the
-    pair is (t, t - k). A large k needs fewer hops to carry the clean image from t = 0 up to 999,
-    but one DDIM step of that length is a coarser teacher; the Psi of `psi_steps` DDIM steps, each
-    k / psi_steps long, is not, and takes that many times the teacher. k is a multiple of the grid's
-    20, so that a skip ends where others begin, or at t = 0: smaller skips never reach t = 0, where
-    alone f is known, and a constant network would have next to no loss. `together`: the teacher
-    gets cond and null_cond (b rows each) in one batch of 2b: more memory, faster on a GPU.
+    One skip of the guided teacher, from t_start (the paper's t_{n+k}) to t_start - k (its t_n),
+    must not change f. For an LCM-LoRA the three networks are one UNet with its LoRA on, off, and on
+    without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
+
+    `k` is the skipping interval in timesteps. A large k needs fewer hops to carry the clean image
+    from t = 0 up to 999, but one DDIM step of that length is a coarser teacher; `psi_steps` DDIM
+    steps are a finer one, and take that many times the teacher's time. k is a multiple of the
+    grid's 20, so that a skip ends where others begin, or at t = 0. A k below 20 never ends at
+    t = 0, where alone f is known: without that boundary any constant f has a loss near 0.
+    `together`: the teacher gets cond and null_cond (b rows each) in one batch of 2b: more memory,
+    faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
     t_start = train_grid().to(z0.device)[n]
@@ -150,10 +152,8 @@ def lcd_loss(
             x0, eps_w = x0_and_eps(z_end, guided, t, schedule)
             t = (t_start - i * k // psi_steps).clamp(min=0)  # a step from 0 to 0 changes nothing
             z_end = ddim_step(z_end, x0, eps_w, t, schedule)
-        # target: f_{theta^-}(z_{t_n}, c, t_n). For LCM-LoRA theta^- is theta itself, as in the
-        # official script: one UNet in memory and no average to keep; a LoRA is too small a change
-        # of its teacher to need one
-        # at t = 0 f is the identity
+        # target: f_{theta^-}(z_{t_n}, c, t_n), which is z_end where t = 0. For LCM-LoRA theta^- is
+        # theta itself, as in the official LoRA scripts: one UNet in memory, and no average to keep
         f_end = f_theta(z_end, target(z_end, t, cond, w), t, schedule)
 
     return huber(f_start, f_end)
@@ -184,7 +184,7 @@ def lcm_grid(steps: int | list[int], strength: float = 1.0) -> list[int]:
             raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
         return steps
     length = int(GRID * strength)
-    if length < 1:
+    if not 1 <= length <= GRID:
         raise ValueError(f"strength is {strength}; give {1 / GRID} to 1")
     check_steps(steps, length)
     grid = train_grid().flip(0).tolist()[GRID - length :]
@@ -208,9 +208,9 @@ def sample_lcm(
     `generators`: one CPU generator per image; draw z_T with it first, then pass it on. A single
     step draws nothing more.
 
-    With `gamma` (TCD, 2402.19159 Algorithm 4) the jump ends at s, between the origin and the next
-    timestep, on the line of x0 and eps_hat; only the noise from s on is fresh. 0: none of it, which
-    is DDIM; 1: nearly all, as without gamma, but that the last jump ends at t = 0, not in x0.
+    With `gamma` (TCD, 2402.19159 Algorithm 4) a jump ends at s = (1 - gamma) t_next, on the line of
+    x0 and eps_hat, and only the noise from s to t_next is fresh. 0: none is, which is DDIM. 1: all
+    is, as without gamma, but for jumps that end at t = 0, where sigma is 0.029, and not in x0.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T

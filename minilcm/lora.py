@@ -2,7 +2,7 @@
 
     W' x = W x + (lora_alpha / rank) B A x,    A = lora_down (r, in), B = lora_up (out, r)
 
-LoRA (2106.09685) eq. 3.
+LoRA (2106.09685) eq. 3, and 4.1 for alpha / rank; 2311.05556 eq. 1 without it.
 
 A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still
 loads official files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau
@@ -22,7 +22,7 @@ Tau = dict[str, tuple[Tensor, Tensor, float]]
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear plus a low-rank term, times lora_alpha / rank and `scale`, 0: off (tour/06)."""
+    """An nn.Linear plus a low-rank term times lora_alpha / rank; off if `scale` is 0 (tour/06)."""
 
     def adapt(self, rank: int, lora_alpha: float) -> None:
         self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0

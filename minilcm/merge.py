@@ -1,12 +1,12 @@
 """Arithmetic on taus: tau_mix = lambda1 tau_style + lambda2 tau_lcm, exactly, and into weights.
 
-2311.05556 ("the paper" in this file) eq. 1 writes it tau'_LCM = lambda1 tau' + lambda2 tau_LCM. Two
-LoRA may be added because each is a small change of the same weights, W + dW1 + dW2, and the two
-were trained for different ends: that the sum does both is what the paper observed, not a theorem.
+A tau, as 2311.05556 calls the weights of a LoRA, is {path: (up, down, lora_alpha)}. The report's
+eq. 3 writes the sum tau'_LCM = lambda1 tau' + lambda2 tau_LCM. It makes sense because both taus
+change the same weights, W + dW1 + dW2. That the sum does what both do is the report's observation,
+and no theorem.
 
-A tau is {path: (up, down, lora_alpha)}. What is added is what it does, the delta of a weight:
-averaging B and A separately, as some tools do, adds the cross terms B1 A2 + B2 A1, which are as
-large as the signal.
+The deltas dW are added, not the factors: averaging B and A separately, as some tools do, adds the
+cross terms B1 A2 + B2 A1, which are as large as the signal.
 """
 
 import math
@@ -25,12 +25,12 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     Linear: up (out, r), down (r, in). Conv: up (out, r, 1, 1), down (r, in, k, k).
     """
     # dW = (lora_alpha / r) B A
-    # (out, r): a 1x1 kernel has nothing more
+    # (out, r): drops a 1x1 kernel
     up = rearrange(up.float(), "out r ... -> out (r ...)")
     return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
 
 
-# ---- a matrix is a 1x1 kernel: decided here, for all
+# ---- a matrix is a 1x1 kernel: decided here for all commands
 
 
 def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -66,8 +66,8 @@ def add_delta_(
 ) -> None:
     """W <- W + (lora_alpha / r) B A in place, summed in float32 and rounded once to W's dtype.
 
-    `block`: about so many values at a time, for large weights: as many as a processor's cache holds
-    are fastest. Raises ValueError if the sum is beyond the dtype's largest number.
+    `block`: of a large weight, about so many values at a time, so that they fit the processor's
+    cache. Raises ValueError if the sum is beyond the dtype's largest number.
     """
     most = torch.finfo(weight.dtype).max
     up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r)
@@ -76,7 +76,7 @@ def add_delta_(
     for i in range(0, len(weight), n):
         wide = weight[i : i + n].float()  # itself, if it is float32
         # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
-        wide.flatten(1).addmm_(up[i : i + n], down)
+        wide.view(len(wide), -1).addmm_(up[i : i + n], down)  # a view: flatten might copy
         low, high = wide.aminmax()
         if not -most <= low <= high <= most:
             kind = str(weight.dtype)[6:]
@@ -87,7 +87,7 @@ def add_delta_(
 
 
 def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
-    """sum_i lambda_i tau_i as one tau, exact because ranks are concatenated; order does not matter
+    """sum_i lambda_i tau_i as one tau; exact, because factors are concatenated and ranks add up
     (tour/08).
 
     B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], A = [A_1; A_2; ...], lora_alpha = rank,
@@ -207,9 +207,9 @@ def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tens
     """
     q_b, r_b = torch.linalg.qr(rearrange(up.float(), "out r ... -> out (r ...)"))
     q_a, r_a = torch.linalg.qr(rearrange(down.float(), "r ... -> (...) r"))
-    u, s, vt = torch.linalg.svd(lora_alpha / down.shape[0] * r_b @ r_a.T)
-    n = min(len(s), u.shape[1])
-    return q_b @ u[:, :n], s[:n], vt[:n] @ q_a.T
+    middle = lora_alpha / down.shape[0] * r_b @ r_a.T
+    u, s, vt = torch.linalg.svd(middle, full_matrices=False)
+    return q_b @ u, s, vt @ q_a.T
 
 
 def reduce_rank(

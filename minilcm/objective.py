@@ -1,5 +1,4 @@
-"""What is learned, by which weights: the networks of a diffusion or a consistency loss, made out of
-one UNet.
+"""Student, teacher and target of a loss, made out of one UNet.
 
 Algorithm 1 of 2310.04378 asks for a student, a teacher and a target. For an LCM-LoRA (2311.05556)
 they are one UNet with its LoRA on, off, and on without gradient; for a full LCM they are three. The
@@ -30,7 +29,7 @@ class Objective(NamedTuple):
     rank: int | None  # of the LoRA; None: all weights of the UNet
     lora_alpha: float | None = None
     targets: tuple[str, ...] = TARGETS
-    w_range: tuple[float, float] = (7.5, 7.5)  # lcm: guidance distilled in
+    w_range: tuple[float, float] = (7.5, 7.5)  # lcm: w distilled in, guidance - 1
     k: int = T // GRID  # lcm: skipping interval
     psi_steps: int = 1  # lcm: DDIM steps of the teacher in it
     checkpointing: bool = False
@@ -38,7 +37,7 @@ class Objective(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """(z_t, t, cond, w) -> eps_hat or v, three times; those with a LoRA ignore w."""
+    """(z_t, t, cond, w) -> eps_hat or v, three times; w is for a full LCM only."""
 
     student: Network
     teacher: Network
@@ -48,9 +47,8 @@ class Networks(NamedTuple):
     target_unet: UNet | None = None  # of a full LCM: the student's average
 
 
-Wrap = Callable[
-    [nn.Module], nn.Module
-]  # prepares a UNet for many processes; by default there is one
+# prepares a UNet for many processes; by default there is one
+Wrap = Callable[[nn.Module], nn.Module]
 
 
 def one_process(unet: nn.Module) -> nn.Module:

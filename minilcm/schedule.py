@@ -3,9 +3,10 @@
     z_t = alpha(t) z0 + sigma(t) eps
     alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
-One schedule serves SD1.x, SD2.x, SDXL and the emoji model. Even at t = 999 some signal is left:
-sigma/alpha is 14.6, except with zero terminal SNR. And t = 0 is already slightly noisy (sigma is
-0.029): there is no entry with alpha_bar = 1.
+z0 is a clean latent, eps ~ N(0, 1) the noise that hides it, t = 0 ... 999; x0 and eps_hat are a
+network's estimates of the two. One schedule serves SD1.x, SD2.x, SDXL and the emoji model. Except
+with zero terminal SNR some signal is left even at t = 999, where sigma/alpha is 14.6. And t = 0 is
+already slightly noisy (sigma is 0.029): there is no entry with alpha_bar = 1.
 """
 
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def add_noise(
 ) -> Tensor:
     """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,).
 
-    With `s`, what is given in place of z0 is z_s, which has some of z_t's noise already.
+    With `s`, z0 is not clean but a z_s, s <= t, and gets only the noise that it lacks.
     """
     alpha, sigma = schedule.at(t, z0)
     if s is not None:
@@ -88,10 +89,10 @@ def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) ->
 def x0_and_eps(
     z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """(x0, eps_hat) that the network's output stands for, float32: the one place that reads it.
+    """(x0, eps_hat) that the network's output stands for, float32; only here is it interpreted.
 
-    It is eps_hat, or v = alpha eps - sigma z0 of Progressive Distillation (2202.00512) section 4. A
-    v says what z0 is even where z_t does not: x0 divides by nothing.
+    It is eps_hat, or v = alpha eps - sigma z0 of Progressive Distillation (2202.00512) section 4.
+    From v, x0 needs no division by alpha, so it exists even where alpha is 0.
     """
     if not schedule.v:
         return x0_from_eps(z_t, output, t, schedule), output.float()
@@ -117,10 +118,11 @@ def diffusion_loss(
     gamma: float | None = 5.0,
 ) -> Tensor:
     """Mean squared error of eps_fn's eps_hat against the noise drawn, weighted by Min-SNR; gamma
-    None: not weighted.
+    None: not weighted, DDPM (2006.11239) eq. 14.
 
-    z0, eps (b, c, h, w); t (b,) int64; -> scalar. DDPM (2006.11239) eq. 14. An error of v is one of
-    eps_hat over alpha, so for v this is the paper's other weight, min(SNR, gamma) / (SNR + 1).
+    z0, eps (b, c, h, w); t (b,) int64; -> scalar. An error of v is one of eps_hat over alpha, so
+    the v-loss has the weight min(SNR, gamma) / (SNR + 1), as in Min-SNR, and SNR / (SNR + 1)
+    without gamma. Both are 0 where SNR is: with zero terminal SNR t = 999 itself is not trained.
     """
     z_t = add_noise(z0, eps, t, schedule)  # (b, c, h, w)
     _, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)

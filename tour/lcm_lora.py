@@ -200,7 +200,7 @@ def sample_lcm(z_T, c, steps, tau):
 # ---- 6. Style, and the sum -----------------------------------------------------------------------
 # A style LoRA is trained as usual: the diffusion loss on italic letters, from the same teacher, no
 # word of consistency. Both LoRA change the same weights, so their changes can be added, which is
-# eq. 1 of 2311.05556. Nothing is trained after that.
+# eq. 3 of 2311.05556. Nothing is trained after that.
 
 style_lora = new_lora(RANK)
 train(sum(style_lora, ()), lambda: diffusion_loss(SLANT, tau_of(style_lora)), STYLE_STEPS)
