@@ -9,6 +9,7 @@
     diff     which keys differ, how far     diff a.safetensors b.safetensors
     plot     the course of a training run   plot runs/lcm
     check    the same as diffusers?         check sd15.safetensors --lora lcm.safetensors
+    live     a page that draws as you type  live
 
 dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averaging A and B is not.
 """
@@ -98,6 +99,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE")
     says = "what the UNet predicts (default: what the file says, else eps)"
     sub.add_argument("--prediction", choices=["eps", "v"], help=says)
+    sub = command("live", "A page that draws as you type, for this machine only.", writes=False)
+    shipped = "default: the shipped model with its own"
+    sub.add_argument("--model", type=Path, help=f"a checkpoint ({shipped})")
+    lora = "gets a slider, at LAMBDA first (default 1); repeatable"
+    sub.add_argument("--lora", action="append", default=[], metavar="FILE[:LAMBDA]", help=lora)
     for one in (parser, *commands.choices.values()):
         one.error = lambda message: sys.exit(f"minilcm: {message}")  # one line, exit 1
     args = parser.parse_args(argv)
@@ -154,6 +160,10 @@ def main(args: argparse.Namespace) -> None:
             from .run.check import check
 
             sys.exit(not check(args.model, args.lora, args.prediction))
+        case "live":
+            from .run.live import live  # the other commands need no server
+
+            live(args.model, args.lora)
 
 
 if __name__ == "__main__":

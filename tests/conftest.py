@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,3 +76,29 @@ def fake_cuda():
 
     with FakeTensorMode():
         yield build
+
+
+@pytest.fixture
+def page():
+    """A page in headless Chromium, 360 pixels wide, with touch. Words on its console fail a test,
+    and so do requests that leave the page's folder.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium, for example by apt-get install chromium")
+    words, requests = [], []
+    with playwright.sync_playwright() as p:
+        # files may read the pixels of files, as a test has to
+        flags = ["--no-sandbox", "--allow-file-access-from-files"]
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 360, "height": 800}, has_touch=True)
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: words.append(message.text))
+        page.on("pageerror", lambda error: words.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        yield page
+        folder = page.url.rpartition("/")[0]
+        allowed = (folder, "data:", "blob:http://127.0.0.1")
+        assert words == [] and [url for url in requests if not url.startswith(allowed)] == []
+        browser.close()
