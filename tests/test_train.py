@@ -190,7 +190,13 @@ def test_two_steps(files, tmp_path, objective, capsys):
             (files / "model.safetensors").read_bytes()
         ).hexdigest()
         if objective != "style":
-            expected |= {"w": "7.5", "k": "20", "psi_steps": "1", "K": "50", "timestep_scaling": "10"}
+            expected |= {
+                "w": "7.5",
+                "k": "20",
+                "psi_steps": "1",
+                "K": "50",
+                "timestep_scaling": "10",
+            }
         assert read_recipe(out / result) == expected
     assert "fixed" in capsys.readouterr().out
 
