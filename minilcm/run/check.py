@@ -9,6 +9,7 @@ as a share of the largest value. One model is in memory at a time.
 import gc
 import json
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,12 +65,10 @@ def compare(path: Path, loras: list[Path], prediction: str | None = None) -> dic
     """{part: largest difference as a share of the largest value}, in the order of a picture's
     making.
     """
-    try:
-        import diffusers  # noqa: F401  before the minutes that our half takes
-        import transformers  # noqa: F401
-    except ImportError as error:
-        how = 'pip install "minilcm[reference]"'
-        raise ValueError(f"check needs the reference extra ({error.name}); {how}") from None
+    for package in ("diffusers", "transformers", "peft"):  # before the minutes our half takes
+        if find_spec(package) is None:
+            how = 'pip install "minilcm[reference]"'
+            raise ValueError(f"check needs the reference extra ({package}); {how}")
     model = load_checkpoint(open_checkpoint(path, prediction))
     config = model.config
     if config.unet.w_dim is not None:
