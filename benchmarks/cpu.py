@@ -53,19 +53,25 @@ def our_decoder(module: nn.Module, x: Tensor, channels_last: bool = False) -> Ca
     return call
 
 
-def their_unet(x: Tensor, context: Tensor) -> Callable:
+def diffusers_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(**unet_arguments(sd15())).requires_grad_(False)
-    unet = unet.to(HALF, memory_format=torch.channels_last)
+    return UNet2DConditionModel(**unet_arguments(sd15())).requires_grad_(False)
+
+
+def diffusers_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**vae_arguments(VAEConfig())).requires_grad_(False)
+
+
+def their_unet(x: Tensor, context: Tensor) -> Callable:
+    unet = diffusers_unet().to(HALF, memory_format=torch.channels_last)
     return lambda: unet(x.to(HALF), 500, context.to(HALF)).sample
 
 
 def their_decoder(x: Tensor) -> Callable:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(**vae_arguments(VAEConfig())).requires_grad_(False)
-    vae = vae.to(HALF, memory_format=torch.channels_last)
+    vae = diffusers_vae().to(HALF, memory_format=torch.channels_last)
     return lambda: vae.decode(x.to(HALF)).sample
 
 
@@ -79,16 +85,16 @@ def by_openvino(module: nn.Module, *inputs: Tensor) -> Callable:
 
 
 class Plain(nn.Module):
-    """A network that takes tensors only, as OpenVINO's converter wants it."""
+    """diffusers' UNet or VAE with tensors in and out, as OpenVINO's converter wants them."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module = module.eval()
 
     def forward(self, z_t: Tensor, context: Tensor | None = None) -> Tensor:
         if context is None:
-            return self.module.decode(z_t)
-        return self.module(z_t, torch.tensor([500]), Cond(context))
+            return self.module.decode(z_t).sample
+        return self.module(z_t, torch.tensor([500]), context).sample
 
 
 @torch.no_grad()
@@ -114,8 +120,8 @@ def main() -> None:
         },
     }
     try:
-        ways["UNet"]["OpenVINO"] = by_openvino(Plain(UNet(sd15()).eval()), x, context)
-        ways["decode"]["OpenVINO"] = by_openvino(Plain(VAE(VAEConfig()).eval()), x)
+        ways["UNet"]["OpenVINO"] = by_openvino(Plain(diffusers_unet()), x, context)
+        ways["decode"]["OpenVINO"] = by_openvino(Plain(diffusers_vae()), x)
     except ImportError:
         print("OpenVINO is not installed (pip install openvino) and left out")
 

@@ -28,6 +28,7 @@ def test_packed_is_the_same(dtype, far):
     assert (plain - packed).abs().max() < far * plain.abs().max()
     kinds = {path: type(layer) for path, layer in unet.named_modules()}
     assert kinds["input_blocks.0.0"] == kinds["out.2"] == torch.nn.Conv2d
+    assert kinds["middle_block.1.proj_in"] == torch.nn.Conv2d  # 1x1, which would be slower
     can = hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
     can = can and dtype in (torch.float32, default_dtype("cpu"))
     for path in ("middle_block.0.in_layers.2", "time_embed.0"):
