@@ -1,7 +1,8 @@
 """Weights in the memory layout that oneDNN multiplies in: for sampling on a processor.
 
-oneDNN reorders a layer's weight at every call; for SD1.5 that is an eighth of an evaluation. Here
-it is done once. The operators are those of PyTorch's own compiler; they have no backward.
+oneDNN reorders a layer's weight at every call; for SD1.5 that is an eighth of an evaluation at
+512x512, and a quarter at 256x256. Here it is done once. The operators are those of PyTorch's own
+compiler; they have no backward.
 """
 
 import torch
@@ -47,9 +48,8 @@ def pack(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 def pack_for_sampling(unet: nn.Module, vae: nn.Module, dtype: torch.dtype) -> None:
-    """For a large model on a processor, in place: the UNet's weights packed; the VAE, which is in
-    float32, in bfloat16 where the UNet is, three times as fast, and channels last. Not in float16,
-    in which SDXL's decoder overflows.
+    """For a large model on a processor, in place: the UNet's weights packed, the VAE channels last,
+    and in bfloat16 where the UNet is, not in float16, in which SDXL's decoder overflows.
     """
     pack(unet, dtype)
     vae.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
