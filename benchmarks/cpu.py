@@ -20,12 +20,12 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from benchmarks.check import unet_arguments, vae_arguments
 from minilcm.model.packed import pack
 from minilcm.model.precision import autocast, default_dtype
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet, sd15
 from minilcm.model.vae import VAE, VAEConfig
-from minilcm.run.check import unet_arguments, vae_arguments
 
 HALF = default_dtype("cpu")
 

@@ -4,7 +4,7 @@
 
 Needs the `reference` extra and 16 GB of memory. Makes a checkpoint with random weights under the
 official keys and an LCM-LoRA-shaped LoRA (rank 64, alpha 8), writes that LoRA again in each of
-minilcm's three spellings, and lets `python -m minilcm check` compare; TAESD beside it. sd2 and
+minilcm's three spellings, and lets check.py compare; TAESD beside it. sd2 and
 sdxl_v predict v, sdxl_v with zero terminal SNR. Seeds: each tensor's from the crc32 of its name.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.check import EQUAL, check, difference
 from minilcm.files.checkpoint import load_vae
 from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_tau, write_tau
@@ -25,7 +26,6 @@ from minilcm.files.safetensors_file import read_header, read_tensors, write_tens
 from minilcm.lora import target_paths
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import UNet, sd2, sd15, sdxl, ssd1b, vega
-from minilcm.run.check import EQUAL, check, difference
 from tests.reference.make_reference import fill
 
 HERE = Path(__file__).resolve().parents[1] / "tests/reference"

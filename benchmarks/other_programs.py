@@ -41,13 +41,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
+from benchmarks.check import PROMPT, clip_arguments, unet_arguments, vae_arguments
 from benchmarks.full_size import HERE, LAYERS, OURS, SIDE, make_files
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.lcm import sample_lcm
 from minilcm.merge import delta
 from minilcm.model.vae import VAEConfig
-from minilcm.run.check import PROMPT, clip_arguments, unet_arguments, vae_arguments
 from minilcm.schedule import make_schedule
 from minilcm.solver import guided_eps
 

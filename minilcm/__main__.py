@@ -8,7 +8,6 @@
     extract  dW = W_tuned - W_base          extract BASE TUNED --rank 32 -o OUT
     diff     which keys differ, how far     diff a.safetensors b.safetensors
     plot     the course of a training run   plot runs/lcm
-    check    the same as diffusers?         check sd15.safetensors --lora lcm.safetensors
     live     a page that draws as you type  live
 
 dW = (lora_alpha / rank) B A. combine concatenates ranks, which is exact; averaging A and B is not.
@@ -93,12 +92,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "plot", "RUN/plot.png from the RUN/metrics.jsonl that train.py writes.", writes=False
     )
     sub.add_argument("run", type=Path, metavar="RUN", help="the run's --out folder")
-    what = "Text, UNet, VAE, LoRA and four steps against diffusers on these files, part by part."
-    sub = command("check", f"{what} Needs the reference extra.", writes=False)
-    sub.add_argument("model", type=Path)
-    sub.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE")
-    says = "what the UNet predicts (default: what the file says, else eps)"
-    sub.add_argument("--prediction", choices=["eps", "v"], help=says)
     sub = command("live", "A page that draws as you type, for this machine only.", writes=False)
     shipped = "default: the shipped model with its own"
     sub.add_argument("--model", type=Path, help=f"a checkpoint ({shipped})")
@@ -156,10 +149,6 @@ def main(args: argparse.Namespace) -> None:
             from .run.plot import plot_run  # the other commands need no metrics
 
             print(plot_run(args.run))
-        case "check":
-            from .run.check import check
-
-            sys.exit(not check(args.model, args.lora, args.prediction))
         case "live":
             from .run.live import live  # the other commands need no server
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from tiny import CONFIG, TWO_TOWERS, random_tau, tiny_unet, write_model
 
-from minilcm.__main__ import main, parse
+from benchmarks import check
 from minilcm.files.lora_file import write_tau
-from minilcm.run import check
 
 ALIKE = ((1, 1), (0, 0), (0, 0))  # diffusers' blocks have transformers everywhere or nowhere
 PLAIN = replace(CONFIG, unet=replace(CONFIG.unet, up=ALIKE))
@@ -37,7 +36,7 @@ def test_equal(tmp_path, capsys, config):
     others()
     model, lora = files(tmp_path, config)
     with pytest.raises(SystemExit) as stopped:
-        main(parse(["check", str(model), "--lora", str(lora)]))
+        check.main([str(model), "--lora", str(lora)])
     out = capsys.readouterr().out
     assert not stopped.value.code and out.splitlines()[-1] == "equal", out
     assert all(f"\n{part} " in out for part in PARTS)

@@ -1,13 +1,19 @@
-"""`python -m minilcm check`: do minilcm and diffusers compute the same, with these very files?
+"""Do minilcm and diffusers compute the same, with your own files?
 
-Each reads the checkpoint and the LoRA files by code of its own, and both get the same tokens,
+    python -m benchmarks.check sd15.safetensors --lora lcm.safetensors
+
+Without the `reference` extra it only says which files it knows, by their checksums. With it each
+program reads the checkpoint and the LoRA files by code of its own, and both get the same tokens,
 latents and noise, in float32 on the processor, in pictures of at most 256x256: text, VAE, UNet,
 UNet with each LoRA, and 4 steps of LCM and of DDIM with the first. A difference is the largest one
-as a share of the largest value. One model is in memory at a time.
+as a share of the largest value. One model is in memory at a time. It stands here and not in the
+package, which imports neither diffusers nor transformers.
 """
 
 import gc
 import json
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files.checkpoint import Model, load_checkpoint
-from ..files.identify import Config, open_checkpoint
-from ..files.lora_file import read_tau
-from ..files.safetensors_file import read_header, sha256
-from ..generate import generate, noise
-from ..merge import merge_into, unmerge
-from ..model.text import TextConfig
-from ..model.unet import UNetConfig
-from ..model.vae import VAEConfig
-from ..schedule import make_schedule
+from minilcm.files.checkpoint import Model, load_checkpoint
+from minilcm.files.identify import Config, open_checkpoint
+from minilcm.files.lora_file import read_tau
+from minilcm.files.safetensors_file import read_header, sha256
+from minilcm.generate import generate, noise
+from minilcm.merge import merge_into, unmerge
+from minilcm.model.text import TextConfig
+from minilcm.model.unet import UNetConfig
+from minilcm.model.vae import VAEConfig
+from minilcm.schedule import make_schedule
 
 PROMPT, SEED, T_MIDDLE = "a lighthouse in a storm, oil painting", 1, 500
 EQUAL = 1e-4  # float32 sums in another order differ by 1e-6 to 1e-5
@@ -277,3 +283,20 @@ def by_diffusers(
         if sampler == "lcm":
             out["4 steps of lcm, pixels"] = vae.decode(z_t / v.scale).sample.clamp(-1, 1)
     return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE")
+    says = "what the UNet predicts (default: what the file says, else eps)"
+    parser.add_argument("--prediction", choices=["eps", "v"], help=says)
+    args = parser.parse_args(argv)
+    try:
+        sys.exit(not check(args.model, args.lora, args.prediction))
+    except (ValueError, OSError) as error:
+        sys.exit(f"check: {error}")
+
+
+if __name__ == "__main__":
+    main()
