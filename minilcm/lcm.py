@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .schedule import Schedule, T, add_noise, x0_and_eps
+from .schedule import Schedule, T, add_more_noise, add_noise, x0_and_eps
 from .solver import EpsFn, check_steps, ddim_step
 
 if TYPE_CHECKING:
@@ -218,12 +218,16 @@ def sample_lcm(
     for t, t_next in tqdm(pairs, desc="lcm", disable=None, leave=False):
         output = eps_fn(z_t, t)
         if gamma is None:
-            s, z_t = None, f_theta(z_t, output, t, schedule)
+            z_t = f_theta(z_t, output, t, schedule)
         else:
             # s = floor((1 - gamma) t'), in float32 as diffusers' TCDScheduler; 0 after the last t
             s = int((1 - gamma) * torch.tensor(t_next or 0))
             z_t = ddim_step(z_t, *x0_and_eps(z_t, output, t, schedule), s, schedule)
-        if t_next is not None:
-            eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
-            z_t = add_noise(z_t, eps.to(z_T.device), t_next, schedule, s)
-    return z_t
+        if t_next is None:
+            return z_t
+        eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])
+        eps = eps.to(z_T.device)
+        if gamma is None:
+            z_t = add_noise(z_t, eps, t_next, schedule)
+        else:
+            z_t = add_more_noise(z_t, eps, s, t_next, schedule)

@@ -74,9 +74,9 @@ def add_delta_(
     down = rearrange(down.float(), "r ... -> r (...)")  # (r, in k k)
     n = len(weight) if block is None else max(1, block // weight[0].numel())
     for i in range(0, len(weight), n):
-        wide = weight[i : i + n].float()  # itself, if it is float32
+        wide = weight[i : i + n].float().contiguous()  # itself, if it is both
         # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
-        wide.view(len(wide), -1).addmm_(up[i : i + n], down)  # a view: flatten might copy
+        wide.flatten(1).addmm_(up[i : i + n], down)
         low, high = wide.aminmax()
         if not -most <= low <= high <= most:
             kind = str(weight.dtype)[6:]

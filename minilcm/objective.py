@@ -185,9 +185,9 @@ def loss_of(
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
         together = not objective.checkpointing  # checkpointing means that memory is short
-        latents = z0, cond, null_cond, nets.schedule, n, w, eps
-        how = objective.k, objective.psi_steps, together
-        return lcd_loss(nets.student, nets.teacher, nets.target, *latents, *how)
+        skip = dict(k=objective.k, psi_steps=objective.psi_steps, together=together)
+        networks = nets.student, nets.teacher, nets.target
+        return lcd_loss(*networks, z0, cond, null_cond, nets.schedule, n, w, eps, **skip)
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
     return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)

@@ -56,20 +56,17 @@ def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     return Schedule(alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), v)
 
 
-def add_noise(
-    z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule, s: int | None = None
-) -> Tensor:
-    """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,).
-
-    With `s`, z0 is not clean but a z_s, s <= t, and gets only the noise that it lacks.
-    """
+def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
+    """DDPM (2006.11239) eq. 4: z_t of z0 (b, c, h, w) and noise eps like it; t an int or (b,)."""
     alpha, sigma = schedule.at(t, z0)
-    if s is not None:
-        # z_t = (alpha / alpha_s) z_s + sqrt(1 - alpha_bar / alpha_bar_s) eps
-        alpha = alpha / schedule.at(s, z0)[0]
-        sigma = (1 - alpha**2).sqrt()
-    # z_t = alpha z0 + sigma eps
     return alpha * z0 + sigma * eps
+
+
+def add_more_noise(z_s: Tensor, eps: Tensor, s: int, t: int, schedule: Schedule) -> Tensor:
+    """z_t of a z_s (b, c, h, w) that is noisy already, s <= t: only the noise that it lacks."""
+    # z_t = (alpha_t / alpha_s) z_s + sqrt(1 - alpha_bar_t / alpha_bar_s) eps
+    ratio = schedule.at(t, z_s)[0] / schedule.at(s, z_s)[0]
+    return ratio * z_s + (1 - ratio**2).sqrt() * eps
 
 
 def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:

@@ -192,6 +192,17 @@ def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
         assert not torch.equal(net[path].weight, before[path] + dw.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_weight_in_any_layout_gets_its_delta(dtype):
+    """channels_last, where a flattened weight is a copy: nothing may be added to that instead."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(s, generator=generator) for s in ((6, 2, 1, 1), (2, 4, 3, 3)))
+    weight = torch.randn(6, 4, 3, 3, generator=generator).to(dtype)
+    merged = {"x.weight": weight.clone().to(memory_format=torch.channels_last)}
+    merge_into(merged, {"x": (up, down, 4.0)})
+    assert torch.equal(merged["x.weight"], (weight.float() + delta(up, down, 4.0)).to(dtype))
+
+
 def test_a_1x1_kernel_is_a_matrix():
     """combine, distance and merging take either form at a path, in any order; 3x3 is another
     model.

@@ -5,6 +5,7 @@ from gaussian import Gaussian
 from minilcm.schedule import (
     Schedule,
     T,
+    add_more_noise,
     add_noise,
     diffusion_loss,
     eps_from_x0,
@@ -63,6 +64,18 @@ def test_add_noise_takes_each_image_to_its_own_t(schedule):
     assert add_noise(ones, ones, t, schedule)[1, 0, 0, 0].item() == pytest.approx(
         0.526944 + 0.849900, abs=2e-6
     )
+
+
+def test_more_noise_is_what_a_noisy_latent_lacks(schedule):
+    """z_0 -> z_s -> z_t: the signal is alpha_t z0 and the variances add up to sigma_t^2."""
+    zeros, ones = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for s, t in ((0, 0), (0, 19), (259, 499), (699, 999), (500, 500)):
+        alpha, sigma = schedule.at(t, ones)
+        signal = add_more_noise(add_noise(ones, zeros, s, schedule), zeros, s, t, schedule)
+        first = add_more_noise(add_noise(zeros, ones, s, schedule), zeros, s, t, schedule)
+        second = add_more_noise(zeros, ones, s, t, schedule)
+        torch.testing.assert_close(signal, alpha.expand_as(ones))
+        torch.testing.assert_close(first**2 + second**2, (sigma**2).expand_as(ones))
 
 
 @pytest.mark.parametrize("strength", [0.8, 0.5])

@@ -15,7 +15,7 @@ from torch import Tensor
 from minilcm.lcm import f_theta, huber, lcm_grid, train_grid
 from minilcm.lora import LoRALinear
 from minilcm.merge import combine, delta, reduce_rank
-from minilcm.schedule import add_noise, eps_from_x0, make_schedule, x0_from_eps
+from minilcm.schedule import add_more_noise, add_noise, eps_from_x0, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step
 
 SCHEDULE = make_schedule()
@@ -48,12 +48,12 @@ def add_two(up1, down1, up2, down2, lambda1, lambda2):
 
 def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
     s = int((1 - gamma) * t_next)
-    return add_noise(ddim_step(x0, x0, eps_hat, s, SCHEDULE), fresh, t_next, SCHEDULE, s)
+    z_s = ddim_step(x0, x0, eps_hat, s, SCHEDULE)
+    return add_more_noise(z_s, fresh, s, t_next, SCHEDULE)
 
 
 # ---- the exercises, two a chapter: the package's answer, inputs, what of an answer is compared
 
-# fmt: off
 X, Y, Z, T3 = (*(draw(3, 4, 8, 8, seed=i) for i in range(3)), torch.tensor([19, 499, 999]))
 B, A, D, C = draw(6, 2), draw(2, 5), draw(6, 3, seed=1), draw(3, 5, seed=1)
 S = torch.tensor([3.0, 2, 1, 0.5])
@@ -61,33 +61,47 @@ EXERCISES = {
     "noisy": (lambda z0, eps, t, _: add_noise(z0, eps, t, SCHEDULE), [(X, Y, T3, TABLE)]),
     "as_strong": (lambda table: int((table < 0.5).nonzero()[0]), [(TABLE,)]),
     "guide": (lambda eps, null, w: eps + w * (eps - null), [(X, Y, 3.0), (X, Y, 7.5)]),
-    "one_step": (lambda z, eps, t, t_end, _: ddim_step(
-        z, x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE), [(X, Y, 499, 259, TABLE)]),
+    "one_step": (
+        lambda z, eps, t, t_end, _: ddim_step(
+            z, x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE
+        ),
+        [(X, Y, 499, 259, TABLE)],
+    ),
     "mean_answer": (mean_answer, [(draw(9), a, (1 - a**2) ** 0.5, S) for a in (0.9, 0.1)]),
     "width": (lambda a, b, s: a * s**2 / (a**2 * s**2 + b**2) ** 0.5, [(0.8, 0.6, 0.5)]),
-    "consistency": (lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
-                    [(X, Y, 0), (X, Y, 1), (X, Y, 499)]),
-    "perfect_jump": (lambda z, a, b, m, s: m + s * (z - a * m) / (a**2 * s**2 + b**2) ** 0.5,
-                     [(X, 0.8, 0.6, 0.7, 0.5)]),
-    "pair": (lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
-             [(0, 20), (49, 20), (24, 100), (2, 100)]),
+    "consistency": (
+        lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
+        [(X, Y, 0), (X, Y, 1), (X, Y, 499)],
+    ),
+    "perfect_jump": (
+        lambda z, a, b, m, s: m + s * (z - a * m) / (a**2 * s**2 + b**2) ** 0.5,
+        [(X, 0.8, 0.6, 0.7, 0.5)],
+    ),
+    "pair": (
+        lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
+        [(0, 20), (49, 20), (24, 100), (2, 100)],
+    ),
     "pseudo_huber": (huber, [(X, Y, 1e-3), (X, Y, 2.0)]),
     "change": (delta, [(B, A, 2.0), (D, C, 8.0)]),
-    "rank_needed": (lambda s, share: len(reduce_rank(
-        {"x": (s.diag(), torch.eye(4), 4)}, energy=share)[0]["x"][1]),
-        [(S, share) for share in (0.5, 0.9, 0.99, 1.0)]),
+    "rank_needed": (
+        lambda s, share: len(
+            reduce_rank({"x": (s.diag(), torch.eye(4), 4)}, energy=share)[0]["x"][1]
+        ),
+        [(S, share) for share in (0.5, 0.9, 0.99, 1.0)],
+    ),
     "adapted": (adapted, [(draw(4, 5), draw(6, 5), B, A, 8.0, scale) for scale in (0.0, 0.5, 1.0)]),
     "bytes_of": (lambda base, lora: (22 * base, 2 * base + 16 * lora), [(859_520_964, 67_252_224)]),
     "add_two": (add_two, [(B, A, D, C, 0.8, 1.0)], lambda out: out[0] @ out[1]),
     "cross_terms": (lambda up1, down1, up2, down2: up1 @ down2 + up2 @ down1, [(B, A, B + 1, -A)]),
     "timesteps": (lcm_grid, [(steps,) for steps in (1, 2, 3, 4, 7, 26, 50)]),
     "next_point": (next_point, [(X, Y, Z, 759, gamma, TABLE) for gamma in (0.0, 0.3, 1.0)]),
-    "file_bytes": (lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),
-                   [([(320, 320), (1280, 320)], 64)]),
+    "file_bytes": (
+        lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),
+        [([(320, 320), (1280, 320)], 64)],
+    ),
     "too_strong": (lambda lora_alpha, rank: rank / lora_alpha, [(8, 64), (16, 16)]),
 }
 NUMBERS = {name: f"{i // 2 + 1}{'ab'[i % 2]}" for i, name in enumerate(EXERCISES)}
-# fmt: on
 
 
 def same(a, b) -> bool:

@@ -106,15 +106,19 @@ def test_unknown_looks_are_said(prompt, styled, told):
     "prompt, parts",
     [
         ("(rocket:1.3), on a pink background", ["(rocket:1.3)"]),
-        ("rocket BREAK {red|blue} __color__ [cat:dog:0.5]",
-         ["BREAK", "{red|blue}", "__color__", "[cat:dog:0.5]"]),
+        (
+            "rocket BREAK {red|blue} __color__ [cat:dog:0.5]",
+            ["BREAK", "{red|blue}", "__color__", "[cat:dog:0.5]"],
+        ),
         ("((rocket)), [dull]", ["((rocket))", "[dull]"]),
-        ("a (very big: 1.21) rocket++ AND <hypernet:x:1>",
-         ["(very big: 1.21)", "rocket++", "AND", "<hypernet:x:1>"]),
+        (
+            "a (very big: 1.21) rocket++ AND <hypernet:x:1>",
+            ["(very big: 1.21)", "rocket++", "AND", "<hypernet:x:1>"],
+        ),
         ("embedding:easynegative blurred", ["embedding:easynegative"]),
         ("a (red) rocket - and well-known, 1:3, don't AND_ break <3", []),
     ],
-)  # fmt: skip
+)
 def test_syntax_of_other_programs_is_said(prompt, parts):
     assert other_syntax(prompt) == parts
     assert [line.split(": read as")[0] for line in on_prompt(prompt, (), EMOJI)] == (
