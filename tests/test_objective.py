@@ -121,13 +121,15 @@ def spied(schedule, eps_hat) -> tuple[Networks, dict[str, list]]:
     return Networks(*map(network, seen), net=None, schedule=schedule), seen
 
 
-@pytest.mark.parametrize("k", [1, 20, 100])
-def test_k_is_the_length_of_the_skip(schedule, k):
-    """The target is asked k timesteps below the student, not below 0: --k reaches the loss."""
+@pytest.mark.parametrize("k, psi_steps", [(1, 1), (20, 1), (100, 1), (300, 3)])
+def test_k_is_the_length_of_the_skip(schedule, k, psi_steps):
+    """The target is asked k timesteps below the student, not below 0, and the teacher on the way
+    there in equal steps: --k and --psi-steps reach the loss.
+    """
     nets, seen = spied(schedule, lambda z_t, t: z_t)
     none = Cond(torch.zeros(64, 1, 1))
     loss_of(
-        Objective("lcm", 4, k=k),
+        Objective("lcm", 4, k=k, psi_steps=psi_steps),
         nets,
         torch.randn(64, 4, 2, 2),
         none,
@@ -136,6 +138,9 @@ def test_k_is_the_length_of_the_skip(schedule, k):
     )
     ((_, t_start, w),), ((_, t_end, _),) = seen["student"], seen["target"]
     assert torch.equal(t_end, (t_start - k).clamp(min=0)), "the pair is (t, t - k)"
+    asked = [t[:64] for _, t, _ in seen["teacher"]]  # with cond and null_cond in one batch
+    way = [(t_start - k * i // psi_steps).clamp(min=0) for i in range(psi_steps)]
+    assert len(asked) == psi_steps and all(map(torch.equal, asked, way))
     assert set(t_start.tolist()) <= set(range(19, 1000, 20)) and torch.equal(
         w, torch.full((64,), 7.5)
     )
