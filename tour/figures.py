@@ -6,124 +6,47 @@ A function a chapter: it draws tour/figures/NN.png and returns the numbers. All 
 seeds and are computed in float32, which differs between processors in the last digits only.
 """
 
-import functools
-import json
-import random
-from pathlib import Path
-
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from minilcm.data.emoji import compose, read_art
-from minilcm.data.pictures import to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.identify import sd15_config, sdxl_config
-from minilcm.files.lora_file import read_recipe, read_tau
-from minilcm.files.safetensors_file import sha256
+from minilcm.files.lora_file import read_tau
 from minilcm.generate import generate, noise
 from minilcm.lcm import f_theta, train_grid
-from minilcm.lora import Tau, target_paths
-from minilcm.merge import combine, factorise, merge_into, reduce_rank
+from minilcm.lora import target_paths
+from minilcm.merge import factorise, merge_into, reduce_rank
 from minilcm.metrics import sharpness
 from minilcm.model.unet import UNet, emoji
-from minilcm.run.diagnostics import consistency_along_trajectory, guided_trajectory, loss_by_index
-from minilcm.schedule import add_noise, make_schedule, x0_from_eps
+from minilcm.run.diagnostics import consistency_along_trajectory, loss_by_index
+from minilcm.schedule import add_noise, x0_from_eps
 from minilcm.solver import ddim_step, guided_eps, sample_ddim
 
-HERE = Path(__file__).parent
-EMOJI = HERE.parent / "weights/emoji"
-WEIGHTS = [EMOJI / f"{x}.safetensors" for x in ("model", "lcm_lora", "blueprint")]
-SCHEDULE, SHAPE = make_schedule(), (4, 16, 16)
-RECIPE = read_recipe(WEIGHTS[1])  # of the shipped LCM-LoRA
-W, K, PSI_STEPS = float(RECIPE["w"]), int(RECIPE["k"]), int(RECIPE.get("psi_steps", 1))
-NAMES = ["rocket", "penguin", "cactus", "cat face", "pizza", "red apple"]  # seeds 0 to 5
-BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1540f", "#1e8449", "0.45"
-
-
-# ---- the model
-
-
-@functools.cache
-def shipped():
-    return load_model(WEIGHTS[0])
-
-
-@functools.cache
-def lcm_lora() -> Tau:
-    return read_tau(WEIGHTS[1])
-
-
-@functools.cache
-def adapted(taus=("lcm",), lambdas: tuple[float, ...] = (1.0,)) -> UNet:
-    """A copy of the UNet with sum_i lambda_i tau_i in its weights."""
-    files = {"lcm": WEIGHTS[1], "blueprint": WEIGHTS[2]}
-    unet = load_model(WEIGHTS[0])[0]
-    merge_into(unet, combine([read_tau(files[name]) for name in taus], list(lambdas)))
-    return unet
-
-
-def eps_of(unet: UNet, prompts: list[str], w: float = 0.0):
-    text = shipped()[2]
-    return guided_eps(unet, text.encode(prompts), text.null_cond(len(prompts)), w)
-
-
-def network(unet: UNet):
-    """(z_t, t, cond, w) -> eps_hat, as lcm.py and diagnostics.py call it."""
-    return lambda z_t, t, cond, w: unet(z_t, t, cond)
-
-
-@functools.cache
-def teacher_path() -> Tensor:
-    """50 guided DDIM steps for NAMES: (51, 6, 4, 16, 16); [49 - n] is at t = 20 n + 19."""
-    unet, _, text, _ = shipped()
-    z_T, _ = noise(range(len(NAMES)), SHAPE)
-    conds = text.encode(NAMES), text.null_cond(len(NAMES))
-    return guided_trajectory(network(unet), z_T, *conds, SCHEDULE, W)
-
-
-@functools.cache
-def drawing(name: str = "rocket") -> Tensor:
-    """A drawing of the art the model was trained on, encoded: z0 (1, 4, 16, 16)."""
-    art = [a for a in read_art(EMOJI / "art/noto.tar") if a.name == name]
-    pixels, _ = compose(art, 128, random.Random(0))
-    return shipped()[1].encode_mean(pixels)
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-# ---- drawing
-
-
-def figure(title: str, width: float, height: float) -> Figure:
-    fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    fig.suptitle(title, fontsize=12)
-    return fig
-
-
-def show(ax, z0: Tensor, label: str = "", side: str = "") -> None:
-    """One latent (4, 16, 16), decoded; `label` above it, `side` at its left."""
-    ax.imshow(to_images(shipped()[1].decode(z0[None]))[0])
-    ax.set_title(label, fontsize=9, pad=3)
-    ax.set_ylabel(side, fontsize=9)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-
-
-def name_line(ax, x: float, y: float, words: str, color: str) -> None:
-    """A label at the line itself, in place of a legend."""
-    ax.annotate(words, (x, y), (4, 3), textcoords="offset points", color=color, fontsize=9)
-
-
-def save(fig: Figure, number: int) -> None:
-    """In 256 colours, without a date: the same bytes each time."""
-    path = HERE / f"figures/{number:02d}.png"
-    fig.savefig(path, dpi=100, metadata={"Software": None})
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
-
+from .panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    NAMES,
+    ORANGE,
+    PSI_STEPS,
+    SCHEDULE,
+    SHAPE,
+    WEIGHTS,
+    K,
+    W,
+    adapted,
+    drawing,
+    eps_of,
+    figure,
+    lcm_lora,
+    name_line,
+    network,
+    rms,
+    save,
+    shipped,
+    show,
+    teacher_path,
+)
 
 # ---- a function a chapter
 
@@ -420,41 +343,5 @@ def full_size() -> dict:
     return found
 
 
-CHAPTERS = [
-    noise_and_schedule,
-    guidance_and_ode,
-    blur,
-    one_jump,
-    algorithm_1,
-    low_rank,
-    three_roles,
-    adding,
-    few_steps,
-    full_size,
-]
-
-
-def checksums() -> dict[str, str]:
-    """Of the weights that the numbers are of."""
-    return {path.name: sha256(path)[:16] for path in WEIGHTS}
-
-
-@torch.no_grad()
-def main(only: list[int]) -> None:
-    path = HERE / "figures/numbers.json"
-    numbers = json.loads(path.read_text()) if path.exists() else {}
-    for i, chapter in enumerate(CHAPTERS, 1):
-        if not only or i in only:
-            print(f"{i:02d} {chapter.__name__}")
-            numbers[chapter.__name__] = chapter()
-    numbers["weights"] = checksums()
-    path.write_text(json.dumps(rounded(numbers), indent=1) + "\n")
-
-
-def rounded(x):
-    """To three digits: the last ones are another processor's."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    return float(f"{x:.3g}") if isinstance(x, float) else x
+CHAPTERS = [noise_and_schedule, guidance_and_ode, blur, one_jump, algorithm_1]
+CHAPTERS += [low_rank, three_roles, adding, few_steps, full_size]

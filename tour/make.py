@@ -26,6 +26,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch
+
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import boundary_scalings, lcm_grid, train_grid
@@ -107,6 +109,30 @@ def stale(measured: dict) -> dict[Path, str]:
     return new
 
 
+@torch.no_grad()
+def measure(only: list[int]) -> None:
+    """Draw the figures, of `only` these chapters if any, and write the numbers beside them."""
+    from . import figures, panels  # text alone needs no matplotlib
+
+    path = HERE / "figures/numbers.json"
+    numbers = json.loads(path.read_text()) if path.exists() else {}
+    for i, chapter in enumerate(figures.CHAPTERS, 1):
+        if not only or i in only:
+            print(f"{i:02d} {chapter.__name__}")
+            numbers[chapter.__name__] = chapter()
+    numbers["weights"] = {file.name: sha256(file)[:16] for file in panels.WEIGHTS}
+    path.write_text(json.dumps(rounded(numbers), indent=1) + "\n")
+
+
+def rounded(x):
+    """To three digits: the last ones are another processor's."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.3g}") if isinstance(x, float) else x
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tour.make",
@@ -117,9 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figures", nargs="*", type=int, metavar="N", help="draw them (these)")
     args = parser.parse_args(argv)
     if args.figures is not None:
-        from . import figures  # text alone needs no matplotlib
-
-        figures.main(args.figures)
+        measure(args.figures)
     measured = json.loads((HERE / "figures/numbers.json").read_text())
     try:
         new = stale(measured)

@@ -10,10 +10,10 @@ import io
 import json
 import secrets
 import threading
-from collections import namedtuple
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,8 +32,18 @@ WEIGHTS = Path(__file__).parents[2] / "weights/emoji"
 SHIPPED = ("lcm_lora.safetensors:1", "blueprint.safetensors:0", "papercut.safetensors:0")
 # the most of each; BODY: bytes of a request
 LETTERS, SEED, STEPS, GUIDANCE, LAMBDA, BODY = 300, (1 << 32) - 1, 50, 10, 2, 1 << 16
-# what the page asks for; `size` is width and height in pixels
-Wish = namedtuple("Wish", "prompt seed sampler steps guidance size lambdas")
+
+
+class Wish(NamedTuple):
+    """What the page asks for."""
+
+    prompt: str
+    seed: int
+    sampler: str
+    steps: int
+    guidance: float
+    size: int  # width and height in pixels
+    lambdas: list[float]
 
 
 class Superseded(Exception):

@@ -65,11 +65,12 @@ def test_a_symbol_that_is_gone_is_named(marker):
 def test_a_figure_is_drawn_with_its_numbers(tmp_path, monkeypatch):
     """The last chapter's: parameters of the official UNets and of their LCM-LoRAs, and bytes."""
     pytest.importorskip("matplotlib")
-    from tour import figures
+    from tour import panels
 
-    monkeypatch.setattr(figures, "HERE", tmp_path)
+    monkeypatch.setattr(panels, "HERE", tmp_path)
+    monkeypatch.setattr(make, "HERE", tmp_path)
     (tmp_path / "figures").mkdir()
-    figures.main([10])
+    make.measure([10])
     numbers = json.loads((tmp_path / "figures/numbers.json").read_text())
     assert (tmp_path / "figures/10.png").stat().st_size > 5000
     assert numbers["weights"] == MEASURED["weights"]
