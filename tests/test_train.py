@@ -221,10 +221,10 @@ def test_a_lora_of_a_range_of_w(files, tmp_path, monkeypatch):
     """
     seen = []
 
-    def loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, *rest):
+    def loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, eps, **skip):
         seen.extend(w.tolist())
         assert torch.equal(student(z0, n, cond, w), student(z0, n, cond, w + 1))
-        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, *rest)
+        return lcd_loss(student, teacher, target, z0, cond, null_cond, schedule, n, w, eps, **skip)
 
     monkeypatch.setattr("minilcm.objective.lcd_loss", loss)
     run(files, tmp_path, "attention", 4, "--w", "5:15")
