@@ -8,6 +8,7 @@ Each function of the file that has an exercise's name is called on small inputs.
 import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,7 +126,10 @@ def verdict(name: str, answer: Callable) -> str:
 
 
 @torch.no_grad()
-def main(path: str) -> None:
+def main(path: str = "") -> None:
+    if not Path(path).is_file():
+        told = f"{path}: no such file" if path else "no file"
+        sys.exit(f"{told}; give the one with your answers: python -m tour.check answers.py")
     theirs = runpy.run_path(path)
     lines = [verdict(name, theirs[name]) for name in EXERCISES if name in theirs]
     print("\n".join(lines) or f"{path}: no function has the name of an exercise")
@@ -133,4 +137,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:2])

@@ -210,6 +210,12 @@ def test_right_answers_are_right(capsys):
     assert all(line.endswith(": right") for line in lines), lines
 
 
+@pytest.mark.parametrize("path", [[], ["no_such.py"]])
+def test_without_answers_it_says_what_to_give(path):
+    with pytest.raises(SystemExit, match="give the one with your answers"):
+        check.main(*path)
+
+
 @pytest.mark.parametrize("name", check.EXERCISES)
 def test_wrong_answers_are_not(name):
     """What returns 0, nothing, or raises is told apart from what is right, in one line."""
