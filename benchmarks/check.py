@@ -27,7 +27,7 @@ from minilcm.files.identify import Config, open_checkpoint
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import read_header, sha256
 from minilcm.generate import generate, noise
-from minilcm.merge import merge_into, unmerge
+from minilcm.merge import merge_into
 from minilcm.model.text import TextConfig
 from minilcm.model.unet import UNetConfig
 from minilcm.model.vae import VAEConfig
@@ -109,7 +109,7 @@ def by_minilcm(model: Model, loras: Iterable[Path], x: Inputs) -> dict[str, Tens
     for file, tau in zip(loras, taus):
         merge_into(unet, tau)
         out[f"UNet + {file.stem}"] = unet(x.z_t, T_MIDDLE, cond)
-        unmerge(unet, tau)
+        merge_into(unet, tau, -1.0)
     if taus:
         merge_into(unet, taus[0])
     how = dict(schedule=make_schedule(config.unet.v, config.unet.zero_snr), steps=4)

@@ -177,6 +177,8 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's
     dtype.
 
+    Of LoRAs merged one by one each keeps a scale of its own: `merge_into(model, tau, new - old)`
+    changes it, and -1.0 takes tau out again, exact to float32 rounding for float32 weights.
     Raises ValueError if the model lacks a path or its shape differs, and nothing has changed then;
     or if a sum is beyond the weight's dtype.
     """
@@ -188,11 +190,6 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
             add_delta_(weight, up.to(weight.device), down.to(weight.device), scale * lora_alpha)
         except ValueError as error:
             raise ValueError(f"LoRA: {path}: {error}") from None
-
-
-def unmerge(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.0) -> None:
-    """Undo `merge_into`: exact to float32 rounding for float32 weights."""
-    merge_into(model, tau, -scale)
 
 
 # ---- rank

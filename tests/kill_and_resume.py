@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,9 +41,9 @@ def start(
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     # one thread: so small a model is slower on two
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, argv)],
+        [sys.executable, folder / "train.py", *map(str, argv)],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -68,8 +69,25 @@ def wait_for_save(
         pass
 
 
+def differences(whole: Path, killed: Path, name: str) -> list[str]:
+    """What a file of the killed run has that the untouched run's has not: a line for each kind."""
+    (a, about_a), (b, about_b) = (read_tensors(x / name) for x in (whole, killed))
+    lines = [f"{key} is there once" for key in sorted(a.keys() ^ b.keys())[:3]]
+    lines += [f"{x} in the header" for x in sorted(about_a.items() ^ about_b.items())]
+    shared = sorted(a.keys() & b.keys())
+    if other := [key for key in shared if not torch.equal(a[key], b[key])]:
+        far = {key: (a[key] - b[key]).abs().max().item() for key in other}
+        key = max(far, key=far.get)
+        size = f"{far[key]:.2g} of {a[key].abs().max().item():.2g}"
+        lines += [f"{len(other)} of {len(shared)} tensors differ, most {key}, by {size}"]
+    return [f"{name}: {line}" for line in lines]
+
+
 def main(kills: int, seed: int, objective: str, folder: Path) -> None:
     rng, out = random.Random(seed), folder / "killed"
+    # a copy, so that all runs are of one program, whatever is edited or committed meanwhile
+    shutil.copy(ROOT / "train.py", folder)
+    shutil.copytree(ROOT / "minilcm", folder / "minilcm")
     write_model(folder / "model.safetensors")
     (folder / "art").mkdir()
     write_art(folder / "art/noto.tar", "noto")
@@ -101,13 +119,9 @@ def main(kills: int, seed: int, objective: str, folder: Path) -> None:
     assert process.returncode == 1 and line.startswith("train.py: ") and step_of(out) == before
 
     assert start(folder, out, objective, *resume).wait() == 0
-    for name in ("lora.safetensors", latest_state(out).name):
-        (a, about_a), (b, about_b) = (read_tensors(x / name) for x in (folder / "whole", out))
-        assert (
-            about_a == about_b
-            and a.keys() == b.keys()
-            and all(torch.equal(a[key], b[key]) for key in a)
-        ), name
+    names = "lora.safetensors", latest_state(out).name
+    if found := [x for name in names for x in differences(folder / "whole", out, name)]:
+        raise SystemExit("\n".join(["not the untouched run:", *found]))
     left = [p.name for p in out.glob(".*.part")]
     assert not left and len(list(out.glob("state_*"))) == 2, left
     print(f"{kills} kills, {writing} while a file was written: result and state equal bit for bit")

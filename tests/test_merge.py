@@ -9,7 +9,7 @@ from tiny import load_tau, random_tau, tiny_unet
 from torch import nn
 
 from minilcm.lora import Tau, add_lora
-from minilcm.merge import check_fit, combine, delta, distance, merge_into, unmerge
+from minilcm.merge import check_fit, combine, delta, distance, merge_into
 from minilcm.model.unet import Cond
 
 PATHS = ("to_q", "op")  # a Linear and a convolution
@@ -128,13 +128,19 @@ def test_combine_is_not_the_average_of_the_factors(path):
     close(delta(*combine([{path: one}, {path: two}], [l1, l2])[path]), exact)
 
 
-def test_unmerge_restores():
-    """Merge then unmerge gives the weights back to 1e-6, in float32."""
-    net = small_net()
-    tau = random_tau(net, 1, 2, 5.0)
-    merge_into(net, tau, 0.7)
+def test_each_lora_keeps_its_own_scale():
+    """Merged one by one, a style goes from 0.7 to 0.2 beside an LCM-LoRA at 1, and out again."""
+    net, style, lcm = small_net(), *(random_tau(small_net(), seed, 2, 5.0) for seed in (1, 2))
+    merge_into(net, style, 0.7)
     assert all((net[path].weight - small_net()[path].weight).abs().max() > 0.1 for path in PATHS)
-    unmerge(net, tau, 0.7)
+    merge_into(net, lcm)
+    merge_into(net, style, 0.2 - 0.7)
+    mixed = small_net()
+    merge_into(mixed, combine([style, lcm], [0.2, 1.0]))
+    for path in PATHS:
+        close(net[path].weight, mixed[path].weight, 1e-6)
+    merge_into(net, style, -0.2)
+    merge_into(net, lcm, -1.0)
     for path in PATHS:
         close(net[path].weight, small_net()[path].weight, 1e-6)
 

@@ -732,6 +732,7 @@ MISTAKES = [
         "'pizza <lora:blueprint:0.8>'",
         "<lora:blueprint:0.8> in a prompt is not read; give --lora blueprint:0.8",
     ),
+    ("pizza --lora C:\\\\loras\\\\x.safetensors", "C:\\loras\\x.safetensors: no such file"),
     ("pizza --negative '<lyco:my style>'", "give --lora my style:1"),
     ("pizza --device mps", "--device mps, but PyTorch sees no GPU of Apple's"),
     ("--again {f}/none.png", "none.png: no such file"),

@@ -56,7 +56,7 @@ def nearest_names(
 
 OTHER_SYNTAX = re.compile(
     r"<\w+:[^<>]*>"  # A1111: <lora:name:0.8>, <hypernet:...>
-    r"|\([^()]*:\s*[\d.]+\s*\)|\(\([^()]*\)+"  # (word:1.3), ((word))
+    r"|\([^()]*:\s*-?[\d.]+\s*\)|\(\([^()]*\)+"  # (word:1.3), ((word))
     r"|\[[^\[\]]+\]"  # [word], [from:to:0.5], [a|b]
     r"|\{[^{}]*\}|__[\w/-]+__"  # dynamic prompts: {a|b}, __file__
     r"|\bembedding:\S+"  # ComfyUI
@@ -72,7 +72,7 @@ def other_syntax(prompt: str) -> list[str]:
 
 def lora_tags(prompt: str) -> list[tuple[str, str]]:
     """(tag, FILE:LAMBDA) of A1111's <lora:name:0.8> in a prompt."""
-    tags = re.finditer(r"<(?:lora|lyco):([^<>:]*)(?::([\d.]+))?[^<>]*>", prompt)
+    tags = re.finditer(r"<(?:lora|lyco):([^<>:]*)(?::(-?[\d.]+))?[^<>]*>", prompt)
     return [(m[0], f"{m[1]}:{m[2] or 1}") for m in tags]
 
 

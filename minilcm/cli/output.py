@@ -32,9 +32,10 @@ class Output(io.TextIOWrapper):
 def plain_output() -> None:
     """From here on no print raises: not after `| head`, nor on a full disk, nor for odd letters."""
     for name in ("stdout", "stderr"):
-        if stream := getattr(sys, name):  # None where the program was started without
-            how = dict(encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
-            setattr(sys, name, Output(stream.detach(), **how))
+        # None where the program was started without
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        how = dict(encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, Output(stream.detach(), **how))
 
 
 def run_script(

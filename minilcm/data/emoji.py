@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files.safetensors_file import what_instead
 from .batches import batch_order
 from .pictures import to_pixels
 
@@ -91,7 +92,9 @@ def is_art(shard: Path) -> bool:
     try:
         first = next(read_labels(shard), None)
     except (OSError, ValueError, tarfile.TarError):
-        raise ValueError(f"{shard}: not a .tar file, or damaged; copy or make it again") from None
+        with open(shard, "rb") as f:
+            what = what_instead(f.read(200)) or ", or damaged; copy or make it again"
+        raise ValueError(f"{shard}: not a .tar file{what}") from None
     return isinstance(first, dict) and {"name", "label", "keywords"} <= first.keys()
 
 

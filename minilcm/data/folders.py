@@ -106,9 +106,11 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
 
 
 def decoded(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is neither."""
+    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is no text."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if wide else "utf-8-sig")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer; run: git lfs pull")
     # without the mark, most UTF-16 would be read as letters with zero bytes between them
     if odd := [x for x in text if unicodedata.category(x) == "Cc" and not x.isspace()]:
         raise ValueError(f"it holds the control character {odd[0]!a}")

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..files.safetensors_file import atomic
+from ..files.safetensors_file import atomic, what_instead
 
 Target = tuple[int, int]  # (h, w) in pixels, to which a picture is cut
 
@@ -52,7 +52,8 @@ def open_picture(data: bytes) -> Image.Image:
             image = Image.fromarray(levels.round().astype(np.uint8))
         image = image if image.mode in ("I", "F") else image.convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
-        raise ValueError(f"not a readable picture ({type(error).__name__})") from None
+        what = what_instead(data[:200]) or f" ({type(error).__name__})"
+        raise ValueError(f"not a readable picture{what}") from None
     if image.mode != "RGBA":
         what = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(f"{kind} of {what}: which value is white is not told; save it as .png")

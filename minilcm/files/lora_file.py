@@ -23,7 +23,7 @@ from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, 
 def parse_lora(text: str) -> tuple[Path, float]:
     """`FILE[:LAMBDA]` -> (path, lambda); LAMBDA is 1 when it is left out."""
     name, colon, number = text.rpartition(":")
-    if not colon or Path(text).is_file():  # a file's name may hold a colon
+    if not colon or re.search(r"[/\\]", number) or Path(text).is_file():  # a colon of the name
         name, number = text, "1"
     try:
         lam = float(number)

@@ -98,7 +98,9 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         if len(head) < 9:
             raise damaged(path, f"expected a header, found {size} bytes")
         if head[8:9] != b"{" or head[:1] == b"{" and n >> 56:
-            raise ValueError(f"{path}: not a safetensors file{what_instead(head + f.read(191))}")
+            pickled = "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+            what = what_instead(head + f.read(191)) or pickled
+            raise ValueError(f"{path}: not a safetensors file{what}")
         if n > size - 8:
             raise damaged(path, f"expected a header of {n:,} bytes, found {size - 8:,}")
         if n > MAX_HEADER:
@@ -116,7 +118,7 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
 
 
 def what_instead(head: bytes) -> str:
-    """What a file that begins like this is, and what to do."""
+    """What a file that begins like this is, and what to do; "" if it is not known."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().decode(errors="replace")
     first = text.splitlines()[0][:60] if text else ""
     if text.startswith("version https://git-lfs"):
@@ -125,7 +127,7 @@ def what_instead(head: bytes) -> str:
         return f", but a web page ({first!a}); download the file itself, logged in if need be"
     if text.startswith("{") or " " in first and first.isprintable() and "\ufffd" not in first:
         return f", but a text ({first!a}); download the file itself, logged in if need be"
-    return "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
+    return ""
 
 
 def parse_header(path: Path, raw: bytes) -> tuple[Header, dict[str, str]]:

@@ -6,7 +6,7 @@ import re
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
@@ -79,7 +79,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps a file that is open
+                (folder / ".lock").unlink()
 
 
 def start_folder(folder: Path, resume: bool) -> None:
@@ -179,7 +180,8 @@ def load_state(
         _, i, name = key.split(".")
         like = parameters[int(i)]
         value = share_of(value, like) if value.shape == like.shape else value
-        saved["state"].setdefault(int(i), {})[name] = value
+        # a copy: what safetensors reads is the file's own pages, and a later save deletes the file
+        saved["state"].setdefault(int(i), {})[name] = value.clone()
     optimizer.load_state_dict(saved)
     return read_run(path)
 

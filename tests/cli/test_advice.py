@@ -110,7 +110,7 @@ def test_unknown_looks_are_said(prompt, styled, told):
             "rocket BREAK {red|blue} __color__ [cat:dog:0.5]",
             ["BREAK", "{red|blue}", "__color__", "[cat:dog:0.5]"],
         ),
-        ("((rocket)), [dull]", ["((rocket))", "[dull]"]),
+        ("((rocket)), [dull], (grey:-1)", ["((rocket))", "[dull]", "(grey:-1)"]),
         (
             "a (very big: 1.21) rocket++ AND <hypernet:x:1>",
             ["(very big: 1.21)", "rocket++", "AND", "<hypernet:x:1>"],
@@ -127,10 +127,13 @@ def test_syntax_of_other_programs_is_said(prompt, parts):
 
 
 def test_lora_tags():
-    assert lora_tags("a <lora:my style-v2:0.8> b <lyco:x>, <lora:y:1:lbw=2> <b> 1<2") == [
+    assert lora_tags(
+        "a <lora:my style-v2:0.8> b <lyco:x>, <lora:y:1:lbw=2> <b> 1<2 <lora:z:-.5>"
+    ) == [
         ("<lora:my style-v2:0.8>", "my style-v2:0.8"),
         ("<lyco:x>", "x:1"),
         ("<lora:y:1:lbw=2>", "y:1"),
+        ("<lora:z:-.5>", "z:-.5"),
     ]
 
 

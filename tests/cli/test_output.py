@@ -44,6 +44,14 @@ def test_a_full_disk_is_said_once(tmp_path):
     assert errors == "nothing more can be printed (No space left on device)\n"
 
 
+def test_without_standard_output_and_error(tmp_path):
+    """`>&- 2>&-`, as without a terminal on Windows: prints and bars go nowhere."""
+    bar = "from tqdm import tqdm; list(tqdm(range(3), disable=None))"
+    closed = ["bash", "-c", 'exec "$@" >&- 2>&-', "-", sys.executable, "-c", f"{PROGRAM}\n{bar}"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    assert subprocess.run([*closed, tmp_path / "work"], env=environment).returncode == 0
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_letters_that_the_encoding_lacks(encoding):
     """They are shown by their number, as is a byte of a file name that is no letter at all."""

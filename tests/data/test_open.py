@@ -8,7 +8,9 @@ from PIL import Image
 from tiny import CONFIG, TWO_TOWERS, tiny_text, tiny_unet, tiny_vae, write_art, write_tar
 
 from minilcm.data import latents
+from minilcm.data.emoji import is_art
 from minilcm.data.open import Reading, find_data, open_data
+from minilcm.data.pictures import open_picture
 from minilcm.files.checkpoint import Model
 from minilcm.generate import generate
 from minilcm.schedule import make_schedule
@@ -34,6 +36,19 @@ def test_a_tar_does_not_hide_pictures(tmp_path):
     write_tar(tmp_path / "0.tar", {})
     (tmp_path / "._0.png").touch()  # a leftover of macOS
     assert find_data(tmp_path).shards == [tmp_path / "0.tar"]
+
+
+def test_what_stands_in_for_a_file_is_named(tmp_path):
+    """A clone without Git LFS has pointers in place of its files; a pointer is no prompt."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 42\n"
+    write_pictures(tmp_path / "captions", ["a cat"])
+    readers = {"a.txt": find_data, "a.tar": is_art, "captions/0.txt": lambda x: find_data(x.parent)}
+    for name, read in readers.items():
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(ValueError, match=rf"{name}: .*Git LFS pointer.*; run: git lfs pull"):
+            read(tmp_path / name)
+    with pytest.raises(ValueError, match="not a readable picture, but a Git LFS pointer to one; "):
+        open_picture(pointer.encode())
 
 
 def test_identity_is_that_of_the_content(tmp_path, monkeypatch):

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilcm.run.state import latest_state, locked, save_state, start_folder, states_in
+from minilcm.run.state import (
+    latest_state,
+    load_state,
+    locked,
+    save_state,
+    start_folder,
+    state_tensors,
+    states_in,
+)
 
 
 def test_states_are_in_the_order_of_their_numbers(tmp_path):
@@ -45,6 +53,35 @@ def test_one_training_in_a_folder(tmp_path):
     with locked(folder):
         assert str(os.getpid()) in (folder / ".lock").read_text()
     assert not list(folder.iterdir())
+
+
+def test_a_lock_that_cannot_be_removed(tmp_path, monkeypatch):
+    """As on Windows, while it is open: the training that has ended is not an error."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} is used by another process")
+
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", refuse)
+        with locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_state_is_read_once(tmp_path):
+    """What happens to its file afterwards, which the next saves delete, reaches no run."""
+    path, weight = tmp_path / "state_000001.safetensors", torch.ones(4096, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    save_state(path, state_tensors({"weight": weight}, optimizer), {})
+    load_state(path, {"weight": weight}, optimizer)
+    moment = optimizer.state[weight]["exp_avg_sq"]
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.write(bytes(size))
+    assert moment.count_nonzero() == 4096
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):

@@ -30,7 +30,7 @@ from minilcm.data.pictures import contact_sheet, save_png, to_images
 from minilcm.files.checkpoint import Model, load_judge, load_model
 from minilcm.files.lora_file import read_tau
 from minilcm.generate import generate
-from minilcm.merge import combine, merge_into, unmerge
+from minilcm.merge import combine, merge_into
 from minilcm.metrics import Judge, accuracy, interval, picked, psnr, sharpness
 from minilcm.model.precision import autocast, default_dtype
 from minilcm.objective import run
@@ -167,7 +167,7 @@ def table(args: argparse.Namespace, model: Model, judge: Judge) -> None:
                 row["sharpness"] = sharpness(pixels).mean().item()
         row["seconds"] = (time.time() - start) / drawn
         if lora:
-            unmerge(model.unet, tau)
+            merge_into(model.unet, tau, -1.0)
         label = "**LCM-LoRA**" if lora else LABELS[sampler]
         label += f" {steps}" + (f", guidance {1 + w_:g}" if w_ else "")
         cells += [f"{row['style']:.2f}", f"{row['color']:.2f}", f"{row['sharpness']:.3f}"]
@@ -192,7 +192,7 @@ def distance(args: argparse.Namespace, model: Model) -> None:
             merge_into(model.unet, tau)
         z0 = latents(model, prompts, "lcm", steps, w_, args.seed)
         if lora:
-            unmerge(model.unet, tau)
+            merge_into(model.unet, tau, -1.0)
         what = "LCM-LoRA" if lora else f"no LoRA, guidance {1 + w_:g}"
         print(f"{what}, {steps} steps: {(z0 - end).square().mean().sqrt():.3f}", flush=True)
 
@@ -211,7 +211,7 @@ def styles(args: argparse.Namespace, model: Model, judge: Judge) -> None:
         for label, mix, sampler, steps, w_ in rows:
             merge_into(model.unet, mix)
             pixels = draw(model, prompts, sampler, steps, w_, args.seed)
-            unmerge(model.unet, mix)
+            merge_into(model.unet, mix, -1.0)
             shares = [x.float().mean() for x in accuracy(judge, pixels, names, asked)]
             print(f"{label}: names {shares[0]:.3f}, style {shares[1]:.3f}", flush=True)
 
@@ -251,7 +251,7 @@ def figure(args: argparse.Namespace, model: Model) -> None:
         prompts = [f"{n}{style}, on {article(c)} background" for n, c in zip(names, COLORS)]
         merge_into(model.unet, tau)
         images += to_images(draw(model, prompts, sampler, steps, w_, args.seed))
-        unmerge(model.unet, tau)
+        merge_into(model.unet, tau, -1.0)
         labels += [label] + [""] * (len(names) - 1)
     save_png(args.out, contact_sheet(images, labels, len(names)), "report figure 3")
 
