@@ -42,6 +42,7 @@ class Wish(NamedTuple):
     sampler: str
     steps: int
     guidance: float
+    gamma: float  # lcm: how much of the noise between steps is fresh; 1 is the paper's own sampler
     size: int  # width and height in pixels
     lambdas: list[float]
 
@@ -78,7 +79,8 @@ class Studio:
             "start": {"sampler": "lcm" if fast else "ddim", "size": self.config.size},
             "most": {"letters": LETTERS, "steps": STEPS, "guidance": GUIDANCE, "lambda": LAMBDA},
             "samplers": {
-                name: [x.steps, 1 if x.needs_lcm_lora else own] for name, x in SAMPLERS.items()
+                name: [x.steps, 1 if x.needs_lcm_lora else own, x.stochastic]
+                for name, x in SAMPLERS.items()
             },
             "sizes": self.sizes,
             "loras": [[path.stem, lam] for path, lam in self.loras],
@@ -94,6 +96,7 @@ class Studio:
                 ("steps", wish.steps, 1, STEPS, int),
                 ("size", wish.size, self.sizes[0], self.sizes[-1], int),
                 ("guidance", wish.guidance, 1, GUIDANCE, int | float),
+                ("gamma", wish.gamma, 0, 1, int | float),
                 *[("lambda", x, -LAMBDA, LAMBDA, int | float) for x in wish.lambdas],
             ]
         except (ValueError, TypeError):
@@ -127,6 +130,7 @@ class Studio:
             cond, null_cond = self.text.encode([wish.prompt], size), self.text.null_cond(1, size)
             eps_fn = guided_eps(unet, cond, null_cond, wish.guidance - 1)
             how = dict(decode=self.vae.decode, device=self.device, schedule=self.schedule)
+            how |= dict(gamma=wish.gamma if wish.gamma < 1 else None)
             pixels = generate(eps_fn, [wish.seed], (4, side, side), wish.sampler, wish.steps, **how)
         png = io.BytesIO()
         to_images(pixels)[0].save(png, "PNG", compress_level=1)

@@ -18,7 +18,7 @@ from minilcm.lora import ATTENTION
 from minilcm.run.live import BODY, LETTERS, STEPS, Server, Studio
 
 WISH = {"prompt": "pizza", "seed": 3, "sampler": "lcm", "steps": 2, "guidance": 1, "size": 32}
-WISH["lambdas"] = [1, 0.5]
+WISH |= {"lambdas": [1, 0.5], "gamma": 1}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_it_draws_what_sample_draws(files, tmp_path, ask):
         WISH | {"lambdas": [-2, 1.7], "sampler": "ddim", "guidance": 3},
         WISH | {"prompt": "rocket", "size": 48},
         WISH,
+        WISH | {"gamma": 0.3},
     ]
     drawn = []
     for i, wish in enumerate(wishes):
@@ -75,12 +76,13 @@ def test_it_draws_what_sample_draws(files, tmp_path, ask):
         argv += ["--out", f"{tmp_path}/{i}.png", "--size", f"{wish['size']}x{wish['size']}"]
         for name in ("seed", "sampler", "steps", "guidance"):
             argv += [f"--{name}", str(wish[name])]
+        argv += ["--gamma", str(wish["gamma"])] if wish["gamma"] < 1 else []
         for name, lam in zip(("lcm", "style"), wish["lambdas"]):
             argv += ["--lora", f"{files}/{name}.safetensors:{lam}"]
         sample.main(sample.parse([*argv, wish["prompt"]]))
         drawn.append(pixels(body))
         assert drawn[i] == pixels((tmp_path / f"{i}.png").read_bytes())
-    assert drawn[0] == drawn[4] and len(set(drawn)) == 4
+    assert drawn[0] == drawn[4] and len(set(drawn)) == 5
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,8 @@ def test_it_draws_what_sample_draws(files, tmp_path, ask):
         (WISH | {"seed": -1}, "seed is -1"),
         (WISH | {"guidance": float("nan")}, "guidance is nan"),
         (WISH | {"guidance": "3"}, "guidance is 3"),
+        (WISH | {"gamma": 1.1}, "gamma is 1.1"),
+        (WISH | {"gamma": None}, "gamma is None"),
         (WISH | {"lambdas": [1, 1e9]}, "lambda is 1000000000.0"),
         (WISH | {"lambdas": [1]}, "load the page again"),
         (WISH | {"lambdas": 1}, "JSON"),
@@ -217,10 +221,12 @@ def test_every_control_of_the_page_draws_another_picture(server, page):
     picture()
     page.locator("[name=steps]").press("ArrowRight")
     assert picture().startswith("5 evaluations")
+    page.locator("[name=gamma]").press("ArrowLeft")
+    picture()
     page.locator("[name=guidance]").press("ArrowRight")
     assert picture().startswith("10 evaluations")
     page.select_option("[name=sampler]", "ddim")
-    assert picture().startswith("50 evaluations")
+    assert picture().startswith("50 evaluations") and page.is_disabled("[name=gamma]")
     page.fill("[name=seed]", "-7")
     assert not page.evaluate("drawing") and page.text_content("#says").startswith("Value must")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
