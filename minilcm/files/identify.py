@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 from ..model.text import TextConfig, sd2_text, sdxl_text
 from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
+from .lora_keys import split_key
 from .parts import PARTS, UNET, part_of
 from .safetensors_file import FLOATS, MALFORMED, Header, read_header
 
@@ -148,15 +149,21 @@ def identify(path: str | Path) -> Config:
 
 
 def is_lora(header: Header) -> bool:
-    return any(re.search(r"\.?lora[._]", key) for key in header)
+    return any(map(of_lora, header))
+
+
+def of_lora(key: str) -> bool:
+    """Whether a key is one of a LoRA file, in any spelling that `split_key` knows."""
+    split = split_key(key)
+    return split is not None and split[2] in ("up", "down")
 
 
 def identify_header(
     path: str | Path, header: Header, metadata: dict[str, str], prediction: str | None = None
 ) -> Config:
     """`open_checkpoint` for a header that has been read; `path` is for messages."""
-    adapter = re.compile(r"^lora_|\.lora[._]|_lora\.|\.hada_|\.lokr_|\.processor\.")
-    if lora := [k for k in header if adapter.search(k)]:
+    others = re.compile(r"^lora_|\.hada_|\.lokr_|\.processor\.")  # which are refused there, too
+    if lora := [k for k in header if others.search(k) or of_lora(k)]:
         what = "this is a LoRA file; pass it with --lora, not as the checkpoint"
         raise ValueError(f"{path}: {what} ({min(lora)})")
     unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # no prefix

@@ -13,6 +13,7 @@ from tiny import random_tau, tiny_unet, write_model
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
+from minilcm.files.identify import of_lora
 from minilcm.files.lora_file import read_recipe, read_tau, write_tau
 from minilcm.files.lora_keys import split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
@@ -346,11 +347,12 @@ SPELLINGS = [  # each of public files, by grammar; and what it names
 
 @pytest.mark.parametrize("key, prefix, path, part", SPELLINGS)
 def test_spellings(key, prefix, path, part):
-    """Five grammars, UNet and text: SD1.5's module (or tower) and the part that the key names."""
+    """All spellings, UNet and text: SD1.5's module (or tower) and the part that the key names."""
     got_prefix, module, got_part = split_key(key)
     flat = module.replace(".", "_")
     got = text_table().get(flat) if got_prefix else to_ldm_path(flat, sd15)
     assert (got_prefix, got, got_part) == (prefix, path, part)
+    assert of_lora(key) == (part in ("up", "down"))  # for `info`, and refused as --model
 
 
 def test_the_upsampler_of_the_lowest_level(tmp_path):

@@ -108,7 +108,7 @@ def test_it_draws_what_sample_draws(files, tmp_path, ask):
         (WISH | {"lambdas": [1, 1e9]}, "lambda is 1000000000.0"),
         (WISH | {"lambdas": [1]}, "load the page again"),
         (WISH | {"lambdas": 1}, "JSON"),
-        (WISH | {"sampler": "euler"}, "load the page again"),
+        (WISH | {"sampler": "no such sampler"}, "load the page again"),
         (WISH | {"sampler": []}, "load the page again"),
     ],
 )
