@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,7 +238,6 @@ def lora_metadata(
         "ss_network_alpha": ",".join(f"{a:g}" for a in alphas),
         "ss_v2": str(family.unet().context_dim == 1024),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.date": date.today().isoformat(),
     }
     bases = {  # by the width of the prompt
         768: ("sd_v1", "stable-diffusion-v1/lora"),

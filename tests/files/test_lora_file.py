@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+from datetime import date
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_recipe_is_in_the_header(tmp_path):
     assert read_recipe(tmp_path / "lora.safetensors") == recipe
     _, metadata = safefile.read_tensors(tmp_path / "lora.safetensors")
     assert metadata["minilcm.w"] == "7.5" and metadata["ss_network_dim"] == "1,2,3,4"
+    # the same bytes on another day: a run resumed after midnight ends as one nobody touched
+    assert date.today().isoformat() not in metadata.values()
     assert metadata["ss_network_alpha"] == "1.3,2.3,3.3,4.3"
 
 
