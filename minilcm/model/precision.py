@@ -1,6 +1,7 @@
 """Where a network sits, and in which number format it computes and is stored."""
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -45,6 +46,20 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
     finally:
         if torch.device(device).type != "cpu":
             module.to("cpu")
+
+
+def batch_that_fits(unet: nn.Module, shape: tuple[int, ...], passes: int, count: int) -> int:
+    """Pictures at a time, of `count` with latents of `shape`: on a GPU what half of its free memory
+    holds, at most 32, in batches as even as they can be; elsewhere 1. `passes`: rows for a picture.
+    """
+    weight = unet.out[2].weight
+    if weight.device.type != "cuda":
+        return 1
+    # a row needs 15 to 27 times the first level's feature map; 32 is for what kernels take besides
+    row = 32 * weight.element_size() * unet.cfg.channels[0] * shape[1] * shape[2]
+    most = torch.cuda.mem_get_info()[0] // 2 // (passes * row)
+    batches = math.ceil(count / min(32, max(1, most)))
+    return math.ceil(count / batches)
 
 
 def add_checkpointing(unet: nn.Module) -> None:
