@@ -19,6 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from minilcm.lcm import GRID, guidance_embedding
 from minilcm.lora import Tau
 from minilcm.merge import combine, merge_into
 from minilcm.model.packed import pack_for_sampling
-from minilcm.model.precision import DTYPES, default_dtype, resident
+from minilcm.model.precision import DTYPES, batch_that_fits, default_dtype, resident
 from minilcm.model.text import TextEncoder, lora_weights
 from minilcm.model.tiny_vae import TinyDecoder
 from minilcm.model.unet import Cond, UNet
@@ -64,6 +65,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     again = "draw this picture again, from the recipe inside it, with the flags given besides"
     add("--again", type=Path, metavar="FILE.png", help=again)
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
+    add("--batch", type=int, metavar="N", help="pictures at a time (default: what fits; CPU: 1)")
     seed = "picture i of all, prompt by prompt, has seed + i (default 0; -1: a random one)"
     add("--seed", type=int, default=0, help=seed)
     add_flags_of_sampling(add)
@@ -136,8 +138,9 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     for tag, lora in lora_tags(" ".join([*args.prompts, args.negative])):
         lcm = "" if args.lora or args.sampler != "lcm" else " --lora lcm"
         error(f"{tag} in a prompt is not read; give --lora {lora}{lcm}")
-    if args.count < 1:
-        error(f"--count is {args.count}; give 1 or more")
+    for flag in ("count", "batch"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            error(f"--{flag} is {getattr(args, flag)}; give 1 or more")
     if not -1 <= args.seed < SEEDS:
         error(f"--seed is {args.seed}; give 0 to {SEEDS - 1}, or -1 for a random one")
     if args.seed + count > SEEDS:
@@ -183,9 +186,7 @@ def parse_size(text: str | None, native: int, multiple: int) -> tuple[int, int]:
 
 
 def settle(args: Namespace, config: Config) -> tuple[int, int]:
-    """Fill in what depends on the model: size, guidance, LoRA, dtype; -> height and width of the
-    latent.
-    """
+    """Fill in what depends on the model: size, guidance, LoRA, dtype; -> (h, w) of the latent."""
     way, shipped = SAMPLERS[args.sampler], is_shipped(args.model)
     factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
     coarsest = factor * 2 ** (len(config.unet.channels) - 1)  # pixels per point of the lowest level
@@ -230,8 +231,8 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
         print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {path.stem}, times {lam:g}")
 
 
-def encode(args: Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
-    """(the Cond of each prompt, that of --negative or the null condition), on the CPU."""
+def encode(args: Namespace, text: TextEncoder) -> tuple[Cond, Cond]:
+    """(a row for each prompt, a row for --negative or the null condition), on the CPU."""
     # Apple's GPUs may err in PyTorch's own attention, which is the text encoder's: see layers.py
     with resident(text, "cpu" if args.device == "mps" else args.device):
         # one at a time: a batch rounds differently
@@ -239,41 +240,40 @@ def encode(args: Namespace, text: TextEncoder) -> tuple[list[Cond], Cond]:
         neg_cond = text.null_cond(1, args.size)
         if args.negative:
             neg_cond = text.encode([args.negative], args.size)
-    return conds, neg_cond.to("cpu")
+    return reduce(Cond.cat, conds), neg_cond.to("cpu")
 
 
-def draw_all(
-    args: Namespace, unet: UNet, conds: list[Cond], neg_cond: Cond, how: dict
-) -> list[Tensor]:
-    """The latents of each prompt's --count pictures, on the CPU; on Ctrl-C those that are drawn.
-    `how` is for `generate`.
-    """
-    jobs = [cond for cond in conds for _ in range(args.count)]
-    latents, w, full_lcm = [], args.guidance - 1, unet.cfg.w_dim is not None
+def draw_all(args: Namespace, unet: UNet, conds: Cond, neg_cond: Cond, how: dict) -> list[Tensor]:
+    """All pictures' latents, on the CPU; on Ctrl-C those that are drawn. `how`: for `generate`."""
+    count, latents = len(args.prompts) * args.count, []
+    w, full_lcm = args.guidance - 1, unet.cfg.w_dim is not None
+    passes = 1 if w == 0 or full_lcm else 2  # rows of the network for a picture
     schedule = make_schedule(unet.cfg.v, unet.cfg.zero_snr)
 
     def network(cond: Cond) -> EpsFn:
         if full_lcm:  # takes w itself, as an input
             w_emb = guidance_embedding(torch.tensor([w]), unet.cfg.w_dim).to(args.device)
             return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
-        return guided_eps(unet, cond, neg_cond.to(args.device), w)
+        return guided_eps(unet, cond, neg_cond.rows([0] * n).to(args.device), w)
 
     with resident(unet, args.device):
+        n = args.batch = args.batch or batch_that_fits(unet, how["shape"], passes, count)
         start = time.perf_counter()
-        # one picture at a time: its bytes cannot depend on its neighbours
-        bar = tqdm(jobs, desc="pictures", disable=None if len(jobs) > 1 else True)
-        for i, cond in enumerate(bar):
-            eps_fn, seeds = network(cond.to(args.device)), [args.seed + i]
+        for first in tqdm(range(0, count, n), "pictures", unit_scale=n, disable=count == 1 or None):
+            # always n rows, a seed in row seed mod n: no picture's bytes depend on its neighbours
+            rows = [first + (row - args.seed - first) % n for row in range(n)]
+            cond = conds.rows([min(i, count - 1) // args.count for i in rows]).to(args.device)
+            eps_fn, seeds = network(cond), [(args.seed + i) % SEEDS for i in rows]
             try:
-                z0 = generate(eps_fn, seeds, schedule=schedule, device=args.device, **how)
+                z0 = generate(eps_fn, seeds, schedule=schedule, device=args.device, **how).cpu()
             except KeyboardInterrupt:
-                print(f"stopped after {i} of {len(jobs)} pictures")
+                print(f"stopped after {len(latents)} of {count} pictures")
                 break
-            latents.append(z0.cpu())
+            latents += [z0[[(args.seed + i) % n]] for i in range(first, min(first + n, count))]
         seconds = time.perf_counter() - start
     if latents:
-        evaluations = args.steps * (1 if w == 0 or full_lcm else 2)
-        each, s = " a picture" if len(jobs) > 1 else "", "s" if evaluations > 1 else ""
+        evaluations = args.steps * passes
+        each, s = " a picture" if count > 1 else "", "s" if evaluations > 1 else ""
         print(f"{evaluations} evaluation{s}, {seconds / len(latents):.2f} s{each}")
     return latents
 
@@ -282,6 +282,7 @@ def write_pictures(args: Namespace, images: list[Image.Image], recipe: dict[str,
     """A PNG for each image, with its recipe, and the sheet. Pictures of other runs are kept."""
     jobs = [prompt for prompt in args.prompts for _ in range(args.count)]
     model = None if is_shipped(args.model) else args.model
+    recipe |= {"Batch size": args.batch} if args.batch > 1 else {}
     for seed, (prompt, picture) in enumerate(zip(jobs, images), args.seed):
         text = parameters(prompt, args.negative, recipe | {"Seed": seed})
         what = picture, text, command_line(args, prompt, seed, model)

@@ -69,8 +69,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--model", type=Path, default=SHIPPED, help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
-    init = "a LoRA to start from, of this --rank and these layers "
-    init += "(default: one that changes nothing)"
+    init = "a LoRA to start from, of this --rank and layers (default: one that changes nothing)"
     add("--init", type=Path, metavar="FILE", help=init)
     data = "a .tar shard, a folder of them, or of pictures with captions; or a .txt with a prompt "
     data += "a line, for which the model draws the pictures itself (guided, 25 steps of DDIM)"
@@ -87,12 +86,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
     recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, "
     recompute += "much less memory (default: on for large models)"
     add("--checkpointing", action=BooleanOptionalAction, help=recompute)
+    add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half the memory")
     add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
     rate = "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
     rate += "(default 3e-4)"
     add("--lr", type=float, default=3e-4, help=rate)
-    constant = "neither warm-up nor cosine, as the official scripts"
-    add("--constant-lr", action="store_true", help=constant)
+    add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
     guidance = "lcm: guidance - 1 to distil (default 7.5); LOW:HIGH draws one for each picture: a "
     guidance += "full LCM is told which (default 2:14), a LoRA learns a mixture"
     add("--w", metavar="W[:HIGH]", help=guidance)
@@ -134,6 +133,8 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--init {args.init} is a LoRA to start from; give its --rank in place of --full")
     if args.init is not None and args.alpha is not None:
         error(f"--alpha is {args.alpha}, but --init {args.init} has its own; leave --alpha out")
+    if args.quantize and args.rank is None:
+        error("--quantize is for the frozen weights under a LoRA; give --rank in place of --full")
     counts = "steps", "batch", "accumulate", "k", "psi_steps", "looks", "workers", "save_every"
     for flag in counts:
         if getattr(args, flag) < 1:
@@ -170,7 +171,7 @@ def objective_of(args: Namespace, large: bool) -> Objective:
     targets = ATTENTION if args.attention_only else TARGETS
     checkpointing = large if args.checkpointing is None else args.checkpointing
     narrow = large and forward_dtype(args.device) == torch.float32
-    how = args.w_range, args.k, args.psi_steps, checkpointing, narrow
+    how = args.w_range, args.k, args.psi_steps, checkpointing, narrow, args.quantize
     return Objective(args.objective, args.rank, args.alpha, targets, *how)
 
 

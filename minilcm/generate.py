@@ -47,8 +47,8 @@ SAMPLERS = {
 def noise(
     seeds: Sequence[int], shape: tuple[int, ...], device: str | torch.device = "cpu"
 ) -> tuple[Tensor, list[torch.Generator]]:
-    """z_T (b, *shape) and the CPU generators that drew it, one for each seed: a picture depends on
-    its seed only, not on batch or device.
+    """z_T (b, *shape) and the CPU generators that drew it, one for each seed: a picture's noise
+    depends on its seed only, not on batch or device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device), generators

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .lcm import GRID, Network, draw, guidance_embedding, lcd_loss
-from .lora import TARGETS, add_lora, lora_off, target_paths
-from .model.precision import add_checkpointing, autocast
+from .lora import TARGETS, add_lora, lora_layers, lora_off, target_paths
+from .model.precision import add_checkpointing, autocast, quantize
 from .model.unet import Cond, UNet
 from .schedule import Schedule, T, diffusion_loss, make_schedule
 
@@ -34,6 +34,7 @@ class Objective(NamedTuple):
     psi_steps: int = 1  # lcm: DDIM steps of the teacher in it
     checkpointing: bool = False
     narrow: bool = False  # adapted layers keep frozen weights in float16, widened where used
+    quantized: bool = False  # the same in int8
 
 
 class Networks(NamedTuple):
@@ -106,6 +107,9 @@ def lora_networks(
             x.data = x.data.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     add_lora(unet, objective.rank, objective.lora_alpha, objective.targets, generator)
+    if objective.quantized:
+        for layer in lora_layers(unet).values():
+            quantize(layer)
     if objective.checkpointing:
         add_checkpointing(unet)
     net = wrap(unet)

@@ -220,6 +220,7 @@ OBJECTIVES = {
     "LCM-LoRA": Objective("lcm", 4),
     "LCM-LoRA, checkpointing": Objective("lcm", 4, checkpointing=True),
     "LCM-LoRA, narrow": Objective("lcm", 4, narrow=True),
+    "LCM-LoRA, int8": Objective("lcm", 4, quantized=True),
     "diffusion": Objective("diffusion", None),
     "full LCM": Objective("lcm", None, w_range=(2.0, 14.0)),
 }

@@ -8,6 +8,7 @@ from tiny import load_tau, random_tau, tiny_unet
 from torch import nn
 
 from minilcm.lora import ATTENTION, TARGETS, add_lora, get_tau, lora_layers, lora_off, target_paths
+from minilcm.model.precision import quantize
 from minilcm.model.unet import Cond, UNet, emoji, sd15, sdxl, ssd1b
 from minilcm.run.plan import LiveBytes
 
@@ -301,12 +302,40 @@ def test_a_narrow_base_computes_what_a_wide_one_does(path):
     )
 
 
-def test_a_narrow_base_keeps_no_wide_weight():
+@pytest.mark.parametrize("path", ["to_q", "proj_in", "op", "conv", "skip_connection"])
+@pytest.mark.parametrize("half", [torch.float32, torch.bfloat16])
+def test_an_int8_base_computes_what_its_weights_say(path, half):
+    """No weight is off by more than half a 127th of its row's largest; output and gradients, in
+    autocast too, are those of a layer that has these weights.
+    """
+    net = small_net()
+    add_lora(net, RANK, LORA_ALPHA)
+    load_tau(net, random_tau(small_net(), 3, RANK, LORA_ALPHA))
+    layer, wide = net[path], copy.deepcopy(net[path])
+    quantize(layer)
+    with torch.no_grad():
+        weight = layer.weight.float() * layer.weight_scale.float()
+        most = 0.502 / 127 * wide.weight.flatten(1).abs().amax(1)  # half, and bfloat16's rounding
+        assert ((weight - wide.weight).flatten(1).abs().amax(1) <= most).all()
+        wide.weight.copy_(weight)
+    x, y = (inputs(wide).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", half, enabled=half != torch.float32):
+        out, expected = layer(x), wide(y)
+    assert out.dtype == expected.dtype == half and layer.weight.dtype == torch.int8
+    torch.testing.assert_close(out, expected)
+    out.float().square().sum().backward(), expected.float().square().sum().backward()
+    exact = 1e-6 if half == torch.float32 else 5e-3
+    for a, b in ((x, y), (layer.lora_down.weight, wide.lora_down.weight)):
+        assert (a.grad - b.grad).norm() <= exact * b.grad.norm()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_narrow_base_keeps_no_wide_weight(int8):
     """A weight far larger than input and output: after forward, less is alive than W widened."""
-    net = nn.ModuleDict(
-        {"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)}
-    ).half()
-    add_lora(net, 2)
+    net = nn.ModuleDict({"to_q": nn.Linear(512, 512), "conv": nn.Conv2d(128, 128, 3, padding=1)})
+    add_lora(net if int8 else net.half(), 2)
+    for layer in net.values() if int8 else ():
+        quantize(layer)
     for layer, shape in ((net["to_q"], (1, 4, 512)), (net["conv"], (1, 128, 4, 4))):
         with LiveBytes() as live:
             out = layer(torch.randn(shape, requires_grad=True))

@@ -88,22 +88,21 @@ def test_ranks_share_what_is_drawn(kind, rank):
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_TOWERS], ids=["one tower", "two towers"])
 @pytest.mark.parametrize("kind", ["diffusion", "lcm"])
-@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("rank, int8", [(4, False), (4, True), (None, False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, checkpointing):
+def test_on_cuda(fake_cuda, monkeypatch, config, kind, rank, int8, checkpointing):
     """Dry run, bfloat16 on cuda: noise and grid are the CPU's, devices and dtypes do not mix."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     unet = fake_cuda(lambda: UNet(config.unet), F32)
-    nets = make_networks(Objective(kind, rank, checkpointing=checkpointing), unet, torch.bfloat16)
+    objective = Objective(kind, rank, checkpointing=checkpointing, quantized=int8)
+    nets = make_networks(objective, unet, torch.bfloat16)
     trained = [x for x in unet.parameters() if x.requires_grad]
     assert {(x.device.type, x.dtype) for x in trained} == {("cuda", F32)}
     vector = torch.randn(2, config.unet.adm, device="cuda") if config.unet.adm else None
     both = Cond(torch.randn(2, 77, config.unet.context_dim, device="cuda"), vector)
     z0 = torch.randn(2, 4, 8, 8, device="cuda")
-    loss = loss_of(
-        Objective(kind, rank, checkpointing=checkpointing), nets, z0, both, both, torch.Generator()
-    )
+    loss = loss_of(objective, nets, z0, both, both, torch.Generator())
     assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", F32, (), True)
 
 

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from minilcm.lcm import guidance_embedding, lcm_grid, sample_lcm
 from minilcm.lora import ATTENTION
 from minilcm.merge import merge_into
 from minilcm.model.tiny_vae import TinyDecoder
+from minilcm.model.unet import Cond, UNet
 from minilcm.schedule import add_noise, make_schedule
 from minilcm.solver import guided_eps, sample_ddim
 
@@ -114,6 +116,66 @@ def test_same_seed_same_bytes_alone_or_among_others(draw, sampler, dtype):
     assert len(set(six.values())) == 6
     for i in (0, 2, 4):  # the text tower's batch must not show either
         assert only(draw(prompts[i // 3], "--seed", str(7 + i), *flags)) == list(six.values())[i]
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "dpmpp"])
+def test_a_batch_draws_what_single_pictures_are(draw, sampler):
+    """Four pictures of two prompts in batches of three, the second filled up, in float32."""
+    flags = ("--count", "2", "--seed", "7", "--sampler", sampler, "--steps", "3")
+    flags = ("cat face", "a rocket", "--dtype", "float32", *flags)
+    single, batch = draw(*flags), draw(*flags, "--batch", "3")
+    assert single.keys() == batch.keys() and len(batch) == 4
+    for name in single:
+        assert abs(levels(single[name]) - levels(batch[name])).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_picture_of_a_batch_does_not_depend_on_the_others(draw, tmp_path, dtype):
+    """Of four pictures in batches of three, the second filled up, one has the bytes that its prompt
+    and seed alone give with --batch 3. --again knows the batch; the recipe tells it, but not 1.
+    """
+    flags = ("--dtype", dtype, "--guidance", "1.5", "--steps", "2")
+    four = draw(*"abcd", "--seed", "7", "--batch", "3", *flags, out=f"{tmp_path}/four/")
+    for i, name in ((1, "0001_b_seed8.png"), (3, "0003_d_seed10.png")):
+        data = four[name]
+        assert only(draw("abcd"[i], "--seed", str(7 + i), "--batch", "3", *flags)) == data
+        again = ["--again", f"{tmp_path}/four/{name}", "--out", f"{tmp_path}/{i}.png"]
+        sample.main(sample.parse(again))
+        assert (tmp_path / f"{i}.png").read_bytes() == data
+        assert lines_in(data)[-1].endswith(", Batch size: 3")
+    assert "Batch size" not in lines_in(only(draw("a", *flags)))[-1]
+
+
+def test_the_last_seeds_in_a_batch(draw):
+    """The rows that fill a batch up have seeds that exist."""
+    flags = ("a", "--seed", str(2**64 - 1), "--dtype", "float32")
+    drawn, alone = only(draw(*flags, "--batch", "3")), only(draw(*flags))
+    assert abs(levels(drawn) - levels(alone)).max() <= 1
+
+
+@pytest.mark.parametrize("w_dim", [None, 256])
+def test_on_cuda(fake_cuda, monkeypatch, w_dim):
+    """Dry run in float16, guided and as a full LCM: seven pictures, of which four fit at a time."""
+    cfg = dataclasses.replace(CONFIG.unet, w_dim=w_dim)
+    unet = fake_cuda(lambda: UNet(cfg), torch.float16)
+    monkeypatch.setattr(sample, "resident", lambda module, device: nullcontext())
+    # without data there is no .tolist()
+    monkeypatch.setattr("minilcm.lcm.lcm_grid", lambda steps, strength: [999, 499])
+    row = 32 * 2 * cfg.channels[0] * 8 * 8  # bytes
+    free = 2 * 5 * row if w_dim else 2 * 2 * 5 * row
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    seen = []
+    monkeypatch.setattr(
+        sample,
+        "generate",
+        lambda eps_fn, seeds, **how: seen.append(seeds) or generate(eps_fn, seeds, **how),
+    )
+    args = sample.parse(["pizza", "--count", "7", "--guidance", "2", "--seed", "2"])
+    args.device = "cuda"
+    cond = Cond(torch.randn(1, 77, cfg.context_dim))
+    latents = sample.draw_all(args, unet, cond, cond, dict(shape=(4, 8, 8), steps=2))
+    assert [(z0.shape, z0.device.type) for z0 in latents] == [((1, 4, 8, 8), "cpu")] * 7
+    assert args.batch == 4 and seen == [[4, 5, 2, 3], [8, 9, 6, 7]]
 
 
 def test_the_picture_is_the_pipeline_by_hand(draw, files):
@@ -719,6 +781,7 @@ MISTAKES = [
     ("pizza --gamma nan", "--gamma is nan; give a number from 0 to 1"),
     ("pizza --steps four", "invalid int value: 'four'"),
     ("pizza --count 0", "--count is 0; give 1 or more"),
+    ("pizza --batch 0", "--batch is 0; give 1 or more"),
     ("pizza --seed x", "invalid int value: 'x'"),
     ("pizza --guidance strong", "invalid float value: 'strong'"),
     ("pizza --guidance nan", "--guidance is nan"),

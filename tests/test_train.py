@@ -607,6 +607,17 @@ def test_a_large_models_base_stays_narrow(files, tmp_path, monkeypatch):
         assert (wide[key] - narrow[key]).abs().max() <= 1e-3 * wide[key].abs().max() + 1e-9, key
 
 
+def test_quantize_trains_on_an_int8_base(files, tmp_path, monkeypatch):
+    """The weights that the LoRA adapts, and no others; what a save measures and draws, too."""
+    kept = []
+    monkeypatch.setattr(
+        train, "make_networks", lambda *args: kept.append(args[1]) or make_networks(*args)
+    )
+    run(files, tmp_path, "lcm", 1, "--quantize")
+    names = {name for name, x in kept[0].named_parameters() if x.dtype == torch.int8}
+    assert names == {f"{path}.weight" for path in target_paths(kept[0])}
+
+
 def test_held_out_and_unknown_names_are_not_trained_on(files, tmp_path, monkeypatch):
     """The cache holds no pair of held_out.txt, and no name outside the model's list."""
     seen = []
@@ -920,6 +931,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm --full --w 14:2", "--w is 14:2; give a number, or LOW:HIGH"),
         ("--objective lcm --full --w high", "--w is high; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --accumulate 0", "--accumulate is 0; give 1 or more"),
+        ("--objective lcm --full --quantize", "give --rank in place of --full"),
         ("--objective lcm --rank 2 --average 1", "--average is 1.0; give a number between 0 and 1"),
         ("--objective lcm --full --rank 2", "not allowed with"),
         ("--objective gan --rank 2", "invalid choice: 'gan'"),

@@ -45,6 +45,7 @@ def command_line(args: Namespace, prompt: str, seed: int, model: Path | None) ->
     used += "dtype", "device"
     flags = {"seed": seed, "model": model, "size": "{}x{}".format(*args.size)}
     flags |= {flag: getattr(args, flag) for flag in used}
+    flags |= {"batch": args.batch} if args.batch > 1 else {}
     if args.timesteps:
         flags["timesteps"] = ",".join(map(str, args.timesteps))
     else:

@@ -1,6 +1,7 @@
 """Where a network sits, and in which number format it computes and is stored."""
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -47,6 +48,20 @@ def resident(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modul
             module.to("cpu")
 
 
+def batch_that_fits(unet: nn.Module, shape: tuple[int, ...], passes: int, count: int) -> int:
+    """Pictures at a time, of `count` with latents of `shape`: on a GPU what half of its free memory
+    holds, at most 32, in batches as even as they can be; elsewhere 1. `passes`: rows for a picture.
+    """
+    weight = unet.out[2].weight
+    if weight.device.type != "cuda":
+        return 1
+    # a row needs 15 to 27 times the first level's feature map; 32 is for what kernels take besides
+    row = 32 * weight.element_size() * unet.cfg.channels[0] * shape[1] * shape[2]
+    most = torch.cuda.mem_get_info()[0] // 2 // (passes * row)
+    batches = math.ceil(count / min(32, max(1, most)))
+    return math.ceil(count / batches)
+
+
 def add_checkpointing(unet: nn.Module) -> None:
     """Gradient checkpointing (1604.06174): recompute blocks in the backward pass."""
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -55,50 +70,67 @@ def add_checkpointing(unet: nn.Module) -> None:
             block.forward = functools.partial(recompute, block.forward)
 
 
-# ---- a frozen float16 weight under float32 arithmetic
+# ---- a frozen weight in float16 or int8, under wider arithmetic
+
+
+def quantize(layer: nn.Linear | nn.Conv2d) -> None:
+    """Store the weight in int8, in place: W = weight_scale * weight, with a scale for each row."""
+    w = layer.weight.float()  # (out, in, ...)
+    scale = w.abs().amax(tuple(range(1, w.ndim)), keepdim=True).clamp(min=1e-30) / 127
+    layer.register_buffer("weight_scale", scale.bfloat16())  # (out, 1, ...); as it is multiplied
+    w = (w / layer.weight_scale).round().clamp(-127, 127).to(torch.int8)
+    layer.weight = nn.Parameter(w, requires_grad=False)
 
 
 def is_narrow(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
-    """Whether x, outside autocast, is float32 while the layer's frozen weight is in float16."""
-    return x.dtype == torch.float32 and layer.weight.dtype == torch.float16
+    """Whether the frozen weight is int8; or float16, while x, outside autocast, is float32."""
+    half = x.dtype == torch.float32 and layer.weight.dtype == torch.float16
+    return half or layer.weight.dtype == torch.int8
 
 
 def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer's output in float32, from a weight that is widened where it is used, both ways.
+    """The layer's output, from a weight that is widened where it is used, both ways.
 
     Autograd would keep a plain `weight.float()` until the backward pass, for all layers at once.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    weights = layer.weight, getattr(layer, "weight_scale", None), layer.bias
     if isinstance(layer, nn.Linear):
-        return WidenedLinear.apply(x, layer.weight, layer.bias)
-    return WidenedConv2d.apply(x, layer.weight, layer.bias, layer.stride, layer.padding)
+        return WidenedLinear.apply(x, *weights)
+    return WidenedConv2d.apply(x, *weights, layer.stride, layer.padding)
+
+
+def wide(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight.to(dtype) if scale is None else weight.to(dtype) * scale.to(dtype)
 
 
 class WidenedLinear(torch.autograd.Function):
-    """W x + b with a frozen float16 W, b and a float32 x."""
+    """W x + b with a frozen W in float16 or int8, b and a wider x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
+        ctx.save_for_backward(weight, scale)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, wide(x.dtype, weight, scale), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad @ wide(grad.dtype, *ctx.saved_tensors), None, None, None
 
 
 class WidenedConv2d(torch.autograd.Function):
     """The same for a convolution."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, *how: tuple) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *how):
+        ctx.save_for_backward(weight, scale)
         ctx.shape, ctx.how = x.shape, how  # stride, padding
         bias = None if bias is None else bias.to(x.dtype)
-        return F.conv2d(x, weight.to(x.dtype), bias, *how)
+        return F.conv2d(x, wide(x.dtype, weight, scale), bias, *how)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        grad_x = nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad, *ctx.how)
-        return grad_x, None, None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        weight = wide(grad.dtype, *ctx.saved_tensors)
+        grad_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.how)
+        return grad_x, None, None, None, None, None

@@ -37,7 +37,7 @@ class Cond(NamedTuple):
         """Both, concatenated along b."""
         return Cond(*(None if x is None else torch.cat([x, y]) for x, y in zip(self, other)))
 
-    def rows(self, rows: slice) -> "Cond":
+    def rows(self, rows: slice | list[int]) -> "Cond":
         """Some of the b rows."""
         return Cond(*(None if x is None else x[rows] for x in self))
 

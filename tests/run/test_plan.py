@@ -115,6 +115,10 @@ def test_parts_in_closed_form(config):
     narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, Step(1, 64, "cpu", F32))
     # embeddings, norms and first and last layer are wide
     assert 2 * base < narrow["UNet"] < 3 * base
+    int8, _ = step_bytes(
+        Objective("lcm", 4, quantized=True), config, Step(1, 64, "cuda", torch.bfloat16)
+    )
+    assert base < int8["UNet"] < 1.5 * base
     full, all_of_it = step_bytes(
         Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16)
     )
