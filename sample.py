@@ -154,7 +154,7 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
     for flag in ("image", "timesteps", "gamma"):
         if getattr(args, flag) is not None and not SAMPLERS[args.sampler].stochastic:
-            error(f"--{flag} needs --sampler lcm")
+            error(f"--{flag} needs --sampler lcm, not {args.sampler}")
     if args.gamma is not None and not 0 <= args.gamma <= 1:
         error(f"--gamma is {args.gamma}; give a number from 0 to 1")
     if args.strength is not None and not args.image:

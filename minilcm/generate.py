@@ -22,14 +22,14 @@ Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
 class Sampler(NamedTuple):
     """A way from noise to z0, as the command line offers it."""
 
-    # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also (generators, strength, gamma)
+    # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also generators=, strength=, gamma=
     sample: Callable[..., Tensor]
     # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
     grid: Callable[..., list[int]]
     steps: int  # by default
     most: int  # steps
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
-    # draws noise between steps, and so can start from a noisy picture (image to image)
+    # draws noise between steps; takes a picture to start from, and a list of timesteps as steps
     stochastic: bool = False
 
 
@@ -90,6 +90,6 @@ def generate(
         if not way.stochastic:
             raise ValueError(f"{sampler} cannot start from a picture")
         z_T = add_noise(image.to(device), z_T, timesteps(sampler, steps, strength)[0], schedule)
-    extra = (generators, strength, gamma) if way.stochastic else ()
-    z0 = way.sample(eps_fn, z_T, schedule, steps, *extra)
+    more = dict(generators=generators, strength=strength, gamma=gamma) if way.stochastic else {}
+    z0 = way.sample(eps_fn, z_T, schedule, steps, **more)
     return z0 if decode is None else decode(z0)
