@@ -56,7 +56,7 @@ def noise(
 
 def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Where the sampler evaluates the network, descending. Raises ValueError for steps or a
-    strength it has not.
+    strength out of range.
     """
     way = SAMPLERS[sampler]
     return way.grid(steps, strength) if way.stochastic else way.grid(steps)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .model.unet import Cond
 
 GRID = 50  # points of the training grid; sampling must use the same
-SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition; fixed by all released weights
+SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition, as in all released LCMs
 
 Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat; v where schedule.v
 
@@ -32,12 +32,12 @@ Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat; v where schedul
 def boundary_scalings(t: int | Tensor) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) at the integer timestep t: (1, 0) at t = 0. Values from the official code.
 
-    s grows so fast that the two switch over between t = 0 and the first point of the grid: c_skip
-    is 7e-6 at t = 19, so f is x0 everywhere but at t = 0. c_out has no factor sigma_data, which
-    that of Consistency Models (2303.01469 appendix C) has; without it c_skip + c_out^2 = 1.
+    s = 10 t grows so fast that c_skip falls to 7e-6 at t = 19, the first point of the grid: f is x0
+    everywhere but at t = 0. c_out has no factor sigma_data, which that of Consistency Models
+    (2303.01469 appendix C) has; without it c_skip + c_out^2 = 1.
     """
     s = T_SCALE * torch.as_tensor(t, dtype=torch.float32)
-    # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = 10 t
+    # c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2)
     return SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s / (s**2 + SIGMA_DATA**2).sqrt()
 
 
@@ -45,9 +45,8 @@ def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) ->
     """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, output, t), float32 (b, c, h, w). 2310.04378
     eq. 9 (tour/04).
 
-    f is the identity at t = 0, although z_0 of this schedule still holds noise of sigma 0.029: what
-    a trajectory ends in, and what the autoencoder decodes, is its point at t = 0, not the limit
-    without any noise.
+    f is the identity at t = 0. A trajectory ends in its point z_0 there, which the autoencoder
+    decodes, although it still holds noise of sigma 0.029; z0 is the latent without any.
     """
     c_skip, c_out = (
         c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t)
@@ -56,15 +55,15 @@ def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) ->
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of 1000 w for w (b,) -> (b, dim), sines first, divisor dim/2 - 1: only for a full
-    LCM's `cond_proj`.
+    """Sines, then cosines, of 1000 w 10000^(-i / (dim/2 - 1)), for w (b,) -> (b, dim): only for a
+    full LCM's `cond_proj`.
     """
     half = dim // 2
     freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(
         w.device
     )
-    args = 1000 * w.float()[:, None] * freqs  # (b, half)
-    return torch.cat([args.sin(), args.cos()], dim=-1)  # (b, dim)
+    angles = 1000 * w.float()[:, None] * freqs  # (b, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (b, dim)
 
 
 # ---- latent consistency distillation
@@ -111,7 +110,7 @@ def lcd_loss(
     eps: Tensor,
     k: int = T // GRID,
     psi_steps: int = 1,
-    together: bool = False,
+    one_batch: bool = False,
 ) -> Tensor:
     """Latent consistency distillation, Algorithm 1 of 2310.04378 (tour/05): z0 (b, c, h, w) ->
     scalar.
@@ -120,12 +119,12 @@ def lcd_loss(
     must not change f. For an LCM-LoRA the three networks are one UNet with its LoRA on, off, and on
     without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
 
-    `k` is the skipping interval in timesteps. A large k needs fewer hops to carry the clean image
-    from t = 0 up to 999, but one DDIM step of that length is a coarser teacher; `psi_steps` DDIM
-    steps are a finer one, and take that many times the teacher's time. k is a multiple of the
-    grid's 20, so that a skip ends where others begin, or at t = 0. A k below 20 never ends at
-    t = 0, where alone f is known: without that boundary any constant f has a loss near 0.
-    `together`: the teacher gets cond and null_cond (b rows each) in one batch of 2b: more memory,
+    `k` is the length of a skip in timesteps. f is known only at t = 0 and spreads upward by k with
+    each skip, so a large k needs fewer skips to reach t = 999; but one DDIM step of that length has
+    a larger error. `psi_steps` shorter ones have a smaller one, for that many times the teacher's
+    time. k is a multiple of the grid's 20, so that a skip ends where others begin, or at t = 0; a k
+    below 20 never ends there, and without that boundary any constant f has a loss near 0.
+    `one_batch`: the teacher gets cond and null_cond (b rows each) at once, 2b rows: more memory,
     faster on a GPU.
     """
     n, w, eps = (x.to(z0.device) for x in (n, w, eps))
@@ -133,7 +132,7 @@ def lcd_loss(
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)
-    # student: f_theta(z_{t_{n+k}}, c, t_{n+k}), first: checkpointing recomputes with LoRA on
+    # student: f_theta(z_{t_{n+k}}, c, t_{n+k})
     f_start = f_theta(z_start, student(z_start, t_start, cond, w), t_start, schedule)
 
     with torch.no_grad():
@@ -141,17 +140,16 @@ def lcd_loss(
         # (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
         z_end, t = z_start, t_start
         for i in range(1, psi_steps + 1):
-            if together:
+            if one_batch:
                 both = cond.cat(null_cond)
                 twice = torch.cat([z_end, z_end]), torch.cat([t, t]), both, torch.cat([w, w])
-                of_cond, of_null = teacher(*twice).float().chunk(2)
+                eps_cond, eps_null = teacher(*twice).float().chunk(2)
             else:
-                of_cond = teacher(z_end, t, cond, w).float()
-                of_null = teacher(z_end, t, null_cond, w).float()
-            guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
+                eps_cond, eps_null = (teacher(z_end, t, c, w).float() for c in (cond, null_cond))
+            guided = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
             x0, eps_w = x0_and_eps(z_end, guided, t, schedule)
             t = (t_start - i * k // psi_steps).clamp(min=0)  # a step from 0 to 0 changes nothing
-            z_end = ddim_step(z_end, x0, eps_w, t, schedule)
+            z_end = ddim_step(x0, eps_w, t, schedule)
         # target: f_{theta^-}(z_{t_n}, c, t_n), which is z_end where t = 0. For LCM-LoRA theta^- is
         # theta itself, as in the official LoRA scripts: one UNet in memory, and no average to keep
         f_end = f_theta(z_end, target(z_end, t, cond, w), t, schedule)
@@ -208,9 +206,9 @@ def sample_lcm(
     `generators`: one CPU generator per image; draw z_T with it first, then pass it on. A single
     step draws nothing more.
 
-    With `gamma` (TCD, 2402.19159 Algorithm 4) a jump ends at s = (1 - gamma) t_next, on the line of
-    x0 and eps_hat, and only the noise from s to t_next is fresh. 0: none is, which is DDIM. 1: all
-    is, as without gamma, but for jumps that end at t = 0, where sigma is 0.029, and not in x0.
+    With `gamma` (TCD, 2402.19159 Algorithm 4) a DDIM step goes to s = (1 - gamma) t_next, and only
+    the noise from s to t_next is fresh. gamma = 0 is DDIM; gamma = 1 differs from no gamma only in
+    that jumps end in z_0, not x0.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T
@@ -222,7 +220,7 @@ def sample_lcm(
         else:
             # s = floor((1 - gamma) t'), in float32 as diffusers' TCDScheduler; 0 after the last t
             s = int((1 - gamma) * torch.tensor(t_next or 0))
-            z_t = ddim_step(z_t, *x0_and_eps(z_t, output, t, schedule), s, schedule)
+            z_t = ddim_step(*x0_and_eps(z_t, output, t, schedule), s, schedule)
         if t_next is None:
             return z_t
         eps = torch.stack([torch.randn(z_T.shape[1:], generator=g) for g in generators])

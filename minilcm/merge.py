@@ -13,10 +13,14 @@ import math
 import re
 
 import torch
-from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from .lora import Tau
+
+
+def factors(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tensor]:
+    """(lora_alpha / r) B (out, r) and A (r, in k k), float32: matrices, also of a convolution."""
+    return lora_alpha / len(down) * up.float().flatten(1), down.float().flatten(1)
 
 
 def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
@@ -25,12 +29,11 @@ def delta(up: Tensor, down: Tensor, lora_alpha: float) -> Tensor:
     Linear: up (out, r), down (r, in). Conv: up (out, r, 1, 1), down (r, in, k, k).
     """
     # dW = (lora_alpha / r) B A
-    # (out, r): drops a 1x1 kernel
-    up = rearrange(up.float(), "out r ... -> out (r ...)")
-    return einsum(lora_alpha / down.shape[0] * up, down.float(), "out r, r ... -> out ...")
+    B, A = factors(up, down, lora_alpha)
+    return (B @ A).reshape(len(B), *down.shape[1:])
 
 
-# ---- a matrix is a 1x1 kernel: decided here for all commands
+# ---- some files store a 1x1 convolution as a matrix: here both are one weight
 
 
 def no_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -66,17 +69,16 @@ def add_delta_(
 ) -> None:
     """W <- W + (lora_alpha / r) B A in place, summed in float32 and rounded once to W's dtype.
 
-    `block`: of a large weight, about so many values at a time, so that they fit the processor's
+    `block`: how many values of a large weight are added at a time, so that they fit the processor's
     cache. Raises ValueError if the sum is beyond the dtype's largest number.
     """
     most = torch.finfo(weight.dtype).max
-    up = lora_alpha / down.shape[0] * rearrange(up.float(), "out r ... -> out (r ...)")  # (out, r)
-    down = rearrange(down.float(), "r ... -> r (...)")  # (r, in k k)
+    B, A = factors(up, down, lora_alpha)
     n = len(weight) if block is None else max(1, block // weight[0].numel())
     for i in range(0, len(weight), n):
-        wide = weight[i : i + n].float().contiguous()  # itself, if it is both
+        wide = weight[i : i + n].float().contiguous()  # the weight's own memory, if it is both
         # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
-        wide.flatten(1).addmm_(up[i : i + n], down)
+        wide.flatten(1).addmm_(B[i : i + n], A)
         low, high = wide.aminmax()
         if not -most <= low <= high <= most:
             kind = str(weight.dtype)[6:]
@@ -115,12 +117,13 @@ def distance(a: Tau, b: Tau) -> float:
     """||a - b||_F / ||b||_F over all modules of both: infinite if b is zero and a is not. Raises
     ValueError if their shapes differ at a path.
     """
-    total = norm = 0.0
-    for path in a.keys() | b.keys():
-        deltas = [delta(*x) for x in same_form(path, [tau[path] for tau in (a, b) if path in tau])]
-        total += float((deltas[0] - deltas[1] if deltas[1:] else deltas[0]).square().sum())
-        norm += float(deltas[-1].square().sum()) if path in b else 0.0
-    return (total / norm) ** 0.5 if norm else math.inf if total else 0.0
+    far, size = norm(combine([a, b], [1.0, -1.0])), norm(b)
+    return far / size if size else math.inf if far else 0.0
+
+
+def norm(tau: Tau) -> float:
+    """||dW||_F over all modules."""
+    return sum(x**2 for x in delta_norms(tau).values()) ** 0.5
 
 
 @torch.no_grad()
@@ -131,12 +134,9 @@ def delta_norms(tau: Tau) -> dict[str, float]:
     squares = {}
     for path, (up, down, lora_alpha) in tau.items():
         block = re.match(r"(?:in|out)put_blocks\.\d+|te\d\.encoder\.layers\.\d+|\w+", path)[0]
-        B = rearrange(up.double(), "out r ... -> out (r ...)")  # (out, r)
-        A = rearrange(down.double(), "r ... -> r (...)")  # (r, in k k)
-        # ||s B A||_F^2 = s^2 tr((B^T B)(A A^T)), s = lora_alpha / r; both factors are symmetric
-        squares[block] = (
-            squares.get(block, 0.0) + (lora_alpha / len(A)) ** 2 * ((B.T @ B) * (A @ A.T)).sum()
-        )
+        B, A = (x.double() for x in factors(up, down, lora_alpha))  # B with its lora_alpha / r
+        # ||B A||_F^2 = tr((B^T B)(A A^T)); both products are symmetric
+        squares[block] = squares.get(block, 0.0) + ((B.T @ B) * (A @ A.T)).sum()
     in_order = sorted(
         squares, key=lambda block: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", block)]
     )
@@ -199,13 +199,12 @@ def factorise(up: Tensor, down: Tensor, lora_alpha: float) -> tuple[Tensor, Tens
     """(U, S, V^T) of the delta as a matrix (out, in k k), without forming it: two QRs and an SVD of
     r x r.
 
-    B = Q_B R_B and A^T = Q_A R_A, so s B A = Q_B (s R_B R_A^T) Q_A^T: the SVD of the middle is that
-    of the delta.
+    B = Q_B R_B and A^T = Q_A R_A, so B A = Q_B (R_B R_A^T) Q_A^T: the SVD of the middle is that of
+    the delta.
     """
-    q_b, r_b = torch.linalg.qr(rearrange(up.float(), "out r ... -> out (r ...)"))
-    q_a, r_a = torch.linalg.qr(rearrange(down.float(), "r ... -> (...) r"))
-    middle = lora_alpha / down.shape[0] * r_b @ r_a.T
-    u, s, vt = torch.linalg.svd(middle, full_matrices=False)
+    B, A = factors(up, down, lora_alpha)  # B with its lora_alpha / r
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b @ u, s, vt @ q_a.T
 
 
@@ -221,15 +220,12 @@ def reduce_rank(
     small, residual = {}, {}
     for path, (up, down, lora_alpha) in tau.items():
         u, s, vt = factorise(up, down, lora_alpha)
-        # left[i] = sum_{j >= i} s_j^2: lost at rank i
-        left = s.double().square().flip(0).cumsum(0).flip(0)
-        if energy is not None:
-            r = int((left > (1 - energy) * left[0]).sum())
-        else:
-            r = rank
+        # tail[i] = sum_{j >= i} s_j^2: lost at rank i
+        tail = s.double().square().flip(0).cumsum(0).flip(0)
+        r = rank if energy is None else int((tail > (1 - energy) * tail[0]).sum())
         r = max(1, min(r, len(s)))
-        lost = left[r].item() if r < len(s) else 0.0
-        residual[path] = (lost / left[0].item()) ** 0.5 if left[0] > 0 else 0.0
+        lost = tail[r].item() if r < len(s) else 0.0
+        residual[path] = (lost / tail[0].item()) ** 0.5 if tail[0] > 0 else 0.0
         root = s[:r].sqrt()
         new_up = (u[:, :r] * root).reshape(up.shape[0], r, *up.shape[2:])
         new_down = (root[:, None] * vt[:r]).reshape(r, *down.shape[1:])
@@ -237,11 +233,11 @@ def reduce_rank(
     return small, residual
 
 
-def extract_tau(path: str, difference: Tensor, rank: int) -> Tau:
-    """{path: best tau of this rank} of a difference of weights (out, in) or (out, in, k, k);
-    randomised SVD, seed 0.
+def extract_module(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best (up, down, lora_alpha) of this rank of a difference of weights (out, in) or
+    (out, in, k, k); randomised SVD (Halko et al. 2011), seed 0.
     """
-    matrix = rearrange(difference.float(), "out ... -> out (...)")
+    matrix = difference.float().flatten(1)  # (out, in k k)
     r = min(rank, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -249,4 +245,4 @@ def extract_tau(path: str, difference: Tensor, rank: int) -> Tau:
     root = s[:r].sqrt()
     ones = (1,) * (difference.ndim - 2)
     up = (u[:, :r] * root).reshape(-1, r, *ones)
-    return {path: (up, (root[:, None] * v[:, :r].T).reshape(r, *difference.shape[1:]), float(r))}
+    return up, (root[:, None] * v[:, :r].T).reshape(r, *difference.shape[1:]), float(r)

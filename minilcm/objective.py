@@ -57,34 +57,41 @@ def one_process(unet: nn.Module) -> nn.Module:
 
 
 def run(
-    net: nn.Module, half: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor
+    net: nn.Module, dtype: torch.dtype, z_t: Tensor, t: Tensor, cond: Cond, *w_emb: Tensor
 ) -> Tensor:
     """The network in mixed precision; everything around it is float32."""
-    with autocast(z_t.device, half):
+    with autocast(z_t.device, dtype):
         return net(z_t, t, cond, *w_emb)
 
 
+def without_w(net: nn.Module, dtype: torch.dtype) -> Network:
+    return lambda z_t, t, cond, w=None: run(net, dtype, z_t, t, cond)
+
+
+def with_w(net: nn.Module, dtype: torch.dtype) -> Network:
+    return lambda z_t, t, cond, w: run(net, dtype, z_t, t, cond, guidance_embedding(w, W_DIM))
+
+
 def make_networks(
-    objective: Objective, unet: UNet, half: torch.dtype, seed: int = 0, wrap: Wrap = one_process
+    objective: Objective, unet: UNet, dtype: torch.dtype, seed: int = 0, wrap: Wrap = one_process
 ) -> Networks:
     """Prepare the UNet for training, in place, and say what student, teacher and target are.
 
-    `half` is the dtype of the forward pass; `wrap` gets every UNet that is run and returns what to
-    run instead. Raises ValueError as `lora.check_rank` does.
+    `dtype` is that of the forward pass; `wrap` gets every UNet that is run and returns what to run
+    instead. Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
-        return lora_networks(objective, unet, half, seed, wrap)
+        return lora_networks(objective, unet, dtype, seed, wrap)
     if objective.kind == "lcm":
-        return full_lcm_networks(objective, unet, half, wrap)
+        return full_lcm_networks(objective, unet, dtype, wrap)
     unet.requires_grad_(True)
     if objective.checkpointing:
         add_checkpointing(unet)
     net = wrap(unet)
-
-    def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(net, half, z_t, t, cond)
-
-    return Networks(student, student, student, net, schedule_of(unet))
+    student = without_w(net, dtype)
+    return Networks(
+        student, student, student, net, schedule_of(unet)
+    )  # the loss has a student only
 
 
 def device_of(unet: UNet) -> torch.device:
@@ -97,14 +104,14 @@ def schedule_of(unet: UNet) -> Schedule:
 
 
 def lora_networks(
-    objective: Objective, unet: UNet, half: torch.dtype, seed: int, wrap: Wrap
+    objective: Objective, unet: UNet, dtype: torch.dtype, seed: int, wrap: Wrap
 ) -> Networks:
     """One UNet: LoRA on, off, on (tour/07). Frozen weights have the forward pass's dtype."""
     adapted = set(target_paths(unet, objective.targets))
     for path, layer in unet.named_modules():
-        dtype = torch.float16 if objective.narrow and path in adapted else half
+        narrow = objective.narrow and path in adapted
         for x in layer.parameters(recurse=False):
-            x.data = x.data.to(dtype)
+            x.data = x.data.to(torch.float16 if narrow else dtype)
     generator = torch.Generator().manual_seed(seed)
     add_lora(unet, objective.rank, objective.lora_alpha, objective.targets, generator)
     if objective.quantized:
@@ -114,17 +121,13 @@ def lora_networks(
         add_checkpointing(unet)
     net = wrap(unet)
 
-    def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(net, half, z_t, t, cond)
+    student, target = without_w(net, dtype), without_w(unet, dtype)
 
     def teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         with lora_off(unet):
-            return run(unet, half, z_t, t, cond)
+            return target(z_t, t, cond)
 
-    def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        # not `net`: DDP expects one forward pass per backward pass
-        return run(unet, half, z_t, t, cond)
-
+    # teacher and target do not run `net`: DDP expects one forward pass per backward pass
     return Networks(student, teacher, target, net, schedule_of(unet))
 
 
@@ -137,12 +140,12 @@ def frozen_copy(unet: UNet, dtype: torch.dtype) -> UNet:
     return copy
 
 
-def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap: Wrap) -> Networks:
+def full_lcm_networks(objective: Objective, unet: UNet, dtype: torch.dtype, wrap: Wrap) -> Networks:
     """Three UNets: a student with an input for w, a frozen teacher, and an average of the student
     as target.
     """
     device = device_of(unet)
-    teacher_unet = frozen_copy(unet, half)
+    teacher_unet = frozen_copy(unet, dtype)
     with torch.device(device):
         unet.time_embedding = nn.ModuleDict(
             {"cond_proj": nn.Linear(W_DIM, unet.cfg.channels[0], bias=False)}
@@ -154,18 +157,9 @@ def full_lcm_networks(objective: Objective, unet: UNet, half: torch.dtype, wrap:
     unet.requires_grad_(True)
     if objective.checkpointing:
         add_checkpointing(unet)
-    net, teacher_net, target_net = wrap(unet), wrap(teacher_unet), wrap(target_unet)
-
-    def student(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
-        return run(net, half, z_t, t, cond, guidance_embedding(w, W_DIM))
-
-    def teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        return run(teacher_net, half, z_t, t, cond)
-
-    def target(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor) -> Tensor:
-        return run(target_net, half, z_t, t, cond, guidance_embedding(w, W_DIM))
-
-    return Networks(student, teacher, target, net, schedule_of(unet), target_unet)
+    net = wrap(unet)
+    teacher, target = without_w(wrap(teacher_unet), dtype), with_w(wrap(target_unet), dtype)
+    return Networks(with_w(net, dtype), teacher, target, net, schedule_of(unet), target_unet)
 
 
 def loss_of(
@@ -188,10 +182,12 @@ def loss_of(
     rows, shape = slice(process * b, (process + 1) * b), (world * b, *z0.shape[1:])
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
-        together = not objective.checkpointing  # checkpointing means that memory is short
-        skip = dict(k=objective.k, psi_steps=objective.psi_steps, together=together)
-        networks = nets.student, nets.teacher, nets.target
-        return lcd_loss(*networks, z0, cond, null_cond, nets.schedule, n, w, eps, **skip)
+        networks, k, psi_steps = nets[:3], objective.k, objective.psi_steps
+        drawn = n, w, eps
+        one_batch = not objective.checkpointing  # which means that memory is short
+        return lcd_loss(
+            *networks, z0, cond, null_cond, nets.schedule, *drawn, k, psi_steps, one_batch
+        )
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
     return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)

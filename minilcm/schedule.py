@@ -3,10 +3,10 @@
     z_t = alpha(t) z0 + sigma(t) eps
     alpha(t) = sqrt(alpha_bar_t),  sigma(t) = sqrt(1 - alpha_bar_t)
 
-z0 is a clean latent, eps ~ N(0, 1) the noise that hides it, t = 0 ... 999; x0 and eps_hat are a
-network's estimates of the two. One schedule serves SD1.x, SD2.x, SDXL and the emoji model. Except
-with zero terminal SNR some signal is left even at t = 999, where sigma/alpha is 14.6. And t = 0 is
-already slightly noisy (sigma is 0.029): there is no entry with alpha_bar = 1.
+z0 is a clean latent, eps ~ N(0, 1) the noise that hides it, t = 0 ... 999; x0 and eps_hat are the
+network's estimates of the two. One schedule serves SD1.x, SD2.x, SDXL and the emoji model. The
+signal-to-noise ratio, SNR, is (alpha/sigma)^2. At t = 999 alpha is 0.068, not 0, except with zero
+terminal SNR. And t = 0 is already slightly noisy: sigma is 0.029, and no entry has alpha_bar = 1.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ class Schedule(NamedTuple):
     alpha_bar: Tensor  # cumulative product of 1 - beta
     alpha: Tensor  # sqrt(alpha_bar)
     sigma: Tensor  # sqrt(1 - alpha_bar), always in [0, 1]
-    v: bool = False  # the network's output is v, not eps_hat: see `x0_and_eps`
+    # the network's output is v, not eps_hat; here, since to convert it takes alpha and sigma
+    v: bool = False
 
     def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...).
@@ -33,7 +34,7 @@ class Schedule(NamedTuple):
         """
         t = torch.as_tensor(t, device=self.alpha.device)
         shape = (-1, *[1] * (like.ndim - 1)) if t.ndim else ()
-        alpha, sigma = (table[t].reshape(shape).to(like.device) for table in self[1:3])
+        alpha, sigma = (x[t].reshape(shape).to(like.device) for x in (self.alpha, self.sigma))
         return alpha, sigma
 
     def to(self, device: str | torch.device) -> "Schedule":
@@ -44,9 +45,10 @@ def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs
     (tour/01).
 
-    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: float64
-    differs by 4.7e-7. `zero_snr`: alpha shifted and scaled so that t = 999 is pure noise, alpha 0,
-    and t = 0 as it was (2305.08891 algorithm 1); only a network that predicts v can start there.
+    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: alpha_bar
+    in float64 differs by 4.7e-7. `zero_snr`: alpha is shifted and scaled so that t = 999 is pure
+    noise, alpha 0, and t = 0 as it was (2305.08891 algorithm 1); only a network that predicts v can
+    start there.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -70,7 +72,9 @@ def add_more_noise(z_s: Tensor, eps: Tensor, s: int, t: int, schedule: Schedule)
 
 
 def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """The network's estimate of z0, float32: at t = 999 an error of eps_hat grows 14.6 times."""
+    """The network's estimate of z0. In float32: dividing by alpha makes an error of eps_hat 14.6
+    times as large at t = 999.
+    """
     alpha, sigma = schedule.at(t, z_t)
     # x0 = (z_t - sigma eps_hat) / alpha
     return (z_t.float() - sigma * eps_hat.float()) / alpha
@@ -99,11 +103,11 @@ def x0_and_eps(
     return alpha * z_t - sigma * v, alpha * v + sigma * z_t
 
 
-def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0) -> Tensor:
+def min_snr_weight(t: Tensor, schedule: Schedule, snr_gamma: float = 5.0) -> Tensor:
     """Min-SNR (2303.09556) eq. 8: weight min(SNR, gamma) / SNR of the eps-loss at t (b,)."""
     alpha, sigma = schedule.at(t, t)
     snr = (alpha / sigma) ** 2  # (b,)
-    return (gamma / snr).clamp(max=1)  # 1 where SNR is 0
+    return (snr_gamma / snr).clamp(max=1)  # 1 where SNR is 0
 
 
 def diffusion_loss(
@@ -112,19 +116,19 @@ def diffusion_loss(
     t: Tensor,
     eps: Tensor,
     schedule: Schedule,
-    gamma: float | None = 5.0,
+    snr_gamma: float | None = 5.0,
 ) -> Tensor:
-    """Mean squared error of eps_fn's eps_hat against the noise drawn, weighted by Min-SNR; gamma
-    None: not weighted, DDPM (2006.11239) eq. 14.
+    """Mean squared error of eps_fn's eps_hat against the noise drawn, weighted by Min-SNR.
+    `snr_gamma` None: not weighted, DDPM (2006.11239) eq. 14.
 
-    z0, eps (b, c, h, w); t (b,) int64; -> scalar. An error of v is one of eps_hat over alpha, so
-    the v-loss has the weight min(SNR, gamma) / (SNR + 1), as in Min-SNR, and SNR / (SNR + 1)
-    without gamma. Both are 0 where SNR is: with zero terminal SNR t = 999 itself is not trained.
+    z0, eps (b, c, h, w); t (b,) int64; -> scalar. For v, eps_hat - eps = alpha (v_hat - v), so the
+    error of v has the weight min(SNR, gamma) / (SNR + 1), as in Min-SNR, or SNR / (SNR + 1) without
+    gamma. Both are 0 where SNR is: with zero terminal SNR, t = 999 is not trained.
     """
     z_t = add_noise(z0, eps, t, schedule)  # (b, c, h, w)
     _, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)
     # L = E w(t) ||eps_hat - eps||^2
     error = (eps_hat - eps).square().flatten(1).mean(dim=1)  # (b,)
-    if gamma is not None:
-        error = error * min_snr_weight(t, schedule, gamma)
+    if snr_gamma is not None:
+        error = error * min_snr_weight(t, schedule, snr_gamma)
     return error.mean()

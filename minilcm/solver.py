@@ -19,7 +19,8 @@ from .schedule import Schedule, T, x0_and_eps
 if TYPE_CHECKING:
     from .model.unet import Cond
 
-EpsFn = Callable[[Tensor, int | Tensor], Tensor]  # (z_t, t) -> eps_hat; v where schedule.v
+# (z_t, t) -> eps_hat; v where schedule.v. A Cond is the encoded prompt, context (b, n, d)
+EpsFn = Callable[[Tensor, int | Tensor], Tensor]
 
 
 def guided_eps(
@@ -28,15 +29,15 @@ def guided_eps(
     """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of
     2b; w = 0 is off (tour/02).
 
-    The w of 2310.04378 section 4.2, for which other programs give a "guidance scale" of 1 + w. Ho &
-    Salimans (2207.12598) eq. 6. cond and null_cond have b rows; the Cond of a negative prompt may
-    take null_cond's place. The same for v, which is affine in eps at the same z_t.
+    w as in 2310.04378 section 4.2 and Ho & Salimans (2207.12598) eq. 6; other programs' "guidance
+    scale" is 1 + w. cond and null_cond have b rows; for a negative prompt give its Cond as
+    null_cond. v is guided in the same way, since it is affine in eps at a fixed z_t.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
     if null_cond is None:
         raise ValueError(f"w is {w}: guidance needs null_cond, for example text.null_cond(b)")
-    both = cond.cat(null_cond)  # (2b, n, d)
+    both = cond.cat(null_cond)  # 2b rows
 
     def eps_fn(z_t: Tensor, t: int | Tensor) -> Tensor:
         t = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
@@ -52,8 +53,7 @@ def check_steps(steps: int, most: int = T) -> None:
 
 
 def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
-    """Pairs (t_start, t_end), descending, each t_end the next t_start; the last is at most 0, the
-    end of the schedule.
+    """Pairs (t_start, t_end), descending, each t_end the next t_start, the last one 0.
 
     trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for
     few steps. leading is what SD1.5's own config says: 4 steps start at 751. diffusers' t_end is
@@ -69,19 +69,17 @@ def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
         starts = [int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))[:steps]]
     else:
         raise ValueError(f"spacing is {spacing!r}; choose trailing or leading")
-    return list(zip(starts, [*starts[1:], starts[-1] - r]))
+    return list(zip(starts, [*starts[1:], 0]))
 
 
-def ddim_step(
-    z_start: Tensor, x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule
-) -> Tensor:
+def ddim_step(x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule) -> Tensor:
     """The point at t_end on the trajectory that x0 and eps_hat describe. DDIM (2010.02502) eq. 12
     with eta = 0 (tour/02).
 
-    The Psi of 2310.04378 is the increment: Psi(z, t_start, t_end) = ddim_step - z_start. t_end < 0
-    means t = 0, where alpha_bar is 0.99915, not 1 (diffusers' set_alpha_to_one = False).
+    The Psi of 2310.04378 is this minus z_start. At t_end = 0 alpha_bar is 0.99915, not 1
+    (diffusers' set_alpha_to_one = False).
     """
-    alpha, sigma = schedule.at(torch.as_tensor(t_end).clamp(min=0), z_start)
+    alpha, sigma = schedule.at(t_end, x0)
     # z_end = alpha' x0 + sigma' eps_hat
     return alpha * x0 + sigma * eps_hat
 
@@ -96,7 +94,7 @@ def sample_ddim(
     z_t = z_T
     for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
         x0, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t_start), t_start, schedule)
-        z_t = ddim_step(z_t, x0, eps_hat, t_end, schedule)
+        z_t = ddim_step(x0, eps_hat, t_end, schedule)
     return z_t
 
 
@@ -108,13 +106,13 @@ def dpmpp_2m_step(
     x0 is the estimate at t, x0_last the one at t_last; without x0_last the step is of first order.
     """
     (a0, s0), (a1, s1) = schedule.at(t, z_t), schedule.at(t_next, z_t)
-    # h = lambda' - lambda, with lambda = log(alpha / sigma)
+    # h = lambda' - lambda; lambda = log(alpha / sigma) is half the log of the SNR
     h = torch.log(a1 / s1) - torch.log(a0 / s0)
     d = x0
     if x0_last is not None:
         a_last, s_last = schedule.at(t_last, z_t)
         r0 = (torch.log(a0 / s0) - torch.log(a_last / s_last)) / h
-        # D = (1 + 1/(2 r)) x0 - 1/(2 r) x0_last
+        # D = (1 + 1/(2 r0)) x0 - 1/(2 r0) x0_last
         d = x0 + (x0 - x0_last) / (2 * r0)
     # z_next = (sigma'/sigma) z - alpha' (e^{-h} - 1) D
     return (s1 / s0) * z_t - a1 * torch.expm1(-h) * d
@@ -138,9 +136,9 @@ def sample_dpmpp_2m(
     eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
 ) -> Tensor:
     """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers'
-    DPMSolverMultistepScheduler that ends at 0.
+    DPMSolverMultistepScheduler with final_sigmas_type = "zero".
 
-    A step to sigma' = 0 returns its x0, so the last step is x0 itself.
+    The last step goes to sigma' = 0 and is of first order, so it returns x0 itself.
     """
     grid = dpmpp_grid(steps, spacing)
     pairs = list(zip(grid, [*grid[1:], None]))

@@ -38,7 +38,7 @@ def teacher_paths(z_T: Tensor) -> tuple[list[int], Tensor]:
     z = [z_T]
     for t, t_next in zip(times, times[1:]):
         eps = exact_eps(z[-1], t, schedule)
-        z.append(ddim_step(z[-1], x0_from_eps(z[-1], eps, t, schedule), eps, t_next, schedule))
+        z.append(ddim_step(x0_from_eps(z[-1], eps, t, schedule), eps, t_next, schedule))
     return times, torch.stack(z)
 
 

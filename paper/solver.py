@@ -73,7 +73,7 @@ def gaussian(m: float = 0.7, s: float = 0.5) -> dict:
         z_t, t = z_T, 999
         while t > 0:
             t_end = max(t - k, 0)
-            z_t, t = ddim_step(z_t, x0_of(z_t, t), eps_fn(z_t, t), t_end, SCHEDULE), t_end
+            z_t, t = ddim_step(x0_of(z_t, t), eps_fn(z_t, t), t_end, SCHEDULE), t_end
         return z_t
 
     alpha, sigma = SCHEDULE.at(999, z_T)

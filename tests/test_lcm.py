@@ -339,9 +339,7 @@ def test_index_0_is_anchored_to_the_teacher(gaussian, schedule):
     (z_start, t_start), (z_end, t_end) = seen["student"], seen["target"]
     assert t_start.tolist() == [19, 19] and t_end.tolist() == [0, 0]
     x0, eps = gaussian.x0(z_start.double(), 19), gaussian.eps(z_start.double(), 19)
-    torch.testing.assert_close(
-        z_end, ddim_step(z_start, x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(z_end, ddim_step(x0, eps, 0, schedule).float(), rtol=1e-5, atol=1e-5)
     assert torch.equal(loss, huber(f_theta(z_start, toy_eps(z_start, 19), 19, schedule), z_end))
 
     def wild(z_t, t, cond, w):
@@ -412,14 +410,13 @@ def test_a_longer_skip(schedule):
     (z_start, t_start), (z_end, t_end) = starts[0], seen[0]
     assert t_start.tolist() == [499, 39] and t_end.tolist() == [439, 0]
     eps = toy_eps(z_start, t_start)
-    expected = ddim_step(
-        z_start, x0_from_eps(z_start, eps, t_start, schedule), eps, t_end, schedule
-    )
+    x0 = x0_from_eps(z_start, eps, t_start, schedule)
+    expected = ddim_step(x0, eps, t_end, schedule)
     torch.testing.assert_close(z_end, expected)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_skip_of_several_ddim_steps(gaussian, schedule, together):
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_a_skip_of_several_ddim_steps(gaussian, schedule, one_batch):
     """k = 60 by three steps of Psi is three skips of 20, also where t = 0 cuts the skip short."""
     exact = affine_student(schedule, *fixed_point(gaussian, M_W))
     z0, n = M + gaussian.s * noise(0, (50, 4, 8, 8)), torch.arange(50)
@@ -429,13 +426,13 @@ def test_a_skip_of_several_ddim_steps(gaussian, schedule, together):
 
     m, m_null = (Cond(torch.full((50, 1, 1, 1), x)) for x in (M, M_NULL))
     args = exact, teacher, exact, z0, m, m_null, schedule, 1
-    by_three = drawn_loss(*args, n=n, k=60, psi_steps=3, together=together)
+    by_three = drawn_loss(*args, n=n, k=60, psi_steps=3, one_batch=one_batch)
     assert by_three < 1e-5
-    assert drawn_loss(*args, n=n, k=60, together=together) > 100 * by_three
+    assert drawn_loss(*args, n=n, k=60, one_batch=one_batch) > 100 * by_three
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_distilling_v(schedule, together):
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_distilling_v(schedule, one_batch):
     """Networks that say the same by v have the same loss: the teacher's step needs eps_hat, which
     raw v is not (luosiallen/latent-consistency-model#65).
     """
@@ -451,12 +448,12 @@ def test_distilling_v(schedule, together):
     nets = [lambda z_t, t, cond, w, i=i: (1 + 0.1 * i) * toy_eps(z_t, t) for i in range(3)]
     n, w, eps = torch.tensor([0, 49]), torch.tensor([7.5, 2.0]), noise(1)
     rest = Cond(torch.zeros(2, 1, 1)), Cond(torch.ones(2, 1, 1))
-    by_eps = lcd_loss(*nets, noise(), *rest, schedule, n, w, eps, together=together)
+    by_eps = lcd_loss(*nets, noise(), *rest, schedule, n, w, eps, one_batch=one_batch)
     of_v = schedule._replace(v=True)
-    loss = lcd_loss(*map(by_v, nets), noise(), *rest, of_v, n, w, eps, together=together)
+    loss = lcd_loss(*map(by_v, nets), noise(), *rest, of_v, n, w, eps, one_batch=one_batch)
     torch.testing.assert_close(loss, by_eps, rtol=1e-4, atol=0)
     zero = make_schedule(v=True, zero_snr=True)
-    loss = lcd_loss(*nets, noise(), *rest, zero, n, w, eps, together=together)
+    loss = lcd_loss(*nets, noise(), *rest, zero, n, w, eps, one_batch=one_batch)
     assert loss.isfinite()
 
 
@@ -854,15 +851,15 @@ def test_teacher_in_one_batch_or_two(gaussian, schedule):
         return z_t * 0.5 + cond.rows.reshape(-1, 1, 1, 1) * t.reshape(-1, 1, 1, 1) / 1000
 
     losses = []
-    for together in (False, True):
+    for one_batch in (False, True):
         args = z0, Rows(mean), Rows(null), schedule, 0, (3.0, 12.0)
-        losses.append(drawn_loss(network, network, network, *args, together=together))
+        losses.append(drawn_loss(network, network, network, *args, one_batch=one_batch))
     assert torch.equal(*losses) and losses[0] > 0
     assert calls == [6, 6, 6, 6, 6, 12, 6]
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_the_teacher_is_widened_before_it_is_guided(schedule, together):
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_the_teacher_is_widened_before_it_is_guided(schedule, one_batch):
     """eps_cond + w (eps_cond - eps_null) of a bfloat16 teacher is computed in float32: in bfloat16
     the difference, w times enlarged, would be rounded to 8 bits.
     """
@@ -879,6 +876,6 @@ def test_the_teacher_is_widened_before_it_is_guided(schedule, together):
             return toy_eps(z_t, t)
 
         args = network, teacher, network, z0, cond, null_cond, schedule, n, w, eps
-        return lcd_loss(*args, together=together)
+        return lcd_loss(*args, one_batch=one_batch)
 
     assert torch.equal(loss(torch.bfloat16), loss(torch.float32))

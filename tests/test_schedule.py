@@ -187,7 +187,7 @@ def test_min_snr_weight(schedule):
     torch.testing.assert_close(min_snr_weight(t, schedule).double(), expected, rtol=1e-4, atol=0)
     assert min_snr_weight(torch.tensor([0]), schedule).item() == pytest.approx(5 / 1175.4, rel=1e-3)
     assert min_snr_weight(torch.tensor([999]), schedule).item() == 1
-    assert min_snr_weight(torch.tensor([0]), schedule, gamma=2.0).item() == pytest.approx(
+    assert min_snr_weight(torch.tensor([0]), schedule, snr_gamma=2.0).item() == pytest.approx(
         2 / 1175.4, rel=1e-3
     )
 
@@ -206,7 +206,7 @@ def test_diffusion_loss_arithmetic(schedule):
     loss = diffusion_loss(eps_fn, z0, t, eps, schedule)
     torch.testing.assert_close(loss, (weight * off**2).mean(), rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None), torch.tensor(14 / 3)
+        diffusion_loss(eps_fn, z0, t, eps, schedule, snr_gamma=None), torch.tensor(14 / 3)
     )
     assert torch.equal(seen[0], add_noise(z0, eps, t, schedule))
     assert diffusion_loss(lambda z_t, t: eps, z0, t, eps, schedule).item() == 0
@@ -217,11 +217,11 @@ def test_diffusion_loss_of_the_perfect_network(schedule, gaussian):
     g = torch.Generator().manual_seed(0)
     z0 = gaussian.m + gaussian.s * torch.randn(4, 4, 128, 128, generator=g)
     eps, t = torch.randn(z0.shape, generator=g), torch.full((4,), 259)
-    loss = diffusion_loss(gaussian.eps, z0, t, eps, schedule, gamma=None)
+    loss = diffusion_loss(gaussian.eps, z0, t, eps, schedule, snr_gamma=None)
     alpha, _, v = gaussian.at(z0, 259)
     assert loss.item() == pytest.approx((alpha**2 * gaussian.s**2 / v).item(), rel=0.01)
     assert loss < diffusion_loss(
-        lambda z, t: 1.02 * gaussian.eps(z, t), z0, t, eps, schedule, gamma=None
+        lambda z, t: 1.02 * gaussian.eps(z, t), z0, t, eps, schedule, snr_gamma=None
     )
 
 

@@ -26,16 +26,16 @@ def test_ddim_grid_golden():
     """Starts of diffusers 0.42.1's DDIMScheduler, and its ends too where steps divides 1000; for 3
     it ends the second step at 333, which is not the next start.
     """
-    assert ddim_grid(1) == [(999, -1)]
-    assert ddim_grid(2) == [(999, 499), (499, -1)]
-    assert ddim_grid(3) == [(999, 666), (666, 332), (332, -1)]
-    assert ddim_grid(4) == [(999, 749), (749, 499), (499, 249), (249, -1)]
+    assert ddim_grid(1) == [(999, 0)]
+    assert ddim_grid(2) == [(999, 499), (499, 0)]
+    assert ddim_grid(3) == [(999, 666), (666, 332), (332, 0)]
+    assert ddim_grid(4) == [(999, 749), (749, 499), (499, 249), (249, 0)]
     # 1000 - 62.5 i: numpy rounds halves to even
     assert [t for t, _ in ddim_grid(16)][:8] == [999, 937, 874, 811, 749, 687, 624, 561]
     assert [t for t, _ in ddim_grid(50)] == list(range(999, 0, -20))
-    assert ddim_grid(1000) == [(t, t - 1) for t in range(999, -1, -1)]
+    assert ddim_grid(1000) == [*[(t, t - 1) for t in range(999, 0, -1)], (0, 0)]
 
-    assert ddim_grid(4, "leading") == [(751, 501), (501, 251), (251, 1), (1, -249)]
+    assert ddim_grid(4, "leading") == [(751, 501), (501, 251), (251, 1), (1, 0)]
     assert [t for t, _ in ddim_grid(10, "leading")] == [
         901,
         801,
@@ -88,7 +88,7 @@ def test_grids_of_every_number_of_steps(spacing):
             starts, ends = zip(*ddim_grid(steps, spacing))
         assert len(starts) == (999 if (steps, spacing) == (1000, "linspace") else steps)
         assert all(a > b for a, b in zip(starts, ends[:-1]))
-        assert [*ends[:-1]] == [*starts[1:]] and ends[-1] <= 0 <= starts[-1] <= starts[0] <= 999
+        assert [*ends[:-1]] == [*starts[1:]] and ends[-1] == 0 <= starts[-1] <= starts[0] <= 999
         assert starts[0] == 999 or spacing == "leading"
 
 
@@ -109,18 +109,17 @@ def test_grids_refuse_bad_arguments(grid, spacings):
 
 
 def test_ddim_step_lands_on_the_line_of_x0_and_eps(schedule):
-    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps; t_end < 0 is t = 0."""
+    """DDIM (2010.02502) eq. 12, eta = 0: alpha(t_end) x0 + sigma(t_end) eps, and at t_end = 0."""
     x0, eps = noise(0), noise(1)
     zeros = torch.zeros_like(x0)
-    assert torch.equal(ddim_step(zeros, x0, zeros, 499, schedule), schedule.alpha[499] * x0)
-    assert torch.equal(ddim_step(zeros, zeros, eps, 499, schedule), schedule.sigma[499] * eps)
-    last = ddim_step(zeros, x0, eps, -1, schedule)
+    assert torch.equal(ddim_step(x0, zeros, 499, schedule), schedule.alpha[499] * x0)
+    assert torch.equal(ddim_step(zeros, eps, 499, schedule), schedule.sigma[499] * eps)
+    last = ddim_step(x0, eps, 0, schedule)
     torch.testing.assert_close(
         last, 0.99914998**0.5 * x0 + (1 - 0.99914998) ** 0.5 * eps, rtol=1e-5, atol=1e-5
     )
-    assert torch.equal(ddim_step(zeros, x0, eps, -249, schedule), last)
-    mixed = ddim_step(zeros, x0, eps, torch.tensor([499, 19]), schedule)
-    assert torch.equal(mixed[1], ddim_step(zeros, x0, eps, 19, schedule)[1])
+    mixed = ddim_step(x0, eps, torch.tensor([499, 19]), schedule)
+    assert torch.equal(mixed[1], ddim_step(x0, eps, 19, schedule)[1])
 
 
 def test_ddim_step_is_the_papers_psi(schedule64):
@@ -129,7 +128,7 @@ def test_ddim_step_is_the_papers_psi(schedule64):
     for t, t_end in ((999, 979), (519, 499), (39, 19), (19, 0)):
         (a, s), (a_end, s_end) = schedule64.at(t, z), schedule64.at(t_end, z)
         psi = a_end / a * z - s_end * (s * a_end / (a * s_end) - 1) * eps - z
-        step = ddim_step(z, (z - s * eps) / a, eps, t_end, schedule64)
+        step = ddim_step((z - s * eps) / a, eps, t_end, schedule64)
         torch.testing.assert_close(step - z, psi, rtol=1e-12, atol=1e-12)
 
 
@@ -137,8 +136,8 @@ def test_ddim_is_invertible_for_constant_eps(schedule64):
     """If eps does not change along the way, a step up undoes a step down: a straight line."""
     z, eps = noise(0).double(), noise(1).double()
     (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
-    down = ddim_step(z, (z - s * eps) / a, eps, 680, schedule64)
-    up = ddim_step(down, (down - s_end * eps) / a_end, eps, 700, schedule64)
+    down = ddim_step((z - s * eps) / a, eps, 680, schedule64)
+    up = ddim_step((down - s_end * eps) / a_end, eps, 700, schedule64)
     torch.testing.assert_close(up, z, rtol=0, atol=1e-14)
 
 
@@ -149,8 +148,8 @@ def test_ddim_inversion_error_of_gaussian_data(gaussian, schedule64):
     1.45e-4 for 700 -> 680 -> 700 with s = 0.5.
     """
     z = noise().double()
-    down = ddim_step(z, gaussian.x0(z, 700), gaussian.eps(z, 700), 680, schedule64)
-    up = ddim_step(down, gaussian.x0(down, 680), gaussian.eps(down, 680), 700, schedule64)
+    down = ddim_step(gaussian.x0(z, 700), gaussian.eps(z, 700), 680, schedule64)
+    up = ddim_step(gaussian.x0(down, 680), gaussian.eps(down, 680), 700, schedule64)
     (a, s), (a_end, s_end) = schedule64.at(700, z), schedule64.at(680, z)
     S, S_end, var = s / a, s_end / a_end, gaussian.s**2
     loss = var * (S - S_end) ** 2 / ((var + S**2) * (var + S_end**2))
@@ -188,7 +187,7 @@ def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
     )
     z = z_T.double()
     for t, t_end in zip(times, times[1:]):
-        z = ddim_step(z, gaussian.x0(z, t), gaussian.eps(z, t), t_end, schedule64)
+        z = ddim_step(gaussian.x0(z, t), gaussian.eps(z, t), t_end, schedule64)
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-13)
 
 
@@ -240,7 +239,7 @@ def test_every_number_of_steps_ends_at_its_place(gaussian, schedule64, kind):
     for i in range(1000):
         x0, is_last = gaussian.x0(z, t[:, i]), (last == i).reshape(-1, 1, 1, 1)
         if kind == "ddim":
-            z = ddim_step(z, x0, gaussian.eps(z, t[:, i]), t[:, i + 1], schedule64)
+            z = ddim_step(x0, gaussian.eps(z, t[:, i]), t[:, i + 1], schedule64)
             z0 = torch.where(is_last, z, z0)
         else:
             z0 = torch.where(is_last, x0, z0)
@@ -280,7 +279,7 @@ def test_ddim_is_of_first_order(gaussian):
 
     def solve(data, z, steps):
         for t in range(steps):
-            z = ddim_step(z, data.x0(z, t), data.eps(z, t), t + 1, data.schedule)
+            z = ddim_step(data.x0(z, t), data.eps(z, t), t + 1, data.schedule)
         return z
 
     assert orders(gaussian, solve) == pytest.approx([0.95, 0.97, 0.99, 0.99, 1.00], abs=0.01)
@@ -306,7 +305,7 @@ def test_dpmpp_first_step_is_ddim(schedule64):
     alpha, sigma = schedule64.at(999, z)
     x0 = (z - sigma * eps) / alpha
     step = dpmpp_2m_step(z, x0, None, None, 999, 749, schedule64)
-    torch.testing.assert_close(step, ddim_step(z, x0, eps, 749, schedule64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(step, ddim_step(x0, eps, 749, schedule64), rtol=0, atol=1e-12)
 
 
 # ---- guidance

@@ -49,7 +49,7 @@ def add_two(up1, down1, up2, down2, lambda1, lambda2):
 
 def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
     s = int((1 - gamma) * t_next)
-    z_s = ddim_step(x0, x0, eps_hat, s, SCHEDULE)
+    z_s = ddim_step(x0, eps_hat, s, SCHEDULE)
     return add_more_noise(z_s, fresh, s, t_next, SCHEDULE)
 
 
@@ -64,7 +64,7 @@ EXERCISES = {
     "guide": (lambda eps, null, w: eps + w * (eps - null), [(X, Y, 3.0), (X, Y, 7.5)]),
     "one_step": (
         lambda z, eps, t, t_end, _: ddim_step(
-            z, x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE
+            x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE
         ),
         [(X, Y, 499, 259, TABLE)],
     ),

@@ -174,7 +174,7 @@ def algorithm_1() -> dict:
     for i in range(1, PSI_STEPS + 1):
         eps_w = guided_eps(unet, cond, null_cond, W)(z_end, t_end)
         x0, t_end = x0_from_eps(z_end, eps_w, t_end, SCHEDULE), t - i * K // PSI_STEPS
-        z_end = ddim_step(z_end, x0, eps_w, t_end, SCHEDULE)
+        z_end = ddim_step(x0, eps_w, t_end, SCHEDULE)
     f_end = f_theta(z_end, student(z_end, t_end, cond), t_end, SCHEDULE)
     fig = figure(
         "Two neighbours should jump to one picture; the loss hardly tells how well they do",

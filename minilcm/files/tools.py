@@ -15,7 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..lora import Tau
-from ..merge import add_delta_, combine, delta_norms, distance, extract_tau, no_kernel, reduce_rank
+from ..merge import (
+    add_delta_,
+    combine,
+    delta_norms,
+    distance,
+    extract_module,
+    no_kernel,
+    reduce_rank,
+)
 from .checkpoint import places, weight_shapes
 from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refuse_quantised
 from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
@@ -286,7 +294,7 @@ def extract_file(
                 if not all_finite(difference):
                     key = there[path].key
                     raise ValueError(f"{base} or {tuned}: {key} has values that are not finite")
-                tau |= extract_tau(path, difference, rank)
+                tau[path] = extract_module(difference, rank)
         if tau:
             table = module_table(family_of(tau).unet)
             tau = {p: tau[p] for p in tau if p in text_paths() or p.replace(".", "_") in table}

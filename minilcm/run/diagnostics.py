@@ -153,7 +153,7 @@ def loss_by_band(student: Network, z0: Tensor, cond: Cond, schedule: Schedule) -
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
     for start in range(0, T, 100):  # image i at (i + 1/2) / b of every band
         t = start + (torch.arange(b, device=z0.device) * 2 + 1) * 100 // (2 * b)  # (b,)
-        losses[start] = diffusion_loss(eps_fn, z0, t, eps, schedule, gamma=None).item()
+        losses[start] = diffusion_loss(eps_fn, z0, t, eps, schedule, snr_gamma=None).item()
     return losses
 
 
