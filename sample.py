@@ -103,14 +103,14 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--steps", type=int, help=f"sampling steps: {steps}")
     at = "lcm: the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
-    fresh = "lcm: how much of the noise between steps is fresh, 0-1: TCD's gamma (default: all)"
+    fresh = "lcm: TCD's gamma (eta in diffusers), 0-1: how much of the noise between steps is fresh"
     add("--gamma", type=float, help=fresh)
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
     lora = "add a LoRA, times LAMBDA (default 1); repeatable; lcm, blueprint and papercut are the "
-    lora += "shipped files, of which the shipped model takes lcm by itself with --sampler lcm"
+    lora += "shipped files; without any --lora the shipped model takes lcm for --sampler lcm"
     add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
     add("--image", type=Path, metavar="FILE", help="lcm: start from this picture (image to image)")
     add("--strength", type=float, help="of --image, 0-1: how much to redraw (default 0.5)")
@@ -274,7 +274,7 @@ def draw_all(args: Namespace, unet: UNet, conds: Cond, neg_cond: Cond, how: dict
     if latents:
         evaluations = args.steps * passes
         each, s = " a picture" if count > 1 else "", "s" if evaluations > 1 else ""
-        print(f"{evaluations} evaluation{s}, {seconds / len(latents):.2f} s{each}")
+        print(f"{evaluations} network evaluation{s}, {seconds / len(latents):.2f} s{each}")
     return latents
 
 

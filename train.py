@@ -2,23 +2,21 @@
 
     the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
                        --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
-    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --out ...
+    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --model ...
     a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out ...
     a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out ...
-    a base model   python train.py --objective diffusion --full --data weights/emoji/art --out ...
+    all weights    python train.py --objective diffusion --full --data weights/emoji/art --out ...
     will it fit?   python train.py --objective lcm --rank 64 --model sdxl --plan 12
     many GPUs      torchrun --nproc_per_node 8 train.py ...
 
 diffusion learns to predict the noise in z_t. lcm learns to jump from z_t to the end of the
 teacher's trajectory: the teacher is the model itself with its LoRA off (for a full LCM: a frozen
 copy), guided by w. At every save, --out gets lora.safetensors (or model.safetensors; of a full LCM
-also its averaged target), a sheet of pictures and a line of measurements in metrics.jsonl. The loss
-of a step is noisy; the fixed loss is the mean over the same 8 batches with the same noise. For
-diffusion it should fall from save to save. For lcm it stays flat, since the student is compared
-with itself: look at the sheets, and at to_end and to_teacher, distances to where the teacher's own
-path ends (of eight pictures only, so a small change says nothing). --out also keeps the last two
-states, from which --resume continues as if never stopped. Under torchrun, a --shutdown-timeout of
-some seconds leaves time to save on Ctrl-C.
+also its averaged target), a sheet of pictures and a line of measurements in metrics.jsonl. The
+fixed loss is the mean over the same 8 batches with the same noise. For lcm it stays flat, since the
+student is compared with itself: look at the sheets, and at to_teacher, the distance to where the
+teacher's own path ends (of eight pictures only, so a small change says nothing). --resume continues
+as if never stopped. Under torchrun, --shutdown-timeout leaves time to save on Ctrl-C.
 """
 
 import math
@@ -92,17 +90,16 @@ def parse(argv: list[str] | None = None) -> Namespace:
     rate += "(default 3e-4)"
     add("--lr", type=float, default=3e-4, help=rate)
     add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
-    guidance = "lcm: guidance - 1 to distil (default 7.5); LOW:HIGH draws one for each picture: a "
-    guidance += "full LCM is told which (default 2:14), a LoRA learns a mixture"
+    guidance = "lcm: guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH "
+    guidance += "draws one a picture: a full LCM is told it (default 2:14), a LoRA learns a mixture"
     add("--w", metavar="W[:HIGH]", help=guidance)
-    skip = "lcm: skipping interval in timesteps, a multiple of 20 (default 20)"
-    add("--k", type=int, default=T // GRID, help=skip)
+    add("--k", type=int, default=T // GRID, help="lcm: length of a skip: 20, 40, ... (default 20)")
     psi = "lcm: DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
     add("--psi-steps", type=int, default=1, metavar="N", help=psi)
-    average = "write an average of the weights, at rate MU (default: 0.9995 for diffusion --full); "
-    average += "of a LoRA's two factors apart, which is close for weights of one run"
+    average = "write a moving average of the weights, of decay MU (default: 0.9995 for diffusion "
+    average += "--full); of a LoRA's two matrices separately"
     add("--average", type=float, metavar="MU", help=average)
-    looks = "times each picture is cut, drawing composed or prompt drawn, and encoded (default 8)"
+    looks = "variants of each picture (crop, composition or seed), encoded once (default 8)"
     add("--looks", type=int, default=8, help=looks)
     readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
     add("--workers", type=int, default=1, metavar="N", help=readers)
@@ -112,8 +109,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--resume", action="store_true", help="continue from the last state in --out")
     plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
-    device = "default: cuda if available; with --plan cuda"
-    add("--device", choices=["cpu", "cuda"], help=device)
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if available; with --plan cuda")
     args = parser.parse_args(argv)
     check_values(args, parser.error)
     cuda = torch.cuda.is_available() or args.plan is not None
@@ -171,8 +167,9 @@ def objective_of(args: Namespace, large: bool) -> Objective:
     targets = ATTENTION if args.attention_only else TARGETS
     checkpointing = large if args.checkpointing is None else args.checkpointing
     narrow = large and forward_dtype(args.device) == torch.float32
-    how = args.w_range, args.k, args.psi_steps, checkpointing, narrow, args.quantize
-    return Objective(args.objective, args.rank, args.alpha, targets, *how)
+    skip = dict(w_range=args.w_range, k=args.k, psi_steps=args.psi_steps)
+    memory = dict(checkpointing=checkpointing, narrow=narrow, quantized=args.quantize)
+    return Objective(args.objective, args.rank, args.alpha, targets, **skip, **memory)
 
 
 def load_base(args: Namespace, checkpoint: Checkpoint, objective: Objective) -> Model:
@@ -190,15 +187,16 @@ def load_base(args: Namespace, checkpoint: Checkpoint, objective: Objective) -> 
 
 
 def start_training(
-    args: Namespace, objective: Objective, unet: UNet, how: Reading
+    args: Namespace, objective: Objective, unet: UNet, reading: Reading
 ) -> states.Training:
-    wrap = one_process if how.world == 1 else processes.shard if args.full else processes.replicate
+    wrap = processes.shard if args.full else processes.replicate
+    wrap = wrap if reading.world > 1 else one_process
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     if args.init is not None:
         set_tau(unet, read_tau(args.init))
     named = {name: x for name, x in unet.named_parameters() if x.requires_grad}
     average = {name: x.detach().clone() for name, x in named.items()} if args.average else {}
-    if how.process == 0:
+    if reading.process == 0:
         count = sum(x.numel() for x in named.values())
         print(f"training {count:,} parameters in {len(named)} tensors")
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -219,8 +217,8 @@ def main(args: Namespace) -> None:
     check_size(config, size)
     args.checkpointing = objective.checkpointing
     if args.plan is not None:
-        half = forward_dtype(args.device)
-        step = Step(args.batch, size, args.device, half, bool(args.average), args.accumulate)
+        dtype = forward_dtype(args.device)
+        step = Step(args.batch, size, args.device, dtype, bool(args.average), args.accumulate)
         return plan(objective, config, step, args.plan)
 
     # ---- the data and the folder, which no other run may use
@@ -228,44 +226,46 @@ def main(args: Namespace) -> None:
     process, world = processes.start_processes(args.device)
     drop = 0.1 if args.objective == "diffusion" else 0.0
     place = args.device, process, world
-    how = Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
+    reading = Reading(size, args.batch, args.looks, args.workers, args.seed, drop, *place)
     with states.locked(args.out) if process == 0 else nullcontext():
         if process == 0:
             states.start_folder(args.out, args.resume)
-        train(args, objective, load_base(args, checkpoint, objective), source, how)
+        train(args, objective, load_base(args, checkpoint, objective), source, reading)
 
 
-def train(args: Namespace, objective: Objective, base: Model, source: Source, how: Reading) -> None:
-    device, size, first = args.device, how.size, how.process == 0
+def train(
+    args: Namespace, objective: Objective, base: Model, source: Source, reading: Reading
+) -> None:
+    device, size, first = args.device, reading.size, reading.process == 0
     say = print if first else lambda *_, **__: None
 
     # ---- the state to continue from
     model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
-    flags = states.flags_of(args, model_sha256, source.identity(), how.world)
+    flags = states.flags_of(args, model_sha256, source.identity(), reading.world)
     state = states.latest_state(args.out) if args.resume else None
     if state is not None:
         states.check_flags(flags, states.read_run(state)["flags"])
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
-    data = open_data(source, base, model_sha256, args.cache or args.out / "cache", how)
+    data = open_data(source, base, model_sha256, args.cache or args.out / "cache", reading)
     null_cond = text.null_cond(args.batch)
-    prompts = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
+    sheet_conds = text.encode(data.prompts, (size, size)), text.null_cond(8, (size, size))
     data.free()
 
     # ---- what is trained
-    training = start_training(args, objective, base.unet.to(device), how)
+    training = start_training(args, objective, base.unet.to(device), reading)
 
     def batch_loss(batch: Batch) -> Tensor:
-        return loss_of(objective, training.nets, *batch[:4], how.process, how.world)
+        return loss_of(objective, training.nets, *batch[:4], reading.process, reading.world)
 
     # ---- what every save measures and writes
     most = args.batch if args.checkpointing else 16  # if memory is short, no more than in a step
     networks = [diagnostics.in_parts(network, most) for network in training.nets[:3]]
     schedule, guidance = training.nets.schedule, base.config.guidance
     fixed = list(islice(data.on_device(device, null_cond, -1), 8))  # compared from save to save
-    given = *fixed[0][:3], prompts, size // vae.factor
-    probe = diagnostics.make_probe(objective, networks[1], *given, schedule, guidance)
+    measured_on = *fixed[0][:3], sheet_conds, size // vae.factor
+    probe = diagnostics.make_probe(objective, networks[1], *measured_on, schedule, guidance)
 
     @torch.compiler.set_stance("force_eager")  # batches of other sizes than the compiled one
     def save(step: int, loss: float) -> None:
@@ -284,7 +284,7 @@ def train(args: Namespace, objective: Objective, base: Model, source: Source, ho
             with resident(vae, device) if vae in data.idle else nullcontext():
                 diagnostics.write_sheet(args.out, step, columns, data.prompts, vae)
 
-    start = states.restore(state, training, data.positions, how.process) if state else 0
+    start = states.restore(state, training, data.positions, reading.process) if state else 0
     if state:
         say(f"{args.out} is at step {start} of {args.steps}" + ", finished" * (start >= args.steps))
     drawn = data.on_device(device, null_cond, args.seed, start * args.accumulate)
@@ -292,7 +292,7 @@ def train(args: Namespace, objective: Objective, base: Model, source: Source, ho
         drawn = in_background(drawn)
     if args.compile:
         training.unet.compile(dynamic=False)
-    loop(args, drawn, training, batch_loss, save, start, how)
+    loop(args, drawn, training, batch_loss, save, start, reading)
     say(states.how_to_draw(args, data.prompts[0], args.model.resolve() == SHIPPED.resolve()))
 
 
@@ -303,11 +303,11 @@ def loop(
     batch_loss: Callable[[Batch], Tensor],
     save: Callable[[int, float], None],
     start: int,
-    how: Reading,
+    reading: Reading,
 ) -> None:
     _, nets, named, average, optimizer = training
-    device, first = args.device, how.process == 0
-    pictures = args.batch * args.accumulate * how.world
+    device, first = args.device, reading.process == 0
+    pictures = args.batch * args.accumulate * reading.world
     bar = {"unit": " pictures", "unit_scale": pictures, "disable": None if first else True}
     progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
     stop = []

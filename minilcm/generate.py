@@ -59,7 +59,10 @@ def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> li
     strength out of range.
     """
     way = SAMPLERS[sampler]
-    return way.grid(steps, strength) if way.stochastic else way.grid(steps)
+    try:
+        return way.grid(steps, strength) if way.stochastic else way.grid(steps)
+    except ValueError as error:
+        raise ValueError(f"{sampler}: {error}") from None
 
 
 @torch.no_grad()

@@ -182,12 +182,10 @@ def loss_of(
     rows, shape = slice(process * b, (process + 1) * b), (world * b, *z0.shape[1:])
     if objective.kind == "lcm":
         n, w, eps = (x[rows] for x in draw(shape, generator, objective.w_range))
-        networks, k, psi_steps = nets[:3], objective.k, objective.psi_steps
-        drawn = n, w, eps
-        one_batch = not objective.checkpointing  # which means that memory is short
-        return lcd_loss(
-            *networks, z0, cond, null_cond, nets.schedule, *drawn, k, psi_steps, one_batch
-        )
+        skip = dict(k=objective.k, psi_steps=objective.psi_steps)
+        given = *nets[:3], z0, cond, null_cond, nets.schedule, n, w, eps
+        # checkpointing means that memory is short
+        return lcd_loss(*given, **skip, one_batch=not objective.checkpointing)
     t = torch.randint(0, T, shape[:1], generator=generator)[rows].to(z0.device)
     eps = torch.randn(shape, generator=generator)[rows].to(z0.device)
     return diffusion_loss(lambda z_t, t: nets.student(z_t, t, cond), z0, t, eps, nets.schedule)

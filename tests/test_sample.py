@@ -90,10 +90,10 @@ def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
     """Ctrl-C in the third of four pictures: the first two are written, as they would have been."""
     whole, calls = draw("pizza", "--count", "4", "--steps", "1"), itertools.count(1)
 
-    def interrupted(*args):
+    def interrupted(*args, **more):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return sample_lcm(*args)
+        return sample_lcm(*args, **more)
 
     monkeypatch.setitem(SAMPLERS, "lcm", SAMPLERS["lcm"]._replace(sample=interrupted))
     kept = draw("pizza", "--count", "4", "--steps", "1")
@@ -308,7 +308,7 @@ def test_the_grid_is_printed(draw, capsys, sampler, line, evaluations):
     out = capsys.readouterr().out.splitlines()
     out = [x for x in out if "too much for an LCM-LoRA" not in x]
     assert out[0] == "LCM-LoRA added: lcm, times 1" and out[1] == line and len(out) == 4
-    assert re.fullmatch(rf"{evaluations} evaluations, \d+\.\d\d s", out[2])
+    assert re.fullmatch(rf"{evaluations} network evaluations, \d+\.\d\d s", out[2])
     assert out[3].endswith("0000_pizza_seed0.png")
 
 
@@ -377,9 +377,9 @@ def test_gamma_and_timesteps_reach_the_sampler(draw, monkeypatch):
     """As `sample_lcm` gets them: a wrong gamma would be a picture of another kind, not an error."""
     seen = []
 
-    def sampled(eps_fn, z_T, schedule, *rest):
-        seen.append((rest[0], *rest[2:]))
-        return sample_lcm(eps_fn, z_T, schedule, *rest)
+    def sampled(eps_fn, z_T, schedule, steps, **more):
+        seen.append((steps, more["strength"], more["gamma"]))
+        return sample_lcm(eps_fn, z_T, schedule, steps, **more)
 
     monkeypatch.setitem(SAMPLERS, "lcm", SAMPLERS["lcm"]._replace(sample=sampled))
     draw("pizza", "--timesteps", "800,3", "--gamma", "0.3")
@@ -692,7 +692,7 @@ def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
     assert len(draw("a rokcet", "cat face", "--steps", "1")) == 2
     told = [line for line in capsys.readouterr().out.splitlines() if "no name" in line]
     assert len(told) == 1 and told[0].startswith(
-        "'a rokcet' holds no name this model knows; nearest: rocket"
+        "note: 'a rokcet' holds no name this model knows; nearest: rocket"
     )
 
 

@@ -148,4 +148,4 @@ def advise(args: Namespace, checkpoint: Checkpoint, loras: list[Path], weights: 
         lines += on_prompt(prompt, names, weights, styled)
     lines += on_prompt(args.negative, (), weights)
     for line in lines:
-        print(line)
+        print(f"note: {line}")

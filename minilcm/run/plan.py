@@ -36,7 +36,7 @@ class Step(NamedTuple):
     batch: int
     size: int  # width and height of the pictures in pixels
     device: str
-    half: torch.dtype  # of the forward pass
+    dtype: torch.dtype  # of the forward pass
     average: bool = False  # whether an average of the weights is kept
     accumulate: int = 1  # batches a step
 
@@ -114,7 +114,7 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, vae = UNet(config.unet), VAE(config.vae)
         base = sum(x.numel() for x in unet.parameters())
-        nets = make_networks(objective, unet, step.half)
+        nets = make_networks(objective, unet, step.dtype)
         trained = [x for x in unet.parameters() if x.requires_grad]
         side = step.size // vae.factor
         z0 = torch.randn(step.batch, 4, side, side)
@@ -126,7 +126,7 @@ def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[s
         gradients = size_of(x.grad for x in trained)
     full, copies = objective.rank is None, 0
     if nets.target_unet:
-        copies = size_of(nets.target_unet.parameters()) + base * step.half.itemsize
+        copies = size_of(nets.target_unet.parameters()) + base * step.dtype.itemsize
     return {
         "UNet": size_of(x for x in unet.parameters() if full or not x.requires_grad),
         "teacher and target": copies,
@@ -168,8 +168,8 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
     }
     total = max(stages.values()) / 1e9
 
-    batch, half = f"batch {step.batch} x {step.size}x{step.size}", str(step.half)[6:]
-    how = f"{batch}, {half}, checkpointing {'on' if objective.checkpointing else 'off'}"
+    batch, dtype = f"batch {step.batch} x {step.size}x{step.size}", str(step.dtype)[6:]
+    how = f"{batch}, {dtype}, checkpointing {'on' if objective.checkpointing else 'off'}"
     print(f"{objective.kind}, {count:,} parameters to train, {how}")
     for part, size_in_bytes in parts.items():
         if size_in_bytes:
