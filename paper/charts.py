@@ -8,7 +8,9 @@ matplotlib.rcParams |= {"svg.hashsalt": "minilcm", "svg.fonttype": "none"}
 
 BLUE, LIGHT, ORANGE = "#1f5fa8", "#7fb2e5", "#e07b00"
 GREEN, RED, GREY = "#2e8b57", "#c0392b", "0.45"
-COLORS = {"shown": GREEN, "refuted": RED, "not shown": GREY}
+LOOKS = {"LCM-LoRA": (BLUE, "o-"), "gamma 0": (BLUE, "o:"), "LCM sampler, no LoRA": (GREY, "s-")}
+LOOKS |= {"guidance distilled, DDIM": (RED, "D-"), "DDIM": (ORANGE, "^-")}
+LOOKS["DPM-Solver++"] = GREEN, "v-"
 
 
 def panels(count: int, title: str, width=4.6, height=3.9, **how) -> tuple[Figure, list]:
@@ -37,22 +39,22 @@ def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-",
     ax.annotate(label, (x[at], mean[at]), annotation_clip=False, **beside)
 
 
-def forest(ax, rows: dict[str, list], bound=None, colors=BLUE) -> None:
+def forest(ax, rows: dict[str, list], bounds: tuple, colors=BLUE) -> None:
     """A row for each interval, the first at the top, and dotted lines at the bounds."""
     y, (mean, off) = list(range(len(rows)))[::-1], bars(list(rows.values()))
     colors = [colors] * len(y) if isinstance(colors, str) else colors
     for i, color in enumerate(colors):
         beside = [[off[0][i]], [off[1][i]]]
         ax.errorbar(mean[i], y[i], xerr=beside, fmt="o", color=color, capsize=2, markersize=4)
-    for at in [] if bound is None else bound if isinstance(bound, tuple) else (bound,):
+    for at in bounds:
         ax.axvline(at, color="0.3", linestyle=":")
     ax.set_yticks(y, list(rows), fontsize=8)
 
 
-def ticks(ax, values: list, axis: str = "x") -> None:
-    """A logarithmic axis with these ticks only."""
-    getattr(ax, f"set_{axis}scale")("log")
-    getattr(ax, f"set_{axis}ticks")(values, [f"{v:g}" for v in values])
+def ticks(ax, values: list) -> None:
+    """A logarithmic axis x with these ticks only."""
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{v:g}" for v in values])
     ax.minorticks_off()
 
 
@@ -65,6 +67,6 @@ def three(rows: dict[str, dict], title: str, red: list[str] = ()) -> Figure:
     for ax, ((steps, what), label) in zip(axes, wanted.items()):
         mine = {k: r[steps][what] for k, r in rows.items()}
         colors = [RED if k in red and what == "distance" else BLUE for k in rows]
-        forest(ax, mine, next(iter(mine.values()))[0], colors)
+        forest(ax, mine, (next(iter(mine.values()))[0],), colors)
         ax.set(xlabel=label)
     return fig

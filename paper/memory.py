@@ -56,14 +56,11 @@ def verdict(n: dict) -> dict:
     times = [row["times"] for row in n["planned"].values()]
     off = max(abs(row["off"]) for row in n["planned"].values())
     said = f"{min(times):.1f} to {max(times):.1f} times"
-
-    def word(true: bool) -> str:
-        return "shown" if true else "refuted"
-
+    word = {True: "shown", False: "refuted"}
     return {
-        "full distillation takes orders of magnitude more": [word(min(times) >= 10), said],
-        "full distillation takes twice as much, or more": [word(min(times) >= 2), said],
-        "Table 1's counts of trained parameters": [word(off <= 0.01), f"{off:.1%} off"],
+        "full distillation takes orders of magnitude more": [word[min(times) >= 10], said],
+        "full distillation takes twice as much, or more": [word[min(times) >= 2], said],
+        "Table 1's counts of trained parameters": [word[off <= 0.01], f"{off:.1%} off"],
     }
 
 

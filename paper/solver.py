@@ -8,14 +8,12 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, interval, together
 
-from .charts import BLUE, GREEN, GREY, ORANGE, line, panels, ticks
+from .charts import BLUE, GREEN, LOOKS, line, panels, ticks
 from .pictures import SOLVERS, Draw, drawn, rms
 from .setup import Budget, W, names_of, prompts_of, shipped_lora
 from .training import long, train
 
 EXACT = Draw("ddim", 100, W)  # the end that all are held against
-LOOKS = {"LCM-LoRA": (BLUE, "o-"), "LCM sampler, no LoRA": (GREY, "s-")}
-LOOKS |= {"DDIM": (ORANGE, "^-"), "DPM-Solver++": (GREEN, "v-"), "gamma 0": (BLUE, "o:")}
 
 
 def samplers() -> dict[str, tuple[str, Draw, bool]]:
@@ -83,7 +81,8 @@ def figure(n: dict) -> Figure:
     a.set(xlabel="steps of training", ylabel="distance to the teacher's end, of two seeds'")
     a.set_title("one step, while it trains; dotted: the shipped one", fontsize=10)
     for sampler, (color, mark) in LOOKS.items():
-        mine = [r for r in n["distance"].values() if r["sampler"] == sampler]
+        if not (mine := [r for r in n["distance"].values() if r["sampler"] == sampler]):
+            continue
         x, y = [r["evaluations"] for r in mine], [r["far"] for r in mine]
         line(b, x, y, sampler, color, mark)
     b.axhline(1, color="0.3", linestyle=":")

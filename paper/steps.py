@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, interval, together
 
-from .charts import BLUE, GREEN, GREY, LIGHT, ORANGE, RED, line, panels, ticks
+from .charts import BLUE, GREY, LIGHT, LOOKS, line, panels, ticks
 from .pictures import SOLVERS, TEACHER, Draw, about, against, pictures, save_sheet, seconds_of
 from .setup import HERE, TUNE, Budget, Prompt, names_of, prompts_of, shipped_lora
 from .training import short, train
@@ -21,13 +21,6 @@ from .training import short, train
 CONTENT = json.loads((HERE / "content.json").read_text())
 CATEGORY = {name: category for category, names in CONTENT.items() for name in names}
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)  # w that solvers choose from
-LOOKS = {
-    "LCM-LoRA": (BLUE, "o-"),
-    "LCM sampler, no LoRA": (GREY, "s-"),
-    "guidance distilled, DDIM": (RED, "D-"),
-    "DDIM": (ORANGE, "^-"),
-    "DPM-Solver++": (GREEN, "v-"),
-}
 MARGIN = 0.05  # of accuracy, and of sharpness
 
 
@@ -123,7 +116,8 @@ def figure(n: dict) -> Figure:
     title = f"4 steps of LCM-LoRA against 50 guided ones of DDIM: {four[0]:+.2f} in being right"
     fig, (a, b, c, d) = panels(4, title, width=4.4)
     for sampler, (color, mark) in LOOKS.items():
-        mine = [r for r in rows.values() if r["sampler"] == sampler]
+        if not (mine := [r for r in rows.values() if r["sampler"] == sampler]):
+            continue
         right = [r["right"] for r in mine]
         line(a, [r["evaluations"] for r in mine], right, sampler, color, mark)
         line(b, [1000 * r["seconds"] for r in mine], right, sampler, color, mark)
