@@ -31,12 +31,13 @@ def bars(intervals: list) -> tuple[list, list]:
     return list(mean), off
 
 
-def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-", at=-1) -> None:
-    """Means by x, with their intervals as bars, and the label beside its point number `at`."""
+def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-") -> None:
+    """Means by x, with their intervals as bars, and the label at the end, below its likes."""
     mean, off = bars(intervals)
     ax.errorbar(x, mean, off, fmt=mark, color=color, capsize=2, markersize=4)
-    beside = dict(xytext=(6, 3), textcoords="offset points", fontsize=8, color=color)
-    ax.annotate(label, (x[at], mean[at]), annotation_clip=False, **beside)
+    likes = [t for t in ax.texts if t.xy[0] == x[-1] and abs(t.xy[1] - mean[-1]) <= 0.03 * mean[-1]]
+    beside = dict(xytext=(6, 3 - 9 * len(likes)), textcoords="offset points", fontsize=8)
+    ax.annotate(label, (x[-1], mean[-1]), color=color, annotation_clip=False, **beside)
 
 
 def forest(ax, rows: dict[str, list], bounds: tuple, colors=BLUE) -> None:
@@ -44,8 +45,7 @@ def forest(ax, rows: dict[str, list], bounds: tuple, colors=BLUE) -> None:
     y, (mean, off) = list(range(len(rows)))[::-1], bars(list(rows.values()))
     colors = [colors] * len(y) if isinstance(colors, str) else colors
     for i, color in enumerate(colors):
-        beside = [[off[0][i]], [off[1][i]]]
-        ax.errorbar(mean[i], y[i], xerr=beside, fmt="o", color=color, capsize=2, markersize=4)
+        ax.errorbar(mean[i], y[i], xerr=[[off[0][i]], [off[1][i]]], fmt="o", color=color, ms=4)
     for at in bounds:
         ax.axvline(at, color="0.3", linestyle=":")
     ax.set_yticks(y, list(rows), fontsize=8)

@@ -135,7 +135,7 @@ def verdict(n: dict) -> dict:
 def figure(n: dict) -> Figure:
     rows, found = n["settings"], n["detectors"]
     best = max(found, key=lambda k: found[k][0]) if found else "distance"
-    said = f"{best} finds {found[best][0]:.2f} of the bad" if found else "no labels yet"
+    said = f"{best} has {found[best][0]:.2f} of its ROC" if found else "no labels yet"
     fig, (a, b) = panels(2, f"{len(rows)} settings, good and bad: {said}", width=5, height=7)
     y, colors = range(len(rows))[::-1], [RED if r.get("bad") else BLUE for r in rows.values()]
     a.barh(y, [row[best] for row in rows.values()], color=colors)
@@ -146,7 +146,7 @@ def figure(n: dict) -> Figure:
         bad = torch.tensor([row["bad"] for row in ordered]).double()
         hits, alarms = (v.cumsum(0) / v.sum() for v in (bad, 1 - bad))
         b.step(alarms, hits, where="post", color=color)
-        label = f"{key}: {found[key][0]:.2f}"
-        b.annotate(label, (alarms[len(bad) // 3], hits[len(bad) // 3]), fontsize=8, color=color)
+        at, i = f"{key}: {found[key][0]:.2f}", len(bad) // 3
+        b.annotate(at, (alarms[i], hits[i]), fontsize=8, color=color)
     b.set(title="ROC", xlabel="good ones flagged", ylabel="bad ones flagged")
     return fig

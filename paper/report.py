@@ -1,10 +1,10 @@
 """Figures and README.md out of results/*.json: no result in the report is typed.
 
-report.md is the text, a section under "## name" each, with {{numbers/rows/LCM-LoRA 4/right|i}}
-where a number of its section's JSON belongs, {{table numbers/rows: key; right|i}} for a row of
-each of its entries, and {{gamma/now}} for the verdict of another section. Formats: Python's, or i
-(value and interval), p (%), v (a list in words). A number that is not there stops the command; a
-section whose result is not there, or of other weights, says that it is not measured.
+report.md is the text, a section under "## name" each, with {{numbers/rows/LCM-LoRA 4/right}}
+where a number of its section's JSON belongs, {{table numbers/rows: key; right}} for a row of each
+of its entries, and {{gamma/now}} for another section's verdict. Formats: Python's, p (%), v (words
+of a list). A number that is not there stops the command; a section whose result is not there, or of
+other weights, says so.
 """
 
 import json

@@ -137,7 +137,7 @@ def figure(n: dict) -> Figure:
     d.set_xticks(range(len(CONTENT)), [c.replace(" and ", "\nand ") for c in CONTENT], fontsize=8)
     ticks(a, [1, 2, 4, 8, 16])
     a.set(xlabel="network evaluations", ylabel="right: name and style", title="dotted: DDIM 50")
-    b.set(xlabel="milliseconds a picture", xscale="log", title="by time")
+    b.set(xlabel="milliseconds a picture", title="by time")
     c.set(xlabel="sharpness, of DDIM 50's", title="right and sharp, by evaluations")
     d.set(title="by content")
     return fig
