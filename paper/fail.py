@@ -2,7 +2,7 @@
 
 What people do wrong is done here, in forty and more settings, mild and bad, beside good ones. Which
 are visibly bad is judged blind, on numbered sheets (figures/fail-blind-1.png and on), three times;
-numbers that need neither a judge nor labels are held against that. (About 0.2 h.)
+numbers that need neither a judge nor labels are held against that. (About 0.1 h.)
 """
 
 import json
@@ -23,8 +23,7 @@ from .setup import HERE, Budget, Vector, W, prompts_of, shipped_lora, spread
 from .training import far, long, short, style_vector, train
 
 LABELS = HERE / "labels.json"  # {"lcm_lora": content, "votes": {number on the sheets: [0, 1, 0]}}
-EACH = 4  # pictures of a setting that are judged
-SHEET = 60  # pictures
+EACH, SHEET = 4, 60  # pictures of a setting that are judged, and on a sheet
 
 
 def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:

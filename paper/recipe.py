@@ -1,7 +1,7 @@
 """recipe: which choices matter?
 
 Claim (section 2 and the official scripts): as a LoRA, LCM is distilled without an averaged target,
-and for one w that the network is not told. (About 1.5 h, of which 1.2 training.)
+and for one w that the network is not told. (About 1.6 h, of which 1.4 training.)
 """
 
 from matplotlib.figure import Figure

@@ -288,7 +288,6 @@ def test_forty_settings_fail_or_not(monkeypatch):
     monkeypatch.setattr(fail, "style_vector", lambda *how: lcm)
     settings = fail.settings(setup.FULL)
     assert len(settings) >= 40 and len(fail.settings(setup.QUICK)) < 10
-    assert sum(str(how) == str(settings["lambda2 1"]) for how in settings.values()) <= 8
 
 
 def test_every_name_has_a_content():
