@@ -34,8 +34,8 @@ def measure(budget: Budget) -> dict:
     prompts = prompts_of(None, budget.names)
     groups, seed = names_of(prompts), budget.seeds[:1]
     end = drawn(prompts, seed, EXACT)
-    apart = rms(end, drawn(prompts, budget.seeds[1:], EXACT)).mean().item()
-    numbers = {"two seeds apart": apart, "distance": {}, "training": {}}
+    apart = rms(end, drawn(prompts, budget.seeds[1:], EXACT))
+    numbers = {"two seeds apart": apart.mean().item(), "distance": {}, "training": {}}
     ends = {}
     for label, (sampler, draw, lora) in samplers().items():
         ends[label] = rms(drawn(prompts, seed, draw, [(shipped_lora(), 1.0)] if lora else []), end)
@@ -43,14 +43,14 @@ def measure(budget: Budget) -> dict:
             "sampler": sampler,
             "solver": draw.sampler in SOLVERS,
             "evaluations": draw.evaluations,
-            "far": interval(ends[label] / apart, groups=groups),
+            "far": interval(ends[label], apart, True, groups),
             "one step, of it": interval(ends["LCM-LoRA 1"], ends[label], True, groups),
         }
     # how far one step ends, while the short recipe trains
     stages = {str(k): v for k, v in train(long(budget)).at.items()} | {"shipped": shipped_lora()}
     for stage, vector in stages.items():
         ends[stage] = rms(drawn(prompts, seed, Draw("lcm", 1), [(vector, 1.0)]), end)
-        numbers["training"][stage] = {"one step": interval(ends[stage] / apart, groups=groups)}
+        numbers["training"][stage] = {"one step": interval(ends[stage], apart, True, groups)}
     numbers["trained"] = interval(ends[str(budget.long)], ends["0"], True, groups)
     return numbers
 
