@@ -1,4 +1,4 @@
-"""base: does it work on a base it never saw?
+"""base: Does it work on a base it never saw?
 
 Claim (abstract): LCM-LoRA plugs into fine-tuned models of the same base without training. A base
 trained from scratch in another style would be the hardest test and takes days of two cores; in its

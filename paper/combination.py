@@ -1,4 +1,4 @@
-"""combination: does it add to any style LoRA with no training?
+"""combination: Does it add to any style LoRA with no training?
 
 Claim (section 3.2, eq. 3, Fig. 3): tau_mix = lambda1 tau_style + lambda2 tau_lcm draws in the style
 in few steps, with no training, for any style LoRA. (About 0.8 h, of which 0.5 training.)

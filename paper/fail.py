@@ -1,4 +1,4 @@
-"""fail: can its failures be recognised?
+"""fail: Can its failures be recognised?
 
 What people do wrong is done here, in forty and more settings, mild and bad, beside good ones. Which
 are visibly bad is judged blind, on numbered sheets (figures/fail-blind-1.png and on), three times;

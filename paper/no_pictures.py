@@ -1,4 +1,4 @@
-"""no_pictures: can it be distilled without the pictures that the base was trained on?
+"""no_pictures: Can it be distilled without the pictures that the base was trained on?
 
 Who distils a checkpoint seldom has its training pictures (luosiallen/latent-consistency-model#55).
 Instead the teacher can draw its own, guided, 25 steps each, as `train.py --data prompts.txt` does.

@@ -1,4 +1,4 @@
-"""rank: is a low rank enough?
+"""rank: Is a low rank enough?
 
 Claim (sections 2 and 3.1): the update of a fine-tune has a low rank. The released files have rank
 64; the report compares none. (About 1.3 h, of which 1.1 training.)

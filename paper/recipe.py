@@ -1,4 +1,4 @@
-"""recipe: which choices matter?
+"""recipe: Which choices matter?
 
 Claim (section 2 and the official scripts): as a LoRA, LCM is distilled without an averaged target,
 and for one w that the network is not told. (About 1.6 h, of which 1.4 training.)

@@ -1,4 +1,4 @@
-"""steps: how good are 1 to 8 steps, at equal network evaluations?
+"""steps: How good are 1 to 8 steps, at equal network evaluations?
 
 Claim (abstract, Fig. 2): pictures of high quality in very few steps, 1 to 4. A guided step of DDIM
 or DPM-Solver++ costs two evaluations. (About 0.5 h, a third of it training.)
