@@ -114,9 +114,10 @@ def content_of(path: Path) -> str:
 
 
 def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """make(), or what it gave before for the same key, model, judge, art and number format."""
+    """make(), or what it gave before for the same key, model, art, number format, and judge."""
     used.update(model=content_of(MODEL), judge=content_of(JUDGE))
-    files = [MODEL, JUDGE, EMOJI / "styles.py", EMOJI / "make_styles.py", ART / "held_out.txt"]
+    files = [MODEL] + [JUDGE] * (name in ("pictures", "held-out"))  # what it judges
+    files += [EMOJI / "styles.py", EMOJI / "make_styles.py", ART / "held_out.txt"]
     files += [path for art in (ART, HERE / "art") for path in sorted(art.glob("*.tar"))]
     key = json.dumps([key, str(HALF), [content_of(path) for path in files]], sort_keys=True)
     path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
@@ -145,10 +146,9 @@ def said(art: list[Art], colors: list[str]) -> list[Prompt]:
     return [Prompt(text, a.name, a.style) for text, a in zip(asked, art)]
 
 
-def spread(things: list, most: int) -> list:
-    """At most so many, evenly taken from all over the list."""
-    n = min(most, len(things))
-    return [things[i * len(things) // n] for i in range(n)]
+def spread(things: list, n: int) -> list:
+    """At most n, evenly taken from all over the list."""
+    return [things[i * len(things) // n] for i in range(n)] if n < len(things) else list(things)
 
 
 @functools.cache

@@ -83,6 +83,25 @@ def test_a_part_is_made_once(tmp_path, monkeypatch):
     assert len(made) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_another_judge_looks_at_the_same_pictures(tmp_path, monkeypatch):
+    """What is drawn and trained is kept, what it finds is not; another model makes all anew."""
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    made = []
+
+    def names_made() -> list[str]:
+        made.clear()
+        for name in ("trained", "drawn", "pictures", "held-out"):
+            setup.cached(name, "a", lambda: made.append(name) or {"x": torch.ones(1)})
+        return made
+
+    assert len(names_made()) == 4 and names_made() == []
+    for constant, anew in (("JUDGE", ["pictures", "held-out"]), ("MODEL", [])):
+        other = tmp_path / f"{constant}.safetensors"
+        other.write_bytes(b"another")
+        monkeypatch.setattr(setup, constant, other)
+        assert names_made() == (anew or ["trained", "drawn", "pictures", "held-out"])
+
+
 def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
     """A part read from the cache counts with what it took when made; one made now counts once."""
 
