@@ -2,7 +2,7 @@
 
 Claim (section 3.1 and Table 1): distilling only LoRA matrices takes so much less memory that SDXL
 and SSD-1B can be distilled with limited means; 67.5 M, 105 M and 197 M parameters are trained. It
-is often retold as orders of magnitude. (About 0.1 h.)
+is often retold as orders of magnitude. (About 0.2 h.)
 """
 
 import torch
