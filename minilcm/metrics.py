@@ -6,6 +6,9 @@ The emoji model's judge was taught on the art (`weights/emoji/train_judge.py`) a
 common with the text tower that conditions the UNet.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
@@ -68,6 +71,10 @@ def accuracy(
 # ---- how sure a mean is
 
 
+# by how much Student's t of runs - 1 degrees of freedom is wider than a normal, at 97.5 %
+STUDENT = {2: 6.48, 3: 2.195, 4: 1.624, 5: 1.416}
+
+
 def interval(
     x: Tensor,
     y: Tensor | None = None,
@@ -81,35 +88,73 @@ def interval(
     `groups` (prompts,) numbers what is drawn with replacement, by default each prompt: pictures of
     one group are not independent, so they are drawn together, with all their seeds. x and y are
     drawn in pairs. Efron (1979).
+
+    x (runs, prompts, seeds) is of several training runs, two to five, and y of the same or of one:
+    runs and groups are drawn both (Owen 2007, the pigeonhole bootstrap). So few runs drawn with
+    replacement are (runs - 1) / runs as far apart as they should be, and the tail is a t's: the
+    share of the runs in a draw's deviation is stretched by both.
     """
-    groups = torch.arange(len(x)) if groups is None else groups.unique(return_inverse=True)[1]
-    n = int(groups.max()) + 1
-    rows = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(0))
+    groups = torch.arange(x.shape[-2]) if groups is None else groups
+    groups = groups.unique(return_inverse=True)[1]
+    n, runs = int(groups.max()) + 1, len(x) if x.ndim == 3 else 1
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, n, (draws, n), generator=generator)
+    some = torch.randint(0, runs, (runs, draws), generator=generator)
     size = torch.bincount(groups).double()  # (n,)
 
-    def means(v: Tensor) -> Tensor:
-        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.double().mean(dim=1))
-        return total[rows].sum(dim=1) / size[rows].sum(dim=1)  # (draws,)
+    def means(v: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the drawn groups, (draws,) each: of all runs, and of the drawn runs."""
+        v = v.double().mean(dim=-1).expand(runs, -1)  # (runs, prompts)
+        total = torch.zeros(runs, n, dtype=torch.float64).index_add(1, groups, v)
+        each = total[:, rows].sum(dim=-1) / size[rows].sum(dim=-1)  # (runs, draws)
+        return each.mean(dim=0), each.gather(0, some).mean(dim=0)
 
-    point, drawn = x.mean(), means(x)
+    point, (all_runs, drawn_runs) = x.double().mean(), means(x)
     if y is not None:
-        drawn, point = (
-            (drawn / means(y), point / y.mean()) if ratio else (drawn - means(y), point - y.mean())
-        )
+        sign = torch.div if ratio else torch.sub
+        point, of_y = sign(point, y.double().mean()), means(y)
+        all_runs, drawn_runs = sign(all_runs, of_y[0]), sign(drawn_runs, of_y[1])
+    stretch = STUDENT[runs] * (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0
+    drawn = all_runs + stretch * (drawn_runs - all_runs)
     return [
         round(v, 4)
         for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())
     ]
 
 
-def wilson(k: int, n: int) -> list[float]:
-    """[share, low, high] of k in n, 95 %; unlike a bootstrap's it has a width for none or all of n.
-    Wilson (1927).
+def decide(interval: list[float], above: float | None = None, below: float | None = None) -> str:
+    """Is a number above a bound (or below one)? "shown" if its whole interval is, "refuted" if none
+    of it, else "not shown".
+
+    Of a difference, above=0 asks for superiority and above=-margin for non-inferiority.
     """
-    # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = k / n,  z = 1.96
-    z = 1.96
-    middle, half = (k + z**2 / 2) / (n + z**2), z / (n + z**2) * (k * (n - k) / n + z**2 / 4) ** 0.5
-    return [k / n, middle - half, middle + half]
+    _, low, high = interval
+    if below is not None:
+        low, high, above = -high, -low, -below
+    return "shown" if low > above else "refuted" if high < above else "not shown"
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """The verdict on all of them: refuted if one is, shown if every one is."""
+    found = set(verdicts)
+    return "refuted" if "refuted" in found else "shown" if found == {"shown"} else "not shown"
+
+
+def holm(intervals: dict[str, list[float]], bound: float = 0.0) -> list[str]:
+    """Whose number differs from `bound`, with 5 % for one false alarm among all. Holm (1979).
+
+    The p-value of each is a normal's, with the interval's half width for 1.96 of its deviations.
+    """
+    p = {}
+    for name, (mean, low, high) in intervals.items():
+        z = abs(mean - bound) / max((high - low) / 3.92, 1e-12)
+        p[name] = math.erfc(z / 2**0.5)
+    differ = []
+    for i, name in enumerate(sorted(p, key=p.get)):
+        if p[name] > 0.05 / (len(p) - i):
+            break
+        differ.append(name)
+    return differ
 
 
 # ---- of pictures

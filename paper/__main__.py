@@ -1,14 +1,13 @@
-"""The paper, measured: eight questions that the LCM-LoRA report (2311.05556) leaves, a file each.
+"""The paper, measured: ten questions that the LCM-LoRA report (2311.05556) leaves, a file each.
 
-    python -m paper --quick          all eight, small, under ten minutes on 2 cores: no science
-    python -m paper                  all eight, hours; what is done is kept under runs/paper/
+    python -m paper --quick          all ten, tiny, under ten minutes on 2 cores: no science
+    python -m paper                  all ten, hours; what is done is kept under runs/paper/
     python -m paper steps rank       some
-    python -m paper rank --seed 1    again with other pictures and training noise, beside the first
     python -m paper report           figures and README.md out of the results, as after a run of all
 
-Each writes results/NAME.json: numbers with 95 % intervals, the rule of the verdict and the verdict,
-seed, commit, processor, seconds; and pictures into figures/. --quick writes into runs/paper/quick,
-another seed results/NAME-seed1.json.
+Each writes results/NAME.json: numbers with 95 % intervals over training runs and prompts, the rules
+and what follows from them, commit, processor, seconds, and which weights it was measured on; and
+pictures into figures/. --quick writes into runs/paper/quick.
 """
 
 import argparse
@@ -24,79 +23,64 @@ import torch
 
 from minilcm.files.safetensors_file import atomic
 
-from . import base, combination, fail, memory, rank, recipe, solver, steps
+from . import base, combination, fail, gamma, memory, no_pictures, rank, recipe, solver, steps
 from .report import write_report
-from .setup import HALF, HERE, budget_of, place, spent, spent_now
+from .setup import FULL, HALF, HERE, QUICK, place, spent, spent_now, used
 
 # {name: question, measurement, rule and figure}
-CLAIMS = {
-    x.__name__.split(".")[1]: x
-    for x in (memory, steps, combination, base, rank, solver, recipe, fail)
-}
-REPEATED = ("rank", "solver")  # with another seed
+SECTIONS = (memory, steps, gamma, combination, base, rank, solver, recipe, no_pictures, fail)
+CLAIMS = {x.__name__.split(".")[1]: x for x in SECTIONS}
 
 
-def measure_claim(name: str, quick: bool, seed: int) -> None:
-    """Answer one question and write its JSON."""
+def git(*argv: str) -> str:
+    return subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
+def measure_claim(name: str, quick: bool) -> None:
+    """Answer one question and write its JSON. ValueError if the code is not a commit's."""
+    own = [f":!{kind}" for kind in ("results", "figures", "README.md")]  # what this writes itself
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *own)
+    if changed and not quick:
+        raise ValueError(f"commit first: a result is of a commit, and {changed.split()[-1]} is not")
     claim, start = CLAIMS[name], time.perf_counter()
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    spent.clear()
-    spent_now.clear()
-    numbers = claim.measure(budget_of(quick, seed))
+    for kept in (spent, spent_now, used):
+        kept.clear()
+    numbers = claim.measure(QUICK if quick else FULL)
+    # four significant digits are enough for a report; keys as JSON has them
+    numbers = json.loads(json.dumps(numbers), parse_float=lambda x: float(f"{float(x):.4g}"))
     # as if nothing had been kept
     seconds = time.perf_counter() - start - sum(spent_now) + sum(spent.values())
-    verdict, rule = claim.verdict(numbers), " ".join(claim.verdict.__doc__.split())
-    processor = platform.processor()
-    if sys.platform == "linux":
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        processor = names[0] if names else processor
-    processor += f", {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}"
+    cpus = Path("/proc/cpuinfo")  # of Linux, where platform.processor() says little
+    processor = re.findall(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
+    processor = (processor or [platform.processor()])[0]
     result = {
         "section": name,
         "quick": quick,
-        "seed": seed,
-        "commit": commit,
-        "processor": processor,
-        "seconds": seconds,
-        "rule": rule,
-        "verdict": verdict,
+        "weights": dict(used),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "processor": f"{processor}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}",
+        "seconds": round(seconds),
+        "rule": " ".join(claim.verdict.__doc__.split()),
+        "verdict": claim.verdict(numbers),  # {statement: [verdict, its number]}
         "numbers": numbers,
     }
-    with atomic(place("results", quick) / f"{name}{f'-seed{seed}' if seed else ''}.json") as part:
-        part.write_text(json.dumps(rounded(result), indent=1) + "\n")
-    print(f"{name}, seed {seed}: {verdict} ({seconds:.0f} s)", flush=True)
-
-
-def rounded(x):
-    """Four significant digits are enough for a report."""
-    if isinstance(x, float):
-        return float(f"{x:.4g}")
-    if isinstance(x, dict):
-        return {str(k): rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list | tuple) else x
+    with atomic(place("results", quick) / f"{name}.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
+    for statement, (verdict, _) in result["verdict"].items():
+        print(f"{name}: {statement}: {verdict} ({seconds:.0f} s)", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
+    words, raw = [*CLAIMS, "report"], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m paper", description=__doc__, formatter_class=raw)
-    words = [*CLAIMS, "report"]
-    default = f"all, then {' and '.join(REPEATED)} with another seed"
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(words)} (default: {default})"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a small version, into runs/paper/quick"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of pictures and training (default 0)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(words)}")
+    parser.add_argument("--quick", action="store_true", help="tiny, into runs/paper/quick")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in words]:
-        sys.exit(f"python -m paper: no section {unknown[0]!r}; choose from {', '.join(words)}")
+        raise ValueError(f"no section {unknown[0]!r}; choose from {', '.join(words)}")
     for name in args.names or CLAIMS:
         if name != "report":
-            measure_claim(name, args.quick, args.seed)
-    for name in () if args.names else REPEATED:
-        measure_claim(name, args.quick, args.seed + 1)
+            measure_claim(name, args.quick)
     if not args.names or "report" in args.names:
         write_report(CLAIMS, args.quick)
 

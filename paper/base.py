@@ -1,86 +1,95 @@
-"""4 base: does it work on a base it never saw?
+"""base: Does it work on a base it never saw?
 
-Claim (abstract): LCM-LoRA plugs into fine-tuned models of the same base without training.
+Claim (abstract): LCM-LoRA plugs into fine-tuned models of the same base without training. A base
+trained from scratch in another style would be the hardest test and takes days of two cores; in its
+place one fine-tune goes as far as it can. (About 1.0 h, of which 0.9 training.)
 """
 
 from matplotlib.figure import Figure
 
-from minilcm.metrics import interval
+from minilcm.metrics import decide, interval, together
+from weights.emoji.styles import REAL
 
 from .charts import BLUE, GREEN, GREY, LIGHT, ORANGE, line, panels
-from .pictures import FOUR, Base, Draw, Vectors, in_style, pictures
-from .setup import Budget, W, pairs, prompts_of, shipped, shipped_lora
-from .styles import REAL
-from .training import short, train, tuning
+from .pictures import Base, Draw, Found, Vectors, about, against, in_style, over_runs, pictures
+from .setup import Budget, W, names_of, prompts_of, shipped, shipped_lora
+from .training import far, runs_of, short, train, tuning
+
+FOUR, TEACHER = Draw("lcm", 4), Draw("ddim", 25, W)
+# of being right, and of sharpness: against 25 guided steps of the base, and a vector made there
+ALLOWED, MARGIN = 0.1, 0.05
+SHIPPED, OLD, THERE, NONE = "shipped", "short, old base", "short, trained there", "none"
 
 
 def measure(budget: Budget) -> dict:
-    prompts = [p for style in REAL for p in prompts_of(style, max(1, budget.few // 4))]
-    groups, before = pairs(prompts), dict(shipped().unet.named_parameters())
-    vectors = {
-        "none": [],
-        "shipped": [(shipped_lora(), 1.0)],
-        "short, old base": [(train(short(budget)).end, 1.0)],
-    }
+    prompts = [p for style in REAL for p in prompts_of(style, max(1, budget.names // 4))]
+    groups, before = names_of(prompts), dict(shipped().unet.named_parameters())
+    numbers = {"prompts": len(prompts), "bases": {}}
 
-    def found_on(base: Base | None, vectors: dict[str, Vectors]) -> dict[str, dict]:
-        """{way: pictures}, 25 guided steps without a vector among them."""
-        found = {way: pictures(prompts, budget.seeds, FOUR, v, base) for way, v in vectors.items()}
-        return found | {
-            "25 guided steps": pictures(prompts, budget.seeds, Draw("ddim", 25, W), (), base)
-        }
+    def found(bases: list[Base | None], way: list[Vectors], draw: Draw = FOUR) -> Found:
+        """By run, each with its base; vectors that have no runs are the same on all bases."""
+        each = zip(bases, way * (len(bases) // len(way)))
+        return over_runs([pictures(prompts, budget.seeds[:1], draw, v, b) for b, v in each])
 
-    def intervals(found: dict[str, dict]) -> dict:
-        # any of the four new sets
-        both = {way: (x["right"], in_style(x, REAL)) for way, x in found.items()}
-        return {
-            way: {k: interval(v, groups=groups) for k, v in zip(("right", "style"), x)}
-            for way, x in both.items()
-        }
-
-    numbers = {"untouched": intervals(found_on(None, vectors)), "bases": {}}
-    for step, tuned in train(tuning(budget)).at.items():
-        # |dW| / |W| over all weights
-        far = sum((x - before[k]).square().sum().item() for k, x in tuned.weights.items()) ** 0.5
-        far /= sum(x.square().sum().item() for x in before.values()) ** 0.5
-        there = train(short(budget)._replace(data="styles"), tuned).end
-        found = found_on(tuned, vectors | {"short, trained there": [(there, 1.0)]})
-        right = {way: x["right"] for way, x in found.items()}
-        row = intervals(found) | {"distance": far}
-        row["shipped against none"] = interval(right["shipped"], right["none"], groups=groups)
-        row["short against there"] = interval(
-            right["short, old base"], right["short, trained there"], groups=groups
-        )
-        numbers["bases"][str(step)] = row
+    runs = [train(tuning(budget, seed)).at for seed in budget.runs]
+    old = runs_of(short(budget), budget)
+    bases = {str(step): [at[step] for at in runs] for step in sorted(runs[0])}
+    bases = {"0": [None]} | bases | {"far": [train(far(budget)).end]}
+    for label, mine in bases.items():
+        ways = {NONE: [[]], SHIPPED: [[(shipped_lora(), 1.0)]], OLD: old[: len(mine)]}
+        if label != "0":
+            there = [short(budget, seed)._replace(data="styles") for seed in budget.runs]
+            ways[THERE] = [[(train(r, base).end, 1.0)] for r, base in zip(there, mine)]
+        teacher = found(mine, [[]], TEACHER)
+        seen = {way: found(mine, v) for way, v in ways.items()}
+        row = {}
+        for way, x in (seen | {"teacher": teacher}).items():
+            style = {"style": interval(in_style(x, REAL), groups=groups)}
+            row[way] = about(x, teacher, groups) | style
+        row["shipped against teacher"] = against(seen[SHIPPED], teacher, teacher, groups)
+        row["distance"], row["runs"] = 0.0, len(mine)
+        if label != "0":
+            row["old against there"] = against(seen[OLD], seen[THERE], teacher, groups)
+            # |dW| / |W| over all weights
+            moved = sum((x - before[k]).square().sum() for k, x in mine[0].weights.items())
+            whole = sum(x.square().sum() for x in before.values())
+            row["distance"] = (moved / whole).sqrt().item()
+        numbers["bases"][label] = row
     return numbers
 
 
-def verdict(n: dict) -> str:
-    """Held if, on every base, the shipped vector is surely better than none, and a short vector of
-    the old base is not surely worse by 0.05 than the same made there; in part if the first only.
+def verdict(n: dict) -> dict:
+    """On every fine-tuned base. Plugs in: the shipped vector in 4 steps is less than 0.1 below 25
+    guided steps of that base in finding the name, and less than 10 % in sharpness. As good as one
+    made there: a short vector of the old base is less than 0.05 and 5 % below one of the same short
+    recipe that was trained on the new base and its art.
     """
-    bases = n["bases"].values()
-    if not all(b["shipped against none"][1] > 0 for b in bases):
-        return "did not hold"
-    return "held in part" if any(b["short against there"][2] < -0.05 for b in bases) else "held"
+    bases = [row for label, row in n["bases"].items() if label != "0"]
+
+    def all_of(key: str, margin: float) -> list:
+        rows = [row[key] for row in bases]
+        right = together(decide(r["right"], above=-margin) for r in rows)
+        sharp = together(decide(r["sharpness"], above=1 - margin) for r in rows)
+        return [together([right, sharp]), min(r["right"] for r in rows)]
+
+    return {
+        "the shipped vector plugs into fine-tunes": all_of("shipped against teacher", ALLOWED),
+        "as good as one made there": all_of("old against there", MARGIN),
+    }
 
 
 def figure(n: dict) -> Figure:
-    title = "The vector on fine-tuned bases, 4 steps, against 25 guided steps of the same base"
-    fig, (a, b) = panels(2, title, width=5.4)
-    looks = {
-        "short, trained there": (GREEN, "^-"),
-        "shipped": (BLUE, "o-"),
-        "short, old base": (LIGHT, "o--"),
-        "none": (GREY, "s-"),
-        "25 guided steps": (ORANGE, "v:"),
-    }
-    rows = [n["untouched"] | {"distance": 0.0}, *n["bases"].values()]
-    for way, look in looks.items():
-        mine = [r for r in rows if way in r]
-        for ax, what in ((a, "right"), (b, "style")):
-            line(ax, [r["distance"] for r in mine], [r[way][what] for r in mine], way, *look)
-    for ax, what in ((a, "prompt accuracy"), (b, "looks like one of the four new sets")):
-        ax.set(xlabel="distance of the base, |dW| / |W|", ylabel=what)
-    a.legend(fontsize=8)
+    worst = min(r["shipped against teacher"]["right"][0] for r in n["bases"].values())
+    title = f"On fine-tunes 4 steps against 25 guided ones: at worst {worst:+.2f} of names found"
+    fig, axes = panels(3, title)
+    looks = {THERE: (GREEN, "^-"), SHIPPED: (BLUE, "o-"), OLD: (LIGHT, "o--"), NONE: (GREY, "s-")}
+    titles = {"right": "name found, 4 steps", "sharpness": "sharpness, of 25 guided steps'"}
+    titles["style"] = "looks like one of the four new sets"
+    for ax, (what, title) in zip(axes, titles.items()):
+        for way, (color, mark) in (looks | {"teacher": (ORANGE, "v:")}).items():
+            mine = [r for r in n["bases"].values() if way in r]
+            label = "25 guided steps" if way == "teacher" else way
+            x, y = [r["distance"] for r in mine], [r[way][what] for r in mine]
+            line(ax, x, y, label, color, mark)
+        ax.set(title=title, xlabel="distance of the base, |dW| / |W|")
     return fig

@@ -1,9 +1,10 @@
 """Pictures, drawn by `minilcm.generate` from fixed seeds, and what is measured on them."""
 
 import random
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -12,17 +13,16 @@ from torch import Tensor
 
 from minilcm.data.emoji import STYLES, compose
 from minilcm.data.pictures import contact_sheet, save_png, to_images
-from minilcm.generate import generate, noise
-from minilcm.lcm import Network, guidance_embedding
+from minilcm.generate import generate
+from minilcm.lcm import Network
 from minilcm.merge import combine, merge_into
-from minilcm.metrics import accuracy, picked, sharpness
+from minilcm.metrics import interval, picked, sharpness
 from minilcm.model.precision import autocast
 from minilcm.model.unet import Cond, UNet
-from minilcm.objective import W_DIM, run
-from minilcm.run.diagnostics import consistency_along_trajectory, guided, guided_trajectory
+from minilcm.objective import run
+from minilcm.run.diagnostics import guided
 
-from .setup import HALF, SCHEDULE, Budget, Prompt, Vector, W, cached, place, shipped
-from .styles import split_style
+from .setup import HALF, SCHEDULE, Prompt, Vector, W, art_of, cached, place, shipped
 
 
 class Draw(NamedTuple):
@@ -31,7 +31,7 @@ class Draw(NamedTuple):
     sampler: str  # of minilcm.generate.SAMPLERS
     steps: int
     w: float = 0.0  # guidance while sampling; 0: off, one network evaluation a step, not two
-    w_emb: float | None = None  # w as the input of a full LCM
+    gamma: float | None = None  # of lcm: how much of the noise between steps is fresh; None: all
 
     @property
     def evaluations(self) -> int:
@@ -68,15 +68,9 @@ def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iter
         unet.load_state_dict(before)
 
 
-def network_of(unet: UNet, w_emb: float | None = None) -> Network:
-    """(z_t, t, cond, w) -> eps_hat by the UNet's weights when called. w_emb: for a full LCM."""
-    told = () if w_emb is None else (guidance_embedding(torch.tensor([w_emb]), W_DIM),)
-    return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond, *told)
-
-
-def seeds_of(prompts: list[Prompt], seed: int) -> list[int]:
-    """A seed for each picture: the same for every sampler."""
-    return [100_003 * seed + i for i in range(len(prompts))]
+def network_of(unet: UNet) -> Network:
+    """(z_t, t, cond, w) -> eps_hat by the UNet's weights when called."""
+    return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond)
 
 
 def conds_of(prompts: list[Prompt]) -> tuple[Cond, Cond]:
@@ -85,58 +79,31 @@ def conds_of(prompts: list[Prompt]) -> tuple[Cond, Cond]:
 
 
 def made_by(
-    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors, base: Base | None
+    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base=None
 ) -> list:
     """All that pictures depend on, besides what `cached` adds."""
     return [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base.key]
 
 
 def drawn(
-    prompts: list[Prompt],
-    seeds: Sequence[int],
-    draw: Draw,
-    vectors: Vectors = (),
-    base: Base | None = None,
+    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base=None
 ) -> Tensor:
-    """z0 (prompts, seeds, 4, h, w), drawn 64 at a time."""
+    """z0 (prompts, seeds, 4, h, w), drawn 64 at a time; by another `Base`, if one is given."""
 
     def make() -> dict[str, Tensor]:
-        unet, shape, z0 = shipped().unet, shipped().shape, []
-        if draw.w_emb is not None:  # a full LCM has one layer more
-            unet = UNet(replace(unet.cfg, w_dim=W_DIM)).requires_grad_(False)
-        network = network_of(unet, draw.w_emb)
+        unet, z0 = shipped().unet, []
         with changed(unet, base, vectors):
             for i in range(0, len(prompts), 64):
-                eps_fn = guided(network, *conds_of(prompts[i : i + 64]), draw.w)
-                numbers = [seeds_of(prompts, seed)[i : i + 64] for seed in seeds]
-                how = shape, draw.sampler, draw.steps
-                z0.append(
-                    torch.stack(
-                        [generate(eps_fn, n, *how, schedule=SCHEDULE) for n in numbers], dim=1
-                    )
-                )
+                eps_fn = guided(network_of(unet), *conds_of(prompts[i : i + 64]), draw.w)
+                # a seed for each picture: the same for every sampler
+                last = min(i + 64, len(prompts))
+                numbers = [range(100_003 * seed + i, 100_003 * seed + last) for seed in seeds]
+                how = dict(schedule=SCHEDULE, gamma=draw.gamma)
+                at = shipped().shape, draw.sampler, draw.steps
+                z0.append(torch.stack([generate(eps_fn, n, *at, **how) for n in numbers], dim=1))
         return {"z0": torch.cat(z0)}
 
     return cached("drawn", made_by(prompts, seeds, draw, vectors, base), make)["z0"]
-
-
-def teacher_path(prompts: list[Prompt], seed: int, base: Base | None = None) -> Tensor:
-    """The teacher's trajectory: 50 guided steps of the base, no LoRA: (51, prompts, 4, h, w)."""
-    model = shipped()
-    z_T, _ = noise(seeds_of(prompts, seed), model.shape)
-    with changed(model.unet, base):
-        return guided_trajectory(network_of(model.unet), z_T, *conds_of(prompts), SCHEDULE, W)
-
-
-def errors_along(
-    path: Tensor, prompts: list[Prompt], vectors: Vectors, base: Base | None = None
-) -> tuple[dict[int, float], dict[int, float]]:
-    """{grid index: RMS of f to its neighbour's}, {grid index: RMS of f to `teacher_path`'s end}."""
-    unet = shipped().unet
-    with changed(unet, base, vectors):
-        return consistency_along_trajectory(
-            network_of(unet), path, conds_of(prompts)[0], SCHEDULE, W
-        )
 
 
 def rms(x: Tensor, y: Tensor) -> Tensor:
@@ -155,69 +122,97 @@ def decode(z0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(z0: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Of latents (b, 4, h, w): name shown?, sharpness (b,), the judge's features, style logits."""
+def measure(z0: Tensor, names: list[str], styles: list[str]) -> dict[str, Tensor]:
+    """Of latents (b, 4, h, w), each (b,): is it the name that was asked for; is it right, the name
+    in the style that was asked for, if that is one of the base's four; how sharp. And the judge's
+    features and style logits (b, ...).
+    """
     judge, pixels = shipped().judge, decode(z0)
     features = torch.cat([judge.features(part) for part in pixels.split(64)])
-    right = accuracy(judge, pixels, names)[0].float()
+    named, looks = judge.name(features), judge.style(features)
+    name = torch.tensor([a == b for a, b in zip(picked(named, judge.names), names)])
+    style = picked(looks, judge.styles, list(STYLES))
+    style = torch.tensor([a == b or b not in STYLES for a, b in zip(style, styles)])
+    found = {"name": name.float(), "right": (name & style).float(), "sharpness": sharpness(pixels)}
+    return found | {"features": features, "styles": looks}
+
+
+Found = dict[str, Tensor]  # of `pictures`, or of several runs of it: (runs, prompts, seeds, ...)
+
+
+def pictures(prompts: list[Prompt], seeds: Sequence[int], *how) -> Found:
+    """What `measure` finds in `drawn` pictures, and their z0: each (prompts, seeds, ...)."""
+    z0, asked = drawn(prompts, seeds, *how), ([p.name for p in prompts], [p.style for p in prompts])
+
+    def make() -> Found:
+        return over_runs([measure(z, *asked) for z in z0.unbind(dim=1)], dim=1)
+
+    return {"z0": z0} | cached("pictures", made_by(prompts, seeds, *how), make)
+
+
+def over_runs(found: Sequence[Found], dim: int = 0) -> Found:
+    """The same pictures by several training runs: (runs, prompts, seeds, ...)."""
+    return {k: torch.stack([x[k] for x in found], dim) for k in found[0]}
+
+
+@torch.no_grad()
+def seconds_of(prompts: list[Prompt]) -> tuple[float, float]:
+    """Of an evaluation, and of decoding, a picture at a time on this processor; medians of nine."""
+    network, z, times = network_of(shipped().unet), torch.randn(1, *shipped().shape), []
+    cond, t = conds_of(prompts[:1])[0], torch.tensor([499])
+    for _ in range(9):
+        start = time.perf_counter()
+        network(z, t, cond)
+        middle = time.perf_counter()
+        decode(z)
+        times.append((middle - start, time.perf_counter() - middle))
+    return tuple(map(median, zip(*times)))
+
+
+def about(x: Found, teacher: Found, groups: Tensor) -> dict[str, list[float]]:
+    """How often right; how sharp, of the teacher's; how far from the teacher's end, in RMS."""
     return {
-        "right": right,
-        "sharpness": sharpness(pixels),
-        "features": features,
-        "styles": judge.style(features),
+        "right": interval(x["right"], groups=groups),
+        "sharpness": interval(x["sharpness"], teacher["sharpness"], True, groups),
+        "distance": interval(rms(x["z0"], teacher["z0"]), groups=groups),
     }
 
 
-def pictures(
-    prompts: list[Prompt],
-    seeds: Sequence[int],
-    draw: Draw,
-    vectors: Vectors = (),
-    base: Base | None = None,
-) -> dict[str, Tensor]:
-    """What `measure` finds in `drawn` pictures, and their z0: each (prompts, seeds, ...)."""
-    z0 = drawn(prompts, seeds, draw, vectors, base)
-
-    def make() -> dict[str, Tensor]:
-        found = [measure(z, [p.name for p in prompts]) for z in z0.unbind(dim=1)]
-        return {k: torch.stack([d[k] for d in found], dim=1) for k in found[0]}
-
-    return {"z0": z0} | cached("pictures", made_by(prompts, seeds, draw, vectors, base), make)
+def against(x: Found, y: Found, teacher: Found, groups: Tensor) -> dict[str, list[float]]:
+    """How much oftener right than y; how sharp, and how far from the teacher's end, of y's."""
+    far = [rms(each["z0"], teacher["z0"]) for each in (x, y)]
+    return {
+        "right": interval(x["right"], y["right"], groups=groups),
+        "sharpness": interval(x["sharpness"], y["sharpness"], True, groups),
+        "distance": interval(*far, True, groups),
+    }
 
 
-def held_out_art(style: str | None, looks: int) -> dict[str, Tensor]:
+def held_out_art(style: str | None) -> Found:
     """What `measure` finds in held-out drawings, (b, ...): of a style, or None: the base's four."""
 
     def make() -> dict[str, Tensor]:
-        names, rng = shipped().names, random.Random(2)
-        art = split_style(style, names)[1] * looks
-        pixels, _ = compose(art, shipped().config.size, rng)
+        art = art_of(style)[1]
+        pixels, _ = compose(art, shipped().config.size, random.Random(2))
         z0 = torch.cat([shipped().vae.encode_mean(x) for x in pixels.split(32)])
-        return measure(z0, [a.name for a in art])
+        return measure(z0, [a.name for a in art], [a.style for a in art])
 
-    return cached("held-out", [style, looks], make)
+    return cached("held-out", style, make)
 
 
-def in_style(found: dict[str, Tensor], styles: Collection[str]) -> Tensor:
+def in_style(found: Found, styles: Collection[str]) -> Tensor:
     """Does each picture look more like one of `styles` than like the base's four? (...) of 0, 1."""
     logits = found["styles"]  # (..., s)
     looks = picked(logits.flatten(0, -2), shipped().judge.styles, [*styles, *STYLES])
     return torch.tensor([float(look in styles) for look in looks]).reshape(logits.shape[:-1])
 
 
-def save_sheet(claim: str, rows: dict[str, Tensor], names: list[str], budget: Budget) -> None:
-    """A labelled row of pictures, at least 96 pixels wide, for each of some latents (columns, 4, h,
-    w); the other columns have `names`. In 256 colours, which is a third of the bytes.
+def save_sheet(name: str, shown: list[tuple[str, Tensor]], columns: int, quick: bool) -> None:
+    """figures/NAME.png: latents (4, h, w) as pictures of 96 pixels, each above its label, in rows
+    of so many columns; in 64 colours, which is a fifth of the bytes.
     """
-    images, labels = [], []
-    for label, z0 in rows.items():
-        pixels = decode(z0)
-        side = max(96, pixels.shape[-1])
-        images += to_images(F.interpolate(pixels, (side, side), mode="bicubic"))
-        labels += [label, *names[1 : len(z0)]]
-    path = (
-        place("figures", budget.quick)
-        / f"{claim}-pictures{f'-seed{budget.seed}' if budget.seed else ''}.png"
-    )
-    sheet = contact_sheet(images, labels, min(len(z0) for z0 in rows.values()))
-    save_png(path, sheet.quantize(256), f"python -m paper {claim}")
+    labels, z0 = zip(*shown)
+    pixels = F.interpolate(decode(torch.stack(z0)), 96, mode="bicubic", antialias=True)
+    sheet = contact_sheet(to_images(pixels), list(labels), columns)
+    path = place("figures", quick) / f"{name}.png"
+    save_png(path, sheet.quantize(64), f"python -m paper {name.partition('-')[0]}")

@@ -1,9 +1,10 @@
 """Figures and README.md out of results/*.json: no result in the report is typed.
 
-report.md is the text, with {{steps/numbers/rows/LCM-LoRA 4/right|i}} where a number of steps.json
-belongs, and {{table steps/numbers/rows: key; evaluations; right|i}} for a row of each of its
-entries. Formats: Python's, or i (value and interval), p (%), h (hours), v (a list in words). A
-field that is not there stops the command.
+report.md is the text, a section under "## name" each, with {{numbers/rows/LCM-LoRA 4/right}}
+where a number of its section's JSON belongs, {{table numbers/rows: key; right}} for a row of each
+of its entries, and {{gamma/now}} for another section's verdict. Formats: Python's, p (%), v (words
+of a list). A number that is not there stops the command; a section whose result is not there, or of
+other weights, says so.
 """
 
 import json
@@ -11,66 +12,118 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from .setup import HERE, place
+from . import setup
+from .setup import HERE, content_of, place
+
+UNKNOWN = "not measured on this model yet"
 
 
 def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
-    """README.md and a figure a claim; of a quick run into its folder. ValueError: no result."""
-    results, figures = read_results(place("results", quick)), place("figures", quick)
+    """README.md and a figure a section; of a quick run into its folder."""
+    results, figures = read_results(place("results", quick), claims), place("figures", quick)
     for name, claim in claims.items():
-        if name not in results:
-            raise ValueError(f"no result of {name}; python -m paper {name}{' --quick' * quick}")
-        claim.figure(results[name]["numbers"]).savefig(figures / f"{name}.png", dpi=110)
-    text = fill((HERE / "report.md").read_text(), results)
-    folder, text = (figures, text.replace("](figures/", "](")) if quick else (HERE, text)
+        (figures / f"{name}.svg").unlink(missing_ok=True)
+        if name in results:
+            drawing = claim.figure(results[name]["numbers"])
+            drawing.savefig(figures / f"{name}.svg", metadata={"Date": None})
+    text = assemble((HERE / "report.md").read_text(), claims, results)
+    folder, text = (figures, text.replace("figures/", "")) if quick else (HERE, text)
     folder.joinpath("README.md").write_text(text)
-    print(f"report: {len(claims)} figures, {len(text.split())} words")
+    print(f"report: {len(results)} of {len(claims)} sections, {len(text.split())} words")
 
 
-def read_results(folder: Path) -> dict:
-    """{claim, or claim-seed1: its JSON}, all hours, and whether another seed's verdicts agree."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    results["hours"] = sum(r["seconds"] for r in results.values()) / 3600
-    for name in [stem.removesuffix("-seed1") for stem in results if stem.endswith("-seed1")]:
-        stands = results[f"{name}-seed1"]["verdict"] == results[name]["verdict"]
-        results[f"{name}-seed1"]["stands"] = "stands" if stands else "does not stand"
+def read_results(folder: Path, claims: dict[str, ModuleType]) -> dict[str, dict]:
+    """{section: its JSON} of those that were measured on the files that are shipped now."""
+    files = {"model": setup.MODEL, "judge": setup.JUDGE, "lcm_lora": setup.LORA}
+    results = {}
+    for name in claims:
+        path = folder / f"{name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {"weights": {"": None}}
+        if all(k in files and content_of(files[k]) == v for k, v in result["weights"].items()):
+            results[name] = result
     return results
 
 
-def fill(text: str, results: dict) -> str:
-    """The text with its numbers. Raises ValueError for a field that is not there."""
+def assemble(template: str, claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
+    """The report: the first part with its table, then a section for each question."""
+    now = {name: {"now": UNKNOWN} for name in claims}
+    for name, result in results.items():
+        now[name]["now"] = next(iter(result["verdict"].values()))[0]
+    hours = sum(r["seconds"] for r in results.values()) / 3600
+    first, *parts = re.split(r"^## ", template, flags=re.MULTILINE)
+    text = [fill(first, now | {"claims": table(claims, results), "hours": hours})]
+    for part in parts:
+        name, _, body = part.partition("\n")
+        if name in claims:
+            body = section(name, claims[name], results.get(name), body)
+        text.append(f"## {name}\n{fill(body, now | results.get(name, {}))}")
+    return "".join(text).rstrip() + "\n"
 
-    def table(match: re.Match) -> str:
+
+def question(claim: ModuleType) -> list[str]:
+    """[a section's question, what its docstring says besides]."""
+    head, _, rest = claim.__doc__.strip().partition("\n")
+    return [head.partition(": ")[2], rest.strip()]
+
+
+def table(claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
+    """A row for each question: its first statement, verdict, number and picture."""
+    rows = ["| question | claim | verdict | number | |", "|---|---|---|---|---|"]
+    for name, claim in claims.items():
+        cells = ["", f"**{UNKNOWN}**", "", ""]
+        if name in results:
+            statement, (verdict, number) = next(iter(results[name]["verdict"].items()))
+            picture = f'<img src="figures/{name}.svg" width="220" alt="{name}">'
+            cells = [statement, f"**{verdict}**", form(number, ""), picture]
+        rows.append("| " + " | ".join([f"[{name}](#{name}): {question(claim)[0]}", *cells]) + " |")
+    return "\n".join(rows)
+
+
+def section(name: str, claim: ModuleType, result: dict | None, body: str) -> str:
+    """Question, verdicts, rule and figure, then the section's text; or that there is no result."""
+    asked, more = question(claim)
+    parts = [f"\n**{asked}**", more]
+    if result is None:
+        return "\n\n".join([*parts, f"**{UNKNOWN.capitalize()}.**\n\n"])
+    verdicts = result["verdict"].items()
+    parts.append("\n".join(f"- **{word}**: {what}: {form(n, '')}" for what, (word, n) in verdicts))
+    parts += [f"*Rule.* {result['rule']}", f"![{name}](figures/{name}.svg)", body.strip()]
+    hours = f"{result['seconds'] / 3600:.2f} h on {result['processor']}"
+    return "\n\n".join([*parts, f"Commit {result['commit']}, {hours}.\n\n"])
+
+
+def fill(text: str, result: dict) -> str:
+    """The text with its numbers. Raises ValueError for one that is not there."""
+
+    def rows(match: re.Match) -> str:
         columns = [column.strip().partition("|") for column in match[2].split(";")]
         lines = []
-        for key, row in field(results, match[1]).items():
+        for key, row in field(result, match[1]).items():
             row = {"row": row | {"key": key}}
             cells = [form(field(row, f"row/{name}"), how) for name, _, how in columns]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    text = re.sub(r"\{\{table ([^:}]+): ([^}]+)\}\}", table, text)
+    text = re.sub(r"\{\{table ([^:}]+): ([^}]+)\}\}", rows, text)
     return re.sub(
-        r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(results, m[1]), m[2] or ""), text
+        r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(result, m[1]), m[2] or ""), text
     )
 
 
-def field(results: dict, path: str):
-    value = results
+def field(result: dict, path: str):
+    value = result
     for key in path.strip().split("/"):
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(
-                f"report.md: {path.strip()}: no {key!r} in the results; run the section again"
-            )
+            raise ValueError(f"report.md: {path.strip()}: no {key!r} in the result; run it again")
         value = value[key]
     return value
 
 
 def form(value, how: str) -> str:
-    if how == "i":
-        return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
-    if how == "p":
-        return f"{100 * (value[0] if isinstance(value, list) else value):.0f} %"
     if how == "v":
         return ", ".join(map(str, value)) or "none"
-    return f"{value / 3600:.2f}" if how == "h" else format(value, how)
+    if isinstance(value, list):
+        return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
+    if how == "p":
+        return f"{100 * value:.0f} %"
+    return format(value, how)

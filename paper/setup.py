@@ -1,4 +1,4 @@
-"""What all questions share: how much of everything, the shipped model, its judge, prompts, a cache.
+"""What all sections share: how much of everything, the shipped model, its judge, prompts, a cache.
 
 Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a
 stopped run goes on.
@@ -28,8 +28,7 @@ from minilcm.model.text import TextEncoder
 from minilcm.model.unet import UNet
 from minilcm.model.vae import VAE
 from minilcm.schedule import make_schedule
-
-from .styles import ART, KINDS, split_style
+from weights.emoji.styles import ART, REAL, split_style
 
 HERE = Path(__file__).parent
 EMOJI = HERE.parent / "weights/emoji"
@@ -37,11 +36,12 @@ MODEL, LORA, JUDGE = (EMOJI / f"{x}.safetensors" for x in ("model", "lcm_lora", 
 CACHE = HERE.parent / "runs/paper"
 SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 W = 3.0  # the paper's w: the guidance distilled into the shipped LCM-LoRA, and the model's own
-NAMES = 64  # the first of the model's: of the prompts, and of all that is trained here
+NAMES = 64  # that prompts ask for
 
 # seconds that each kept part took that this section used, whenever it was made
 spent: dict[Path, float] = {}
 spent_now: list[float] = []  # of those made by this section
+used: dict[str, str] = {}  # {shipped file: content} of those that this section used
 
 
 # ---- how much
@@ -51,25 +51,20 @@ class Budget(NamedTuple):
     """How much of everything."""
 
     quick: bool
+    names: int  # that prompts ask for, in two styles each
+    runs: tuple[int, ...]  # seeds of training
     seeds: tuple[int, ...]  # of pictures
-    seed: int  # of training
-    prompts: int | None  # None: all
-    few: int  # prompts where many settings are compared
-    steps: int  # of a short training
+    steps: int  # of the short recipe
+    batch: int
+    long: int  # steps of the one run that shows the curve over training
     style_steps: int
     tune_steps: int
-    looks: int  # compositions of each drawing to train on
-    styles: tuple[str, ...]
-    grid: tuple[float, ...]  # lambdas
+    far_steps: int
 
 
-def budget_of(quick: bool, seed: int) -> Budget:
-    if quick:
-        return Budget(True, (2 * seed,), seed, 8, 6, 4, 6, 8, 1, ("sepia", "outline"), (0.0, 1.0))
-    grid = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    return Budget(
-        False, (2 * seed, 2 * seed + 1), seed, None, 100, 300, 300, 800, 4, tuple(KINDS), grid
-    )
+FULL = Budget(False, NAMES, (0, 1, 2), (0, 1), 160, 12, 960, 600, 400, 1200)
+QUICK = Budget(True, 4, (0, 1), (0, 1), 2, 2, 4, 4, 4, 6)
+TUNE = (9,)  # seeds of the pictures by which w and learning rates are chosen, and of nothing else
 
 
 def place(kind: str, quick: bool) -> Path:
@@ -90,7 +85,6 @@ class Shipped(NamedTuple):
     text: TextEncoder
     config: Config
     judge: Judge
-    names: list[str]
     shape: tuple[int, int, int]  # of a picture's latents
 
 
@@ -98,7 +92,7 @@ class Shipped(NamedTuple):
 def shipped() -> Shipped:
     model = load_model(MODEL)
     side = model.config.size // model.vae.factor
-    return Shipped(*model, load_judge(JUDGE), list(model.config.names)[:NAMES], (4, side, side))
+    return Shipped(*model, load_judge(JUDGE), (4, side, side))
 
 
 class Vector(NamedTuple):
@@ -109,7 +103,8 @@ class Vector(NamedTuple):
 
 
 def shipped_lora() -> Vector:
-    """The LCM-LoRA that the results are about."""
+    """The LCM-LoRA that is shipped."""
+    used["lcm_lora"] = content_of(LORA)
     return Vector(content_of(LORA), read_tau(LORA))
 
 
@@ -119,8 +114,10 @@ def content_of(path: Path) -> str:
 
 
 def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """make(), or what it gave before for the same key, model, judge, art and number format."""
-    files = [MODEL, JUDGE, HERE / "styles.py", EMOJI / "make_styles.py", ART / "held_out.txt"]
+    """make(), or what it gave before for the same key, model, art, number format, and judge."""
+    used.update(model=content_of(MODEL), judge=content_of(JUDGE))
+    files = [MODEL] + [JUDGE] * (name in ("pictures", "held-out"))  # what it judges
+    files += [EMOJI / "styles.py", EMOJI / "make_styles.py", ART / "held_out.txt"]
     files += [path for art in (ART, HERE / "art") for path in sorted(art.glob("*.tar"))]
     key = json.dumps([key, str(HALF), [content_of(path) for path in files]], sort_keys=True)
     path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
@@ -141,35 +138,54 @@ def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
 class Prompt(NamedTuple):
     text: str
     name: str
-    style: str | None = None
-    held_out: bool = False
+    style: str
 
 
-def said(art: list[Art], rng: random.Random, held_out=False, colors=tuple(COLORS)) -> list[Prompt]:
-    texts = [f"{a.name}, {a.style} style, on {article(rng.choice(colors))} background" for a in art]
-    return [Prompt(text, a.name, a.style, held_out) for text, a in zip(texts, art)]
+def said(art: list[Art], colors: list[str]) -> list[Prompt]:
+    asked = [f"{a.name}, {a.style} style, on {article(c)} background" for a, c in zip(art, colors)]
+    return [Prompt(text, a.name, a.style) for text, a in zip(asked, art)]
+
+
+def spread(things: list, n: int) -> list:
+    """At most n, evenly taken from all over the list."""
+    return [things[i * len(things) // n] for i in range(n)] if n < len(things) else list(things)
 
 
 @functools.cache
-def prompts_of(kind: str, most: int | None = None) -> list[Prompt]:
-    """all: each (name, style) pair with a colour, held-out ones four times. bare: the names. Any
-    other: `said` prompts in a style of paper/styles.py. `most`: only so many, spread evenly.
+def art_of(style: str | None) -> tuple[list[Art], list[Art]]:
+    """(seen, held out) drawings of 64 names in a style, None: in the base's four; a real set's."""
+    names = list(shipped().config.names)
+    return split_style(style, names if style in REAL else spread(names, NAMES))
+
+
+def taught(data: str, most: int) -> list[Art]:
+    """Drawings to train on, spread evenly: the base's own, a style's, or of all real sets."""
+    parts = REAL if data == "styles" else [None if data == "art" else data]
+    return spread([a for style in parts for a in art_of(style)[0]], most)
+
+
+@functools.cache
+def prompts_of(style: str | None, names: int, each: int = 1) -> list[Prompt]:
+    """`said` prompts for so many of 64 names, which are spread over all that the model knows, or
+    over those that a real set draws. In a style that the base has not seen; None: in `each` of its
+    four, drawn at random among those that it saw the name in, first one of every name.
     """
-    names, rng = shipped().names, random.Random(0)
-    if kind == "all":
-        seen, held_out = split_style(None, names)
-        prompts = said(seen, rng) + said(held_out * 4, rng, held_out=True)
-    elif kind == "bare":
-        prompts = [Prompt(name, name) for name in names]
-    else:  # not on black, where a black glyph is nothing
-        art = [Art(name, (), kind, None) for name in names]
-        prompts = said(art, rng, colors=tuple(c for c in COLORS if c != "black"))
-    n = len(prompts) if most is None else min(most, len(prompts))
-    return [prompts[i * len(prompts) // n] for i in range(n)]
+    rng, known = random.Random(0), shipped().config.names
+    if style is None:
+        styles = {}
+        for a in art_of(None)[0]:
+            styles.setdefault(a.name, []).append(a)
+        picked = [rng.sample(styles[name], 2) for name in spread(known, NAMES)]
+        art = [row[i] for i in range(each) for row in spread(picked, names)]
+        return said(art, rng.choices(list(COLORS), k=len(art)))
+    if style in REAL:
+        known = [a.name for part in art_of(style) for a in part]
+    art = [Art(name, (), style, None) for name in spread(spread(known, NAMES), names)]
+    # not on black, where a black glyph is nothing
+    return said(art, rng.choices([c for c in COLORS if c != "black"], k=len(art)))
 
 
-def pairs(prompts: list[Prompt]) -> Tensor:
-    """Which (name, style) each prompt asks for, as numbers (p,): the same one, the same number."""
-    asked = [(p.name, p.style) for p in prompts]
-    numbers = {pair: i for i, pair in enumerate(dict.fromkeys(asked))}
-    return torch.tensor([numbers[pair] for pair in asked])
+def names_of(prompts: list[Prompt]) -> Tensor:
+    """Which name each prompt asks for, as numbers (p,): what a bootstrap draws together."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(p.name for p in prompts))}
+    return torch.tensor([numbers[p.name] for p in prompts])

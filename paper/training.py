@@ -13,58 +13,67 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilcm import lcm
-from minilcm.data.emoji import Cache, art_batches, cache_art
-from minilcm.lora import TARGETS, Tau, get_tau, lora_layers
-from minilcm.model.unet import UNet
+from minilcm.data.emoji import COLORS, Cache, art_batches, cache_art
+from minilcm.lora import Tau, get_tau, lora_layers
+from minilcm.metrics import decide, together
+from minilcm.model.unet import Cond, UNet
 from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, run
+from minilcm.schedule import diffusion_loss
 
-from .pictures import Base
-from .setup import HALF, Budget, Vector, W, cached, shipped
-from .styles import REAL, split_style
+from .pictures import TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
+from .setup import HALF, Budget, Vector, W, cached, names_of, prompts_of, said, shipped, taught
 
 
 class Recipe(NamedTuple):
-    """One training run; the defaults are the questions' short LCM-LoRA."""
+    """One training run; the defaults are the sections' short LCM-LoRA."""
 
-    kind: str = "lcm"
+    kind: str = "lcm"  # or diffusion; or guidance: the guided teacher's eps_hat, with no skip
     rank: int | None = 32  # None: all weights
-    steps: int = 300
+    steps: int = 160
     batch: int = 12
     lr: float = 1e-3
-    data: str = "art"  # the base's own; a style; or "styles", the four real sets together
+    constant: bool = False  # the learning rate after its warm-up, in place of a cosine
+    # art, the base's own; teacher, what the base draws for the same captions; half, of each; a
+    # style; or styles, the four real sets together
+    data: str = "art"
     lora_alpha: float | None = None
-    targets: tuple[str, ...] = TARGETS
     w: tuple[float, float] = (W, W)
-    k: int = 100
+    k: int = 300
+    psi_steps: int = 3
     seed: int = 0
     distance: str = "huber"  # or l2
     c_skip: bool = True
-    target_ema: float | None = None  # of a LoRA: the target is an average of the student
-    looks: int = 4  # compositions of each drawing
+    target_ema: float | None = None  # the target is an average of the student
+    drawings: int = 1200  # at most, spread evenly over those that there are
     marks: tuple[int, ...] = ()  # steps whose weights are kept besides the last ones
 
 
-def short(budget: Budget) -> Recipe:
+def short(budget: Budget, seed: int = 0) -> Recipe:
     """The LCM-LoRA that is trained many times: of few steps, in other things as the shipped one."""
-    marks = (0, budget.steps // 8, budget.steps // 2)
-    return Recipe(steps=budget.steps, seed=budget.seed, looks=budget.looks, marks=marks)
+    few = 16 if budget.quick else 1200
+    return Recipe(steps=budget.steps, batch=budget.batch, seed=seed, drawings=few)
 
 
-def tuning(budget: Budget) -> Recipe:
-    """A fine-tune of all weights on the four real sets, kept at four distances."""
-    marks = tuple(budget.tune_steps * i // 16 for i in (1, 2, 6))
-    few = short(budget)._replace(
-        kind="diffusion", rank=None, steps=budget.tune_steps, data="styles", marks=marks
-    )
-    return few._replace(batch=16, lr=3e-4)
+def long(budget: Budget) -> Recipe:
+    """The short recipe for six times as many steps, kept where its error is looked at."""
+    marks = tuple(budget.long * i // 16 for i in (0, 1, 2, 4, 8))
+    return short(budget)._replace(steps=budget.long, marks=marks)
 
 
-def style_vectors(budget: Budget) -> dict[str, Vector]:
-    """{style: its LoRA}, rank 8, all by one recipe."""
-    one = short(budget)._replace(
-        kind="diffusion", rank=8, steps=budget.style_steps, batch=16, marks=()
-    )
-    return {style: train(one._replace(data=style)).end for style in budget.styles}
+def tuning(budget: Budget, seed: int = 0) -> Recipe:
+    """A fine-tune of all weights on the four real sets, kept at two distances."""
+    few = short(budget, seed)._replace(kind="diffusion", rank=None, data="styles", lr=3e-4)
+    return few._replace(steps=budget.tune_steps, marks=(budget.tune_steps // 4,))
+
+
+def far(budget: Budget) -> Recipe:
+    """The same, far away: longer, and in steps three times as large."""
+    return tuning(budget)._replace(steps=budget.far_steps, lr=1e-3, marks=())
+
+
+def style_vector(budget: Budget, style: str, rank: int, lora_alpha: float) -> Vector:
+    few = short(budget)._replace(kind="diffusion", rank=rank, lora_alpha=lora_alpha, data=style)
+    return train(few._replace(steps=budget.style_steps)).end
 
 
 # ---- a run
@@ -87,17 +96,47 @@ def train(recipe: Recipe, base: Base | None = None) -> Trained:
     at = {}
     for step in sorted({int(k.partition(":")[0]) for k in kept if k != "loss"}):
         tensors = {k.partition(":")[2]: x for k, x in kept.items() if k.startswith(f"{step}:")}
-        at[step] = (
-            Base([key, step], tensors)
-            if recipe.rank is None
-            else Vector([key, step], to_tau(tensors))
-        )
+        made = (Base, tensors) if recipe.rank is None else (Vector, to_tau(tensors))
+        at[step] = made[0]([key, step], made[1])
     return Trained(at, kept["loss"])
+
+
+def runs_of(recipe: Recipe, budget: Budget) -> list[Vectors]:
+    """A LoRA of every run, times 1."""
+    return [[(train(recipe._replace(seed=seed)).end, 1.0)] for seed in budget.runs]
+
+
+def compare(rows: dict[str, list[Vectors]], budget: Budget, first: str | None = None) -> dict:
+    """{row: {"1", "2" and "4" steps: `about` them, "against": {the same: `against` those of the
+    row `first`}}} for rows of several training runs' vectors. By default it is the first row.
+    """
+    prompts = prompts_of(None, budget.names)
+    groups, teacher = names_of(prompts), pictures(prompts, budget.seeds, TEACHER)
+    found = {
+        (label, n): over_runs([pictures(prompts, budget.seeds, Draw("lcm", n), v) for v in runs])
+        for label, runs in rows.items()
+        for n in (1, 2, 4)
+    }
+    out, first = {}, first or next(iter(rows))
+    for (label, n), x in found.items():
+        row = out.setdefault(label, {"against": {}})
+        row[str(n)] = about(x, teacher, groups)
+        row["against"][str(n)] = against(x, found[first, n], teacher, groups)
+    return out
+
+
+MARGIN = 0.05  # of being right at 4 steps, and 5 % of the distance of one step
+
+
+def as_good(other: dict) -> str:
+    """By a row's "against": less than MARGIN oftener wrong, and less than 5 % further away?"""
+    right, far = other["4"]["right"], other["1"]["distance"]
+    return together([decide(right, above=-MARGIN), decide(far, below=1 + MARGIN)])
 
 
 def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
     """{"step:name": tensor} of what is trained, at the recipe's marks, and {"loss": (steps,)}."""
-    model, data = shipped(), training_data(recipe.data, recipe.looks)
+    model, data = shipped(), training_data(recipe.data, recipe.drawings)
     unet = deepcopy(model.unet)
     if base is not None:
         unet.load_state_dict(base.weights)
@@ -115,26 +154,45 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
         if step in recipe.marks:
             kept |= {f"{step}:{k}": x for k, x in trained_weights(unet).items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.lr, step, recipe.steps, warmup=50)
+            floor = 1.0 if recipe.constant else 0.0
+            group["lr"] = learning_rate(recipe.lr, step, recipe.steps, warmup=20, floor=floor)
         z0, captions, _, generator = next(source)
+        batch = z0, model.text.encode(captions), null_cond, generator
         with as_asked(recipe):
-            loss = loss_of(objective, nets, z0, model.text.encode(captions), null_cond, generator)
+            if recipe.kind == "guidance":
+                loss = guidance_loss(nets, *batch, recipe.w)
+            else:
+                loss = loss_of(objective, nets, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if nets.target_unet is not None:
-            rate = 0.95 if recipe.target_ema is None else recipe.target_ema
-            lcm.update_ema(nets.target_unet, unet, rate)
+            lcm.update_ema(nets.target_unet, unet, recipe.target_ema)
     kept |= {f"{recipe.steps}:{k}": x for k, x in trained_weights(unet).items()}
     return kept | {"loss": torch.tensor(losses)}
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    return Objective(
-        recipe.kind, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.w, recipe.k
-    )
+    how = dict(w_range=recipe.w, k=recipe.k, psi_steps=recipe.psi_steps)
+    return Objective(recipe.kind, recipe.rank, recipe.lora_alpha, **how)
+
+
+def guidance_loss(
+    nets: Networks, z0: Tensor, cond: Cond, null_cond: Cond, generator: torch.Generator, w_range
+) -> Tensor:
+    """Guidance distilled alone (2210.03142, its first stage): ||eps(z_t, c) - eps^w(z_t, c)||^2."""
+    n, w, eps = lcm.draw(z0.shape, generator, w_range)
+
+    def off(z_t: Tensor, t: Tensor) -> Tensor:
+        """The student less the guided teacher; diffusion_loss takes the eps away again."""
+        with torch.no_grad():
+            of_cond, of_null = (nets.teacher(z_t, t, c).float() for c in (cond, null_cond))
+        guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
+        return nets.student(z_t, t, cond).float() - guided + eps
+
+    return diffusion_loss(off, z0, lcm.train_grid()[n], eps, nets.schedule)
 
 
 def averaged_target(nets: Networks, unet: UNet) -> Networks:
@@ -162,13 +220,23 @@ def as_asked(recipe: Recipe) -> Iterator[None]:
 
 
 @functools.cache
-def training_data(data: str, looks: int) -> Cache:
-    names = shipped().names
-    parts = REAL if data == "styles" else [None if data == "art" else data]
-    art = [a for style in parts for a in split_style(style, names)[0]]
-    if looks == 1:  # --quick
-        art = art[::4]
-    return cache_art(shipped().vae, art, shipped().config.size, looks, seed=0)
+def training_data(data: str, drawings: int) -> Cache:
+    """Latents of drawings, one composition each, or of what the teacher draws in their place."""
+    own = data in ("teacher", "half")
+    art = taught("art" if own else data, drawings)
+    size, table = shipped().config.size, list(COLORS)
+
+    def encode() -> dict[str, Tensor]:
+        mean, std, _, color, _ = cache_art(shipped().vae, art, size, looks=1, seed=0)
+        return {"mean": mean, "std": std, "color": torch.tensor([table.index(c) for c in color])}
+
+    kept = cached("latents", ["art" if own else data, drawings], encode)
+    mean, std, color = kept["mean"], kept["std"], [table[i] for i in kept["color"]]
+    if own:
+        z0 = drawn(said(art, color), (5,), Draw("ddim", 25, W))[:, 0]
+        drawing = slice(1 if data == "half" else 0, None, 2 if data == "half" else 1)
+        mean[drawing], std[drawing] = z0[drawing], 0.0
+    return Cache(mean, std, art, color, size)
 
 
 # ---- what is trained, as tensors

@@ -16,10 +16,11 @@ from minilcm.merge import merge_into
 from minilcm.objective import loss_of, make_networks
 from minilcm.solver import sample_ddim
 from paper import __main__ as command
-from paper import pictures, setup, styles, training
+from paper import pictures, setup, training
+from weights.emoji import styles
 
 PROMPTS = [
-    setup.Prompt("pizza", "pizza"),
+    setup.Prompt("pizza, sepia style", "pizza", "sepia"),
     setup.Prompt("red apple, noto style", "red apple", "noto"),
 ]
 
@@ -34,30 +35,38 @@ def test_w_is_the_shipped_models():
     assert setup.W == float(read_recipe(setup.EMOJI / "lcm_lora.safetensors")["w"])
     assert setup.W == load_model(setup.EMOJI / "model.safetensors").config.guidance - 1
     assert pictures.TEACHER == ("ddim", 50, setup.W, None) and pictures.FOUR.w == 0
-    for quick in (True, False):
-        objective = training.objective_of(training.short(setup.budget_of(quick, 0)))
-        assert (
-            objective.kind == "lcm"
-            and objective.w_range == (setup.W, setup.W)
-            and objective.k == 100
-        )
+    for budget in (setup.QUICK, setup.FULL):
+        objective = training.objective_of(training.short(budget))
+        assert objective.kind == "lcm" and objective.w_range == (setup.W, setup.W)
+        assert objective.k == 300 and objective.psi_steps == 3
 
 
-@pytest.mark.parametrize("most", [6, 64, 100])
-def test_some_prompts_are_spread_and_all_others(most):
-    """The first 64 names, though the model knows more; a part of them from all over the list."""
-    prompts = setup.prompts_of("bare", most)
-    names = setup.shipped().names
-    assert len({p.name for p in prompts}) == len(prompts) == min(most, 64) == min(most, len(names))
-    assert prompts[-1].name in names[-64 // min(most, 64) :]
+@pytest.mark.parametrize("most", [6, 64])
+def test_some_prompts_are_spread_over_all_names(most):
+    """64 of the 300 names at most, in two of the styles that the base saw them in; more styles or
+    fewer names leave the others as they are.
+    """
+    one, two = (setup.prompts_of(None, most, each) for each in (1, 2))
+    names = setup.shipped().config.names
+    assert len({p.name for p in one}) == len(one) == most and two[:most] == one
+    assert all(a.name == b.name and a.style != b.style for a, b in zip(two, two[most:]))
+    assert names.index(one[-1].name) >= 300 - 300 // most - 5
+    seen = {(a.name, a.style) for a in setup.art_of(None)[0]}
+    assert {(p.name, p.style) for p in two} <= seen
+    assert all(p.text.startswith(f"{p.name}, {p.style} style, on a") for p in two)
 
 
-def test_prompts_of_one_pair_have_one_number():
-    prompts = setup.prompts_of("all")
-    assert (
-        setup.pairs(prompts).max() + 1 == len({(p.name, p.style) for p in prompts}) < len(prompts)
-    )
-    assert setup.pairs([PROMPTS[0], PROMPTS[1], PROMPTS[0]]).tolist() == [0, 1, 0]
+def test_prompts_in_a_new_style_ask_for_what_was_drawn_in_it():
+    for style, art in (("blob", setup.art_of("blob")), ("slim", setup.art_of("slim"))):
+        prompts, drawn = setup.prompts_of(style, 64), {a.name for part in art for a in part}
+        assert len(prompts) == 64 and {p.name for p in prompts} <= drawn
+        assert {p.style for p in prompts} == {style}
+        assert not any("black background" in p.text for p in prompts)
+
+
+def test_prompts_of_one_name_have_one_number():
+    prompts = setup.prompts_of(None, 6, each=2)
+    assert setup.names_of(prompts).tolist() == [0, 1, 2, 3, 4, 5] * 2
 
 
 def test_a_part_is_made_once(tmp_path, monkeypatch):
@@ -74,6 +83,25 @@ def test_a_part_is_made_once(tmp_path, monkeypatch):
     assert len(made) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_another_judge_looks_at_the_same_pictures(tmp_path, monkeypatch):
+    """What is drawn and trained is kept, what it finds is not; another model makes all anew."""
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    made = []
+
+    def names_made() -> list[str]:
+        made.clear()
+        for name in ("trained", "drawn", "pictures", "held-out"):
+            setup.cached(name, "a", lambda: made.append(name) or {"x": torch.ones(1)})
+        return made
+
+    assert len(names_made()) == 4 and names_made() == []
+    for constant, anew in (("JUDGE", ["pictures", "held-out"]), ("MODEL", [])):
+        other = tmp_path / f"{constant}.safetensors"
+        other.write_bytes(b"another")
+        monkeypatch.setattr(setup, constant, other)
+        assert names_made() == (anew or ["trained", "drawn", "pictures", "held-out"])
+
+
 def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch):
     """A part read from the cache counts with what it took when made; one made now counts once."""
 
@@ -81,14 +109,24 @@ def test_a_claim_takes_as_long_as_if_nothing_had_been_kept(tmp_path, monkeypatch
         setup.spent["kept from another day"] = 1000.0
         setup.spent["made now"] = 200.0
         setup.spent_now.append(200.0)
-        return {"planned": {}}
+        setup.used["model"] = "a hash"
+        return {"planned": {"a": {"times": 3.0, "off": 0.0}}}
 
     clock = iter([0.0, 207.0])
     monkeypatch.setattr(setup, "CACHE", tmp_path)
     monkeypatch.setattr(command.memory, "measure", measure)
     monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
-    command.measure_claim("memory", quick=True, seed=0)
-    assert json.loads((tmp_path / "quick/memory.json").read_text())["seconds"] == 1207
+    setup.used["lcm_lora"] = "of the section before"
+    command.measure_claim("memory", quick=True)
+    result = json.loads((tmp_path / "quick/memory.json").read_text())
+    assert result["seconds"] == 1207 and result["weights"] == {"model": "a hash"}
+
+
+def test_a_result_is_of_a_commit(monkeypatch):
+    """Nothing is measured while the code differs from its commit."""
+    monkeypatch.setattr(command, "git", lambda *argv: " M paper/steps.py")
+    with pytest.raises(ValueError, match="commit first: .* paper/steps.py is not"):
+        command.measure_claim("steps", quick=False)
 
 
 # ---- pictures
@@ -110,8 +148,8 @@ def test_changed_leaves_no_trace():
 
 
 def test_what_a_drawing_costs():
-    """A guided step evaluates the network twice; w as an input of a full LCM costs nothing."""
-    how = (("ddim", 4, 3.0), ("ddim", 4), ("lcm", 4), ("lcm", 4, 0.0, 3.0))
+    """A guided step evaluates the network twice."""
+    how = (("ddim", 4, 3.0), ("ddim", 4), ("lcm", 4), ("lcm", 4, 0.0, 0.5))
     assert [pictures.Draw(*x).evaluations for x in how] == [8, 4, 4, 4]
 
 
@@ -142,43 +180,50 @@ def test_pictures_are_drawn_from_their_own_seeds():
     assert pictures.rms(by_hand(0.0, 3, 0), by_hand(3.0, 3, 0)).min() > 0.2
 
 
-def test_a_full_lcm_is_told_w():
-    """One layer more than the base; drawn without guidance, and another picture for another w."""
-    made = training.train(
-        training.Recipe(rank=None, w=(1.0, 6.0), lr=1e-2, steps=2, batch=2, looks=1)
-    ).end
-    z0 = [
-        pictures.drawn(PROMPTS, (0,), pictures.Draw("lcm", 2, 0.0, w), [], made) for w in (1.0, 6.0)
-    ]
-    assert "time_embedding.cond_proj.weight" in made.weights and not torch.equal(*z0)
-
-
-def test_the_trajectory_is_the_guided_teachers():
-    """It ends where 50 guided steps of the base end, w = 3, and not near where unguided ones do;
-    what is held against it has the LoRA in it.
-    """
-    one = PROMPTS[:1]
-    path = pictures.teacher_path(one, seed=2)
-    assert path.shape == (51, 1, *setup.shipped().shape)
-    end = pictures.drawn(one, (2,), pictures.Draw("ddim", 50, 3.0))[:, 0]
-    unguided = pictures.drawn(one, (2,), pictures.Draw("ddim", 10))[:, 0]
-    torch.testing.assert_close(path[-1], end, rtol=0.05, atol=0.05)
-    assert pictures.rms(path[-1], unguided).min() > 5 * pictures.rms(path[-1], end).max()
-    errors = [
-        pictures.errors_along(path, one, vectors)[1]
-        for vectors in ([], [(setup.shipped_lora(), 1.0)])
-    ]
-    assert errors[0].keys() == errors[1].keys() and errors[0] != errors[1]
+def test_gamma_reaches_the_sampler():
+    """1 draws nearly as the paper's sampler, 0 draws no noise: another picture."""
+    ways = [pictures.Draw("lcm", 2, 0.0, gamma) for gamma in (None, 1.0, 0.0)]
+    all_fresh, one, none = (pictures.drawn(PROMPTS, (0,), way) for way in ways)
+    assert pictures.rms(all_fresh, one).max() < 0.1 < pictures.rms(all_fresh, none).min()
 
 
 def test_what_is_measured_has_a_row_a_prompt_and_a_column_a_seed(monkeypatch):
     """Each picture is held against its own prompt's name, its style against the base's four."""
     x = pictures.pictures(PROMPTS, (0, 2, 4), pictures.FOUR)
     assert x["right"].shape == x["sharpness"].shape == (2, 3) and x["features"].shape[:2] == (2, 3)
+    assert all(
+        (y == torch.stack([x["right"]] * 2)).all() for y in [pictures.over_runs([x, x])["right"]]
+    )
     judge = setup.shipped().judge
     alone = judge(pictures.decode(x["z0"][1, 2:3]))
     torch.testing.assert_close(alone[1][0], x["styles"][1, 2], rtol=1e-3, atol=1e-3)
-    assert x["right"][1, 2] == float(judge.names[alone[0].argmax()] == PROMPTS[1].name)
+    assert x["name"][1, 2] == float(judge.names[alone[0].argmax()] == PROMPTS[1].name)
+
+
+def test_right_is_the_name_in_the_style_of_the_bases_four(monkeypatch):
+    """A style that the base has not seen is not asked of a picture to be right."""
+
+    def picked(logits, words, choices=None):
+        return ["noto", "fluent", "noto"] if choices else ["pizza", "pizza", "rocket"]
+
+    monkeypatch.setattr(pictures, "picked", picked)
+    z0 = torch.zeros(3, *setup.shipped().shape)
+    for styles_asked, right in ((["noto"] * 3, [1, 0, 0]), (["sepia"] * 3, [1, 1, 0])):
+        found = pictures.measure(z0, ["pizza"] * 3, styles_asked)
+        assert found["right"].tolist() == right and found["name"].tolist() == [1, 1, 0]
+
+
+def test_runs_are_compared_in_pairs():
+    """x - y of every prompt's pictures; sharpness and distance as shares of y's."""
+    x, y = (
+        {"right": torch.ones(3, 4, 2) * a, "sharpness": torch.ones(3, 4, 2) * b}
+        for a, b in ((1, 2), (0, 4))
+    )
+    x["z0"], y["z0"] = (torch.full((3, 4, 2, 1, 1, 1), v) for v in (3.0, 2.0))
+    teacher = {"z0": torch.ones(4, 2, 1, 1, 1), "sharpness": torch.ones(4, 2)}
+    found = pictures.against(x, y, teacher, torch.arange(4))
+    assert found == {"right": [1, 1, 1], "sharpness": [0.5] * 3, "distance": [2, 2, 2]}
+    assert pictures.about(x, teacher, torch.arange(4))["distance"] == [2, 2, 2]
 
 
 def test_a_style_is_held_against_the_bases_four():
@@ -199,10 +244,8 @@ def test_a_style_is_held_against_the_bases_four():
 
 
 def test_the_judge_is_judged_on_drawings_it_has_not_seen():
-    """As many as are held out of a style, each twice."""
-    held_out = styles.split_style("blob", setup.shipped().names)[1]
-    found = pictures.held_out_art("blob", looks=2)
-    assert found["right"].shape == found["sharpness"].shape == (2 * len(held_out),)
+    """As many as are held out of a style."""
+    assert pictures.held_out_art("blob")["right"].shape == (len(setup.art_of("blob")[1]),)
 
 
 # ---- training
@@ -229,7 +272,7 @@ def test_a_recipe_is_what_it_says():
 
 def test_the_averaged_target_lags_behind(monkeypatch):
     """target_ema = 0 is the student itself, as without an average; 0.95 soon gives other losses."""
-    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+    monkeypatch.setattr(training, "training_data", lambda data, drawings: some_data())
 
     def losses(target_ema: float | None) -> list[float]:
         recipe = training.Recipe(steps=5, batch=4, lr=0.3, target_ema=target_ema)
@@ -260,7 +303,7 @@ def test_a_run_keeps_its_marks(monkeypatch):
     """A LoRA at step 0 does nothing; at the end it is what was trained; the second call reads the
     first's; on another base it is another one.
     """
-    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+    monkeypatch.setattr(training, "training_data", lambda data, drawings: some_data())
     recipe = training.Recipe(steps=3, batch=2, rank=4, marks=(0, 1))
     made = training.train(recipe)
     assert sorted(made.at) == [0, 1, 3] and made.loss.shape == (3,) and made.end is made.at[3]
@@ -278,11 +321,11 @@ def test_a_run_keeps_its_marks(monkeypatch):
 
 def test_the_loss_is_that_of_the_recipe(monkeypatch):
     """The first loss of a run is loss_of on the first batch, with the recipe's w and k."""
-    monkeypatch.setattr(training, "training_data", lambda data, looks: some_data())
+    monkeypatch.setattr(training, "training_data", lambda data, drawings: some_data())
     model = setup.shipped()
     for recipe in (
         training.Recipe(steps=1, batch=2, rank=4),
-        training.Recipe(steps=1, batch=2, rank=4, w=(0.0, 0.0), k=20),
+        training.Recipe(steps=1, batch=2, rank=4, w=(0.0, 0.0), k=20, psi_steps=1),
     ):
         z0, captions, _, generator = next(training.art_batches(some_data(), 2, 0))
         objective = training.objective_of(recipe)
@@ -292,6 +335,37 @@ def test_the_loss_is_that_of_the_recipe(monkeypatch):
         assert training.train_now(recipe)["loss"][0] == loss_of(
             objective, nets, z0, *conds, generator
         )
+
+
+def test_guidance_distilled_alone(monkeypatch):
+    """Before training the loss is that of w (eps_c - eps_null): none for w = 0, else more with w;
+    the student comes nearer to the guided teacher.
+    """
+    monkeypatch.setattr(training, "training_data", lambda data, drawings: some_data())
+    recipe = training.Recipe("guidance", steps=12, batch=4, rank=4, lr=1e-2)
+    none, one, three = (
+        training.train_now(recipe._replace(steps=1, w=(w, w)))["loss"].item() for w in (0, 1, 3)
+    )
+    assert none == pytest.approx(0, abs=1e-6) and three == pytest.approx(9 * one, rel=1e-2)
+    losses = training.train_now(recipe)["loss"]
+    assert losses[-4:].mean() < 0.9 * losses[:4].mean()
+
+
+def test_the_teacher_draws_what_the_art_would_show():
+    """The same names, styles and colours; half of each takes every other one."""
+    art, own, half = (training.training_data(data, 4) for data in ("art", "teacher", "half"))
+    assert art.art == own.art == half.art and art.color == half.color
+    assert art.color == own.color and not own.std.any() and not torch.equal(own.mean, art.mean)
+    for i, other in enumerate((art, own)):
+        assert torch.equal(half.mean[i::2], other.mean[i::2])
+        assert torch.equal(half.std[i::2], other.std[i::2])
+    z0 = pictures.drawn(setup.said(art.art, art.color), (5,), pictures.Draw("ddim", 25, 3.0))
+    assert torch.equal(own.mean, z0[:, 0])
+
+
+def test_runs_have_seeds_of_their_own(monkeypatch):
+    monkeypatch.setattr(training, "train", lambda recipe: training.Trained({0: recipe.seed}, None))
+    assert training.runs_of(training.Recipe(), setup.FULL) == [[(seed, 1.0)] for seed in (0, 1, 2)]
 
 
 def test_a_tau_is_kept_whole():
@@ -342,8 +416,7 @@ def test_all_styles_have_drawings():
         "texture",
         "shape",
     }
-    names = setup.shipped().names
     for style in ("outline", *styles.REAL):
-        seen, held_out = styles.split_style(style, names)
+        seen, held_out = setup.art_of(style)
         assert {a.style for a in seen + held_out} == {style} and len(held_out) >= 8
         assert not {a.image.tobytes() for a in seen} & {a.image.tobytes() for a in held_out}

@@ -3,8 +3,8 @@
     python -m weights.emoji.train_judge --vae runs/vae/vae.safetensors --names 300 --out runs/judge
 
 It has nothing in common with the text tower that conditions the UNet, has never seen a held-out
-(name, style) pair, and reads the four styles of the base and the sixteen of `paper/`. Half of what
-it is taught on has gone through the autoencoder, with latents as inexact as few sampling steps
+(name, style) pair, and reads the base's four styles and the sixteen of `styles.py`. Half of what it
+is taught on has gone through the autoencoder, with latents as inexact as few sampling steps
 leave them, and all of it is shifted, blurred and noised: a judge must not mark blur. Writes
 judge.safetensors, for `minilcm/metrics.py`.
 """
@@ -26,8 +26,8 @@ from minilcm.files.safetensors_file import write_tensors
 from minilcm.metrics import Judge
 from minilcm.model.precision import autocast, forward_dtype
 from minilcm.model.vae import VAE
-from paper.styles import KINDS, split_style
 
+from .styles import KINDS, split_style
 from .train_clip import degrade
 from .train_vae import pool_of, read_vae
 

@@ -1,6 +1,6 @@
 """The figure of the idea: a teacher's path, a consistency model's jump, two LoRAs that are added.
 
-    python -m paper.idea            writes paper/figures/idea.svg
+    python -m tour.idea             writes paper/figures/idea.svg
 
 The paths are computed, not sketched: DDIM in 50 steps by the exact eps of data that is three narrow
 Gaussians in one dimension.
@@ -15,7 +15,7 @@ from minilcm.lcm import train_grid
 from minilcm.schedule import Schedule, T, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step
 
-OUT = Path(__file__).parent / "figures/idea.svg"
+OUT = Path(__file__).parent.parent / "paper/figures/idea.svg"
 MEANS, STD = torch.tensor([-2.1, 0.2, 2.2]), 0.07
 NOISES = [-1.8, -1.35, -1.0, -0.65, -0.2, 0.15, 0.62, 0.95, 1.35, 1.8]  # z_T of each path
 SHOWN, PAIR = 6, 17  # the path that is explained, and the step at which its training pair begins

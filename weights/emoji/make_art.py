@@ -1,8 +1,9 @@
-"""Make art/: four more emoji sets, openly licensed, as styles that the base model has never seen.
+"""Make paper/art/: four more emoji sets, openly licensed, as styles that the base has never seen.
 
-    npm install @iconify-json/noto-v1 @iconify-json/fluent-emoji
-    @iconify-json/fluent-emoji-high-contrast npm install @iconify-json/emojione-monotone pip install
-    resvg-py python -m paper.make_art node_modules
+    npm install @iconify-json/noto-v1 @iconify-json/fluent-emoji \\
+        @iconify-json/fluent-emoji-high-contrast @iconify-json/emojione-monotone
+    pip install resvg-py
+    python -m weights.emoji.make_art node_modules
 
 Only the first 64 of the shipped model's names, 96x96. The result is committed, so nobody needs npm
 to run the paper.
@@ -13,9 +14,10 @@ import sys
 import tarfile
 from pathlib import Path
 
-from weights.emoji.make_data import add, svg
+from .make_data import add, svg
 
 HERE = Path(__file__).parent
+ART = HERE.parents[1] / "paper/art"
 SETS = {  # style: package
     "blob": "noto-v1",
     "gradient": "fluent-emoji",
@@ -28,14 +30,14 @@ SIZE = 96
 def main(node_modules: Path) -> None:
     import resvg_py
 
-    names = (HERE.parent / "weights/emoji/names.txt").read_text().splitlines()[:64]
-    (HERE / "art").mkdir(exist_ok=True)
+    names = (HERE / "names.txt").read_text().splitlines()[:64]
+    ART.mkdir(exist_ok=True)
     for style, package in SETS.items():
         icons = json.loads((node_modules / "@iconify-json" / package / "icons.json").read_text())
         found = [
             n for n in names if n.replace(" ", "-") in icons["icons"] | icons.get("aliases", {})
         ]
-        with tarfile.open(HERE / "art" / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(ART / f"{style}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for name in found:
                 stem = name.replace(" ", "-")
                 png = resvg_py.svg_to_bytes(svg_string=svg(icons, stem), width=SIZE, height=SIZE)

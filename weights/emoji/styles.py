@@ -1,7 +1,8 @@
 """Sixteen styles the base has never seen: four real emoji sets, twelve made from its own art.
 
 Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it
-stands on any background. figures/combination-pictures.png shows them all.
+stands on any background. The judge reads them
+all, and `paper/` asks what an LCM-LoRA does to eight of them.
 """
 
 import functools
@@ -11,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from minilcm.data.emoji import Art, read_art, split_art
-from weights.emoji.make_styles import blueprint, papercut
 
-HERE = Path(__file__).parent
-ART = HERE.parent / "weights/emoji/art"  # of the base
+from .make_styles import blueprint, papercut
+
+ART = Path(__file__).parent / "art"  # of the base
+SETS = Path(__file__).parents[2] / "paper/art"  # that the base has never seen
 
 
 def recolour(image: Image.Image, f) -> Image.Image:
@@ -155,7 +157,7 @@ def split_style(style: str | None, names: list[str]) -> tuple[list[Art], list[Ar
     is held out.
     """
     if style in REAL:
-        art = [a for a in read_art(HERE / f"art/{style}.tar") if a.name in names]
+        art = [a for a in read_art(SETS / f"{style}.tar") if a.name in names]
         return [a for i, a in enumerate(art) if i % 8], art[::8]
     both = split_art(plain_art(), ART / "held_out.txt", names)
     if style is None:

@@ -1,0 +1,69 @@
+"""gamma: What does the fresh noise between the steps do?
+
+The paper's sampler makes all noise fresh at every step (Algorithm 3 of 2310.04378); TCD (2402.19159
+Algorithm 4) makes a share gamma of it fresh, down to none. Nobody says what it is for. (About 0.1
+h.)
+"""
+
+from matplotlib.figure import Figure
+
+from minilcm.metrics import decide, together
+
+from .charts import BLUE, GREY, LIGHT, ORANGE, line, panels
+from .pictures import TEACHER, Draw, about, against, pictures
+from .setup import Budget, names_of, prompts_of, shipped_lora
+
+STEPS, GAMMAS = (2, 4, 8), (0.0, 0.3, 0.6, 1.0)
+
+
+def measure(budget: Budget) -> dict:
+    prompts = prompts_of(None, budget.names, each=2)
+    groups, lora = names_of(prompts), [(shipped_lora(), 1.0)]
+    teacher = pictures(prompts, budget.seeds, TEACHER)
+    numbers = {"rows": {}, "fresh": {}, "teacher": about(teacher, teacher, groups)}
+    for n in STEPS:
+        found = {g: pictures(prompts, budget.seeds, Draw("lcm", n, 0.0, g), lora) for g in GAMMAS}
+        found[None] = pictures(prompts, budget.seeds, Draw("lcm", n), lora)
+        for g, x in found.items():
+            word = "the paper's" if g is None else f"{g:g}"
+            row = {"steps": n, "gamma": word} | about(x, teacher, groups)
+            numbers["rows"][f"{n} steps, gamma {word}"] = row
+        numbers["fresh"][str(n)] = against(found[1.0], found[0.0], teacher, groups)
+    return numbers
+
+
+def verdict(n: dict) -> dict:
+    """All noise fresh, gamma 1, against none, gamma 0, at 4 and at 8 steps. It carries the picture
+    away: its end is further from the teacher's than with gamma 0. It mends: 8 steps are more often
+    right, or sharper and less than 0.05 below in being right.
+    """
+    far = [n["fresh"][k]["distance"] for k in ("4", "8")]
+    right, sharp = n["fresh"]["8"]["right"], n["fresh"]["8"]["sharpness"]
+    sharper = together([decide(right, above=-0.05), decide(sharp, above=1.0)])
+    mends = "shown" if sharper == "shown" else decide(right, above=0.0)
+    return {
+        "fresh noise carries the picture away from the teacher's": [
+            together(decide(x, above=1.0) for x in far),
+            far[1],
+        ],
+        "fresh noise makes 8 steps right more often, or sharper": [mends, right],
+    }
+
+
+def figure(n: dict) -> Figure:
+    far, right = n["fresh"]["8"]["distance"][0], n["fresh"]["8"]["right"][0]
+    title = f"With all noise fresh, 8 steps end {far:.2f} times as far from the teacher's end"
+    fig, axes = panels(3, f"{title}; {right:+.2f} in being right")
+    for ax, what in zip(axes, ("distance", "right", "sharpness")):
+        for steps, color in zip(STEPS, (LIGHT, BLUE, ORANGE)):
+            mine = [r for r in n["rows"].values() if r["steps"] == steps]
+            mine = [r for r in mine if r["gamma"] != "the paper's"]
+            x = [float(r["gamma"]) for r in mine]
+            line(ax, x, [r[what] for r in mine], f"{steps} steps", color)
+        ax.set(xlabel="gamma, the share of the noise that is fresh")
+        if what != "distance":
+            ax.axhline(n["teacher"][what][0], color=GREY, linestyle=":")
+    axes[0].set(title="RMS to 50 guided steps' end")
+    axes[1].set(title="right: name and style; dotted: 50 guided steps")
+    axes[2].set(title="sharpness, of 50 guided steps'")
+    return fig
