@@ -19,7 +19,7 @@ from typing import NamedTuple
 ART = "--data weights/emoji/art"
 STYLES = ("blueprint", "papercut")
 LIKE_SD = "--objective diffusion --full --lr 1e-3 --looks 16"
-LCM = "--objective lcm --rank 32 --w 3 --k 500 --psi-steps 5 --lr 1e-3 --looks 16 --average 0.998"
+LCM = "--objective lcm --rank 32 --w 3 --k 300 --psi-steps 3 --lr 1e-3 --looks 16 --average 0.998"
 STYLE = "--objective diffusion --rank 8 --lr 1e-3 --looks 4"
 
 
