@@ -188,8 +188,8 @@ def guidance_loss(
     def off(z_t: Tensor, t: Tensor) -> Tensor:
         """The student less the guided teacher; diffusion_loss takes the eps away again."""
         with torch.no_grad():
-            of_cond, of_null = (nets.teacher(z_t, t, c).float() for c in (cond, null_cond))
-        guided = of_cond + w[:, None, None, None] * (of_cond - of_null)
+            eps_cond, eps_null = (nets.teacher(z_t, t, c).float() for c in (cond, null_cond))
+        guided = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
         return nets.student(z_t, t, cond).float() - guided + eps
 
     return diffusion_loss(off, z0, lcm.train_grid()[n], eps, nets.schedule)
