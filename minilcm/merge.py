@@ -117,13 +117,15 @@ def distance(a: Tau, b: Tau) -> float:
     """||a - b||_F / ||b||_F over all modules of both: infinite if b is zero and a is not. Raises
     ValueError if their shapes differ at a path.
     """
-    far, size = norm(combine([a, b], [1.0, -1.0])), norm(b)
-    return far / size if size else math.inf if far else 0.0
-
-
-def norm(tau: Tau) -> float:
-    """||dW||_F over all modules."""
-    return sum(x**2 for x in delta_norms(tau).values()) ** 0.5
+    far = size = 0.0
+    for path in a.keys() | b.keys():
+        modules = same_form(path, [tau[path] for tau in (a, b) if path in tau])
+        deltas = [delta(*module) for module in modules]
+        of_a = deltas[0] if path in a else torch.zeros_like(deltas[0])
+        of_b = deltas[-1] if path in b else torch.zeros_like(deltas[0])
+        far += float((of_a - of_b).square().sum())
+        size += float(of_b.square().sum())
+    return (far / size) ** 0.5 if size else math.inf if far else 0.0
 
 
 @torch.no_grad()
