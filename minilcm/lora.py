@@ -21,10 +21,13 @@ from .model.precision import is_narrow, widened
 Tau = dict[str, tuple[Tensor, Tensor, float]]
 
 
-class LoRA:
-    """What a layer with a low-rank term computes; `scale` is 0 where it is off (tour/06)."""
+class LoRALinear(nn.Linear):
+    """An nn.Linear plus a low-rank term times lora_alpha / rank; off if `scale` is 0 (tour/06)."""
 
-    scale = 1.0
+    def adapt(self, rank: int, lora_alpha: float) -> None:
+        self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0
+        self.lora_down = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, self.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = widened(self, x) if is_narrow(self, x) else super().forward(x)
@@ -34,21 +37,20 @@ class LoRA:
         return y + self.scale * self.lora_alpha / self.rank * self.lora_up(self.lora_down(x))
 
 
-class LoRALinear(LoRA, nn.Linear):
-    def adapt(self, rank: int, lora_alpha: float) -> None:
-        self.rank, self.lora_alpha = rank, lora_alpha
-        self.lora_down = nn.Linear(self.in_features, rank, bias=False)
-        self.lora_up = nn.Linear(rank, self.out_features, bias=False)
-
-
-class LoRAConv2d(LoRA, nn.Conv2d):
-    """A has the base's kernel, stride and padding, B is 1x1."""
+class LoRAConv2d(nn.Conv2d):
+    """An nn.Conv2d with a low-rank term: A has the base's kernel, stride and padding, B is 1x1."""
 
     def adapt(self, rank: int, lora_alpha: float) -> None:
-        self.rank, self.lora_alpha = rank, lora_alpha
+        self.rank, self.lora_alpha, self.scale = rank, lora_alpha, 1.0
         size = dict(kernel_size=self.kernel_size, stride=self.stride, padding=self.padding)
         self.lora_down = nn.Conv2d(self.in_channels, rank, bias=False, **size)
         self.lora_up = nn.Conv2d(rank, self.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = widened(self, x) if is_narrow(self, x) else super().forward(x)
+        if self.scale == 0:
+            return y
+        return y + self.scale * self.lora_alpha / self.rank * self.lora_up(self.lora_down(x))
 
 
 # ---- which layers are adapted
@@ -73,7 +75,7 @@ TARGETS = (
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAConv2d]:
     """{path: layer} of all LoRA layers in the model."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, LoRA)}
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear | LoRAConv2d)}
 
 
 def target_paths(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> list[str]:

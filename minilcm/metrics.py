@@ -71,7 +71,7 @@ def accuracy(
 # ---- how sure a mean is
 
 
-# by how much Student's t of runs - 1 degrees of freedom is wider than a normal, at 97.5 %
+# {runs: Student's t of runs - 1 degrees of freedom at 97.5 %, over the normal's 1.96}
 STUDENT = {2: 6.48, 3: 2.195, 4: 1.624, 5: 1.416}
 
 
@@ -90,9 +90,10 @@ def interval(
     drawn in pairs. Efron (1979).
 
     x (runs, prompts, seeds) is of several training runs, two to five, and y of the same or of one:
-    runs and groups are drawn both (Owen 2007, the pigeonhole bootstrap). So few runs drawn with
-    replacement are (runs - 1) / runs as far apart as they should be, and the tail is a t's: the
-    share of the runs in a draw's deviation is stretched by both.
+    runs and groups are both drawn (Owen 2007, the pigeonhole bootstrap). The mean of R runs drawn
+    with replacement has (R - 1) / R of the variance it should have, and for so few runs Student's t
+    takes the normal's place: what a draw owes to its runs is stretched by sqrt(R / (R - 1)) and by
+    t / 1.96.
     """
     groups = torch.arange(x.shape[-2]) if groups is None else groups
     groups = groups.unique(return_inverse=True)[1]

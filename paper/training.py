@@ -96,8 +96,8 @@ def train(recipe: Recipe, base: Base | None = None) -> Trained:
     at = {}
     for step in sorted({int(k.partition(":")[0]) for k in kept if k != "loss"}):
         tensors = {k.partition(":")[2]: x for k, x in kept.items() if k.startswith(f"{step}:")}
-        made = (Base, tensors) if recipe.rank is None else (Vector, to_tau(tensors))
-        at[step] = made[0]([key, step], made[1])
+        by, full = [key, step], recipe.rank is None
+        at[step] = Base(by, tensors) if full else Vector(by, to_tau(tensors))
     return Trained(at, kept["loss"])
 
 

@@ -188,6 +188,15 @@ def test_interval_over_runs_and_prompts():
                 assert sum(low <= 0 <= high for _, low, high in over_prompts) < 30
 
 
+def test_two_runs_that_differ_in_all_pictures():
+    """A quarter of the draws has the one run twice: the bounds are its distance from the mean, 0.5,
+    times sqrt(2 / 1), times Student's t of one degree, 12.706, over 1.96.
+    """
+    x = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 40, 2)
+    half = 0.5 * 2**0.5 * 12.706 / 1.96
+    assert interval(x) == pytest.approx([0.5, 0.5 - half, 0.5 + half], rel=2e-3)
+
+
 def test_runs_that_are_alike_are_no_runs():
     """As many copies of one run have that run's interval; y may have one run for all of x's."""
     one, y = coins(50, 2), coins(50, 2).roll(1, dims=0)

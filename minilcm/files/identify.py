@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 from ..model.text import TextConfig, sd2_text, sdxl_text
 from ..model.unet import UNetConfig, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
 from ..model.vae import VAEConfig
-from .lora_keys import split_key
+from .lora_keys import of_lora
 from .parts import PARTS, UNET, part_of
 from .safetensors_file import FLOATS, MALFORMED, Header, read_header
 
@@ -150,12 +150,6 @@ def identify(path: str | Path) -> Config:
 
 def is_lora(header: Header) -> bool:
     return any(map(of_lora, header))
-
-
-def of_lora(key: str) -> bool:
-    """Whether a key is one of a LoRA file, in any spelling that `split_key` knows."""
-    split = split_key(key)
-    return split is not None and split[2] in ("up", "down")
 
 
 def identify_header(

@@ -60,6 +60,12 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     return PREFIXES[prefix], re.sub(rf"^({prefix})", "", match[1]), part
 
 
+def of_lora(key: str) -> bool:
+    """Whether a key is one of a LoRA file, in any spelling that `split_key` knows."""
+    split = split_key(key)
+    return split is not None and split[2] in ("up", "down")
+
+
 BUNDLED = "bundle_emb."  # OneTrainer: embeddings of new words, beside the LoRA
 Module = tuple[str, str]  # (prefix in tau, flattened name)
 

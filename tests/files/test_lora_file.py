@@ -14,9 +14,8 @@ from tiny import random_tau, tiny_unet, write_model
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
-from minilcm.files.identify import of_lora
 from minilcm.files.lora_file import read_recipe, read_tau, write_tau
-from minilcm.files.lora_keys import split_key
+from minilcm.files.lora_keys import of_lora, split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
 from minilcm.merge import combine, delta, distance

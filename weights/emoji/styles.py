@@ -1,8 +1,8 @@
 """Sixteen styles the base has never seen: four real emoji sets, twelve made from its own art.
 
 Each processed style maps a drawing (RGBA) to a drawing and keeps its transparency, so that it
-stands on any background. The judge reads them
-all, and `paper/` asks what an LCM-LoRA does to eight of them.
+stands on any background. The judge reads them all, and `paper/` asks what an LCM-LoRA does to eight
+of them.
 """
 
 import functools
