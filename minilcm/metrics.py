@@ -90,10 +90,10 @@ def interval(
     drawn in pairs. Efron (1979).
 
     x (runs, prompts, seeds) is of several training runs, two to five, and y of the same or of one:
-    runs and groups are both drawn (Owen 2007, the pigeonhole bootstrap). The mean of R runs drawn
-    with replacement has (R - 1) / R of the variance it should have, and for so few runs Student's t
-    takes the normal's place: what a draw owes to its runs is stretched by sqrt(R / (R - 1)) and by
-    t / 1.96.
+    groups and runs are both drawn, groups for the mean of all runs, and runs for the mean of all
+    groups. The mean of R runs drawn with replacement has (R - 1) / R of the variance it should
+    have, and for so few runs Student's t takes the normal's place: what a draw owes to its runs is
+    stretched by sqrt(R / (R - 1)) and by t / 1.96.
     """
     groups = torch.arange(x.shape[-2]) if groups is None else groups
     groups = groups.unique(return_inverse=True)[1]
@@ -103,20 +103,19 @@ def interval(
     some = torch.randint(0, runs, (runs, draws), generator=generator)
     size = torch.bincount(groups).double()  # (n,)
 
-    def means(v: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the drawn groups, (draws,) each: of all runs, and of the drawn runs."""
+    def means(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all runs and groups, (); of the drawn groups, and of the drawn runs, (draws,) each."""
         v = v.double().mean(dim=-1).expand(runs, -1)  # (runs, prompts)
-        total = torch.zeros(runs, n, dtype=torch.float64).index_add(1, groups, v)
-        each = total[:, rows].sum(dim=-1) / size[rows].sum(dim=-1)  # (runs, draws)
-        return each.mean(dim=0), each.gather(0, some).mean(dim=0)
+        total = torch.zeros(n, dtype=torch.float64).index_add(0, groups, v.mean(dim=0))
+        drawn_groups = total[rows].sum(dim=-1) / size[rows].sum(dim=-1)
+        return v.mean(), drawn_groups, v.mean(dim=1)[some].mean(dim=0)
 
-    point, (all_runs, drawn_runs) = x.double().mean(), means(x)
+    point, by_groups, by_runs = means(x)
     if y is not None:
         sign = torch.div if ratio else torch.sub
-        point, of_y = sign(point, y.double().mean()), means(y)
-        all_runs, drawn_runs = sign(all_runs, of_y[0]), sign(drawn_runs, of_y[1])
+        point, by_groups, by_runs = map(sign, (point, by_groups, by_runs), means(y))
     stretch = STUDENT[runs] * (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0
-    drawn = all_runs + stretch * (drawn_runs - all_runs)
+    drawn = by_groups + stretch * (by_runs - point)
     return [
         round(v, 4)
         for v in (point.item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item())

@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,15 +24,11 @@ from minilcm.files.safetensors_file import atomic
 
 from . import base, combination, fail, gamma, memory, no_pictures, rank, recipe, solver, steps
 from .report import write_report
-from .setup import FULL, HALF, HERE, QUICK, place, spent, spent_now, used
+from .setup import FULL, HALF, QUICK, commit, commits, git, place, spent, spent_now, used
 
 # {name: question, measurement, rule and figure}
 SECTIONS = (memory, steps, gamma, combination, base, rank, solver, recipe, no_pictures, fail)
 CLAIMS = {x.__name__.split(".")[1]: x for x in SECTIONS}
-
-
-def git(*argv: str) -> str:
-    return subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
 
 def measure_claim(name: str, quick: bool) -> None:
@@ -43,7 +38,7 @@ def measure_claim(name: str, quick: bool) -> None:
     if changed and not quick:
         raise ValueError(f"commit first: a result is of a commit, and {changed.split()[-1]} is not")
     claim, start = CLAIMS[name], time.perf_counter()
-    for kept in (spent, spent_now, used):
+    for kept in (spent, spent_now, used, commits):
         kept.clear()
     numbers = claim.measure(QUICK if quick else FULL)
     # four significant digits are enough for a report; keys as JSON has them
@@ -57,7 +52,7 @@ def measure_claim(name: str, quick: bool) -> None:
         "section": name,
         "quick": quick,
         "weights": dict(used),
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": ", ".join(sorted(commits | {commit()})),  # of all its parts
         "processor": f"{processor}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}",
         "seconds": round(seconds),
         "rule": " ".join(claim.verdict.__doc__.split()),

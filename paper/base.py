@@ -2,7 +2,7 @@
 
 Claim (abstract): LCM-LoRA plugs into fine-tuned models of the same base without training. A base
 trained from scratch in another style would be the hardest test and takes days of two cores; in its
-place one fine-tune goes as far as it can. (About 1.0 h, of which 0.9 training.)
+place one fine-tune goes as far as it can. (About 1.2 h, of which 0.9 training.)
 """
 
 from matplotlib.figure import Figure
@@ -16,20 +16,20 @@ from .setup import Budget, W, names_of, prompts_of, shipped, shipped_lora
 from .training import far, runs_of, short, train, tuning
 
 FOUR, TEACHER = Draw("lcm", 4), Draw("ddim", 25, W)
-# of being right, and of sharpness: against 25 guided steps of the base, and a vector made there
-ALLOWED, MARGIN = 0.1, 0.05
+ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
 SHIPPED, OLD, THERE, NONE = "shipped", "short, old base", "short, trained there", "none"
 
 
 def measure(budget: Budget) -> dict:
     prompts = [p for style in REAL for p in prompts_of(style, max(1, budget.names // 4))]
+    seeds = budget.seeds[:2]
     groups, before = names_of(prompts), dict(shipped().unet.named_parameters())
     numbers = {"prompts": len(prompts), "bases": {}}
 
     def found(bases: list[Base | None], way: list[Vectors], draw: Draw = FOUR) -> Found:
         """By run, each with its base; vectors that have no runs are the same on all bases."""
         each = zip(bases, way * (len(bases) // len(way)))
-        return over_runs([pictures(prompts, budget.seeds[:1], draw, v, b) for b, v in each])
+        return over_runs([pictures(prompts, seeds, draw, v, b) for b, v in each])
 
     runs = [train(tuning(budget, seed)).at for seed in budget.runs]
     old = runs_of(short(budget), budget)
@@ -42,14 +42,17 @@ def measure(budget: Budget) -> dict:
             ways[THERE] = [[(train(r, base).end, 1.0)] for r, base in zip(there, mine)]
         teacher = found(mine, [[]], TEACHER)
         seen = {way: found(mine, v) for way, v in ways.items()}
-        row = {}
-        for way, x in (seen | {"teacher": teacher}).items():
-            style = {"style": interval(in_style(x, REAL), groups=groups)}
+        seen["teacher"], row = teacher, {"distance": 0.0, "runs": len(mine)}
+        looks = {way: in_style(x, REAL) for way, x in seen.items()}
+        for way, x in seen.items():
+            style = {"style": interval(looks[way], groups=groups)}
             row[way] = about(x, teacher, groups) | style
-        row["shipped against teacher"] = against(seen[SHIPPED], teacher, teacher, groups)
-        row["distance"], row["runs"] = 0.0, len(mine)
+        pairs = {"shipped against teacher": (SHIPPED, "teacher")}
+        pairs |= {"old against there": (OLD, THERE)} if label != "0" else {}
+        for pair, (a, b) in pairs.items():
+            style = {"style": interval(looks[a], looks[b], groups=groups)}
+            row[pair] = against(seen[a], seen[b], teacher, groups) | style
         if label != "0":
-            row["old against there"] = against(seen[OLD], seen[THERE], teacher, groups)
             # |dW| / |W| over all weights
             moved = sum((x - before[k]).square().sum() for k, x in mine[0].weights.items())
             whole = sum(x.square().sum() for x in before.values())
@@ -59,27 +62,35 @@ def measure(budget: Budget) -> dict:
 
 
 def verdict(n: dict) -> dict:
-    """On every fine-tuned base. Plugs in: the shipped vector in 4 steps is less than 0.1 below 25
-    guided steps of that base in finding the name, and less than 10 % in sharpness. As good as one
-    made there: a short vector of the old base is less than 0.05 and 5 % below one of the same short
-    recipe that was trained on the new base and its art.
+    """On every fine-tuned base that draws its own new sets: in 25 guided steps at least half of its
+    pictures have the name, and half the new style. Plugs in: against 25 guided steps of that base,
+    the shipped vector in 4 steps is less than 0.1 lower in finding the name, and 10 % in sharpness,
+    than it is on its own base; and less than 0.1 lower in drawing the new style. As good as one
+    made there: a short vector of the old base is less than 0.1, 10 % and 0.1 below one of the same
+    short recipe that was trained on the new base and its art.
     """
-    bases = [row for label, row in n["bases"].items() if label != "0"]
+    home, number = n["bases"]["0"]["shipped against teacher"], {"right": 0.0, "sharpness": 1.0}
+    bases = [
+        row
+        for label, row in n["bases"].items()
+        if label != "0" and min(row["teacher"][what][0] for what in ("right", "style")) >= FLOOR
+    ]
 
-    def all_of(key: str, margin: float) -> list:
-        rows = [row[key] for row in bases]
-        right = together(decide(r["right"], above=-margin) for r in rows)
-        sharp = together(decide(r["sharpness"], above=1 - margin) for r in rows)
-        return [together([right, sharp]), min(r["right"] for r in rows)]
+    def all_of(key: str, home: dict[str, float]) -> list:
+        bounds = {what: home[what] - ALLOWED for what in home} | {"style": -ALLOWED}
+        found = [decide(r[key][what], above=x) for r in bases for what, x in bounds.items()]
+        return [together(found), min((r[key]["right"] for r in bases), default=[0.0] * 3)]
 
+    at_home = {what: home[what][0] for what in number}
     return {
-        "the shipped vector plugs into fine-tunes": all_of("shipped against teacher", ALLOWED),
-        "as good as one made there": all_of("old against there", MARGIN),
+        "the shipped vector plugs into fine-tunes": all_of("shipped against teacher", at_home),
+        "as good as one made there": all_of("old against there", number),
     }
 
 
 def figure(n: dict) -> Figure:
-    worst = min(r["shipped against teacher"]["right"][0] for r in n["bases"].values())
+    tuned = [r for label, r in n["bases"].items() if label != "0"]
+    worst = min(r["shipped against teacher"]["right"][0] for r in tuned)
     title = f"On fine-tunes 4 steps against 25 guided ones: at worst {worst:+.2f} of names found"
     fig, axes = panels(3, title)
     looks = {THERE: (GREEN, "^-"), SHIPPED: (BLUE, "o-"), OLD: (LIGHT, "o--"), NONE: (GREY, "s-")}

@@ -9,7 +9,7 @@ matplotlib.rcParams |= {"svg.hashsalt": "minilcm", "svg.fonttype": "none"}
 BLUE, LIGHT, ORANGE = "#1f5fa8", "#7fb2e5", "#e07b00"
 GREEN, RED, GREY = "#2e8b57", "#c0392b", "0.45"
 LOOKS = {"LCM-LoRA": (BLUE, "o-"), "gamma 0": (BLUE, "o:"), "LCM sampler, no LoRA": (GREY, "s-")}
-LOOKS |= {"guidance distilled, DDIM": (RED, "D-"), "DDIM": (ORANGE, "^-")}
+LOOKS |= {"guidance distilled, at its best": (RED, "D-"), "DDIM": (ORANGE, "^-")}
 LOOKS["DPM-Solver++"] = GREEN, "v-"
 
 

@@ -1,16 +1,16 @@
 """recipe: Which choices matter?
 
 Claim (section 2 and the official scripts): as a LoRA, LCM is distilled without an averaged target,
-and for one w that the network is not told. (About 1.6 h, of which 1.4 training.)
+and for one w that the network is not told. (About 1.5 h, of which 1.3 training.)
 """
 
 from matplotlib.figure import Figure
 
-from minilcm.metrics import decide, holm, together
+from minilcm.metrics import holm
 
 from .charts import three
 from .setup import Budget
-from .training import MARGIN, Recipe, compare, runs_of, short
+from .training import Recipe, as_good, compare, learned, runs_of, short, turned
 
 START, AVERAGED, MIXED, NONE = "short recipe", "target averaged", "w 1 to 5, not told", "no LoRA"
 
@@ -25,7 +25,6 @@ def choices(start: Recipe) -> dict[str, Recipe]:
         "L2 in place of Huber": start._replace(distance="l2"),
         "no c_skip": start._replace(c_skip=False),
         "constant learning rate": start._replace(constant=True),
-        "rank 64, alpha 8": start._replace(rank=64, lora_alpha=8.0),
         "k 100, one step in it": start._replace(k=100, psi_steps=1),
         "k 20, one step in it": start._replace(k=20, psi_steps=1),
         "official, but for lr": start._replace(**official),
@@ -43,28 +42,16 @@ def measure(budget: Budget) -> dict:
 
 
 def verdict(n: dict) -> dict:
-    """Every other row against the short recipe, which is compared only if it beats no LoRA in
-    distance at one step. Without an averaged target, and with one w in place of a mixture that the
-    network is not told: no row with it is better, the short recipe being less than 0.05 below in
-    being right at 4 steps, and less than 5 % further from the teacher's end at one. Some choice
-    matters: after Holm's correction for their number, at least one row differs in distance.
+    """Without an averaged target, and with one w in place of a mixture that the network is not
+    told, the short recipe is as good as with it: less than 0.1 below in being right, and 10 % in
+    sharpness, at 4 steps; and at one step it ends further from the teacher's end by less than half
+    of what training brings. Nothing is compared unless the short recipe beats no LoRA in distance
+    at one step.
     """
-    nothing = n["rows"][NONE]["against"]["1"]["distance"]
-    learned = decide(nothing, above=1.0)
-
-    def needless(label: str) -> list:
-        other = n["rows"][label]["against"]
-        right, far = other["4"]["right"], other["1"]["distance"]
-        found = together([decide(right, below=MARGIN), decide(far, above=1 / (1 + MARGIN))])
-        return [found if learned == "shown" else "not shown", far]
-
-    matters = "shown" if n["differ"] and learned == "shown" else "not shown"
-    return {
-        "no averaged target is needed": needless(AVERAGED),
-        "one w is as good as a mixture": needless(MIXED),
-        "some choice matters": [matters, f"{len(n['differ'])} of {n['comparisons']} rows"],
-        "the short recipe beats no LoRA in distance at 1 step": [learned, nothing],
-    }
+    rows = n["rows"]
+    needless = {"no averaged target is needed": AVERAGED, "one w is as good as a mixture": MIXED}
+    found = {k: list(as_good(rows, turned(rows[v]["against"]))) for k, v in needless.items()}
+    return found | {"the short recipe beats no LoRA in distance at 1 step": list(learned(rows))}
 
 
 def figure(n: dict) -> Figure:

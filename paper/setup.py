@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import random
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ NAMES = 64  # that prompts ask for
 spent: dict[Path, float] = {}
 spent_now: list[float] = []  # of those made by this section
 used: dict[str, str] = {}  # {shipped file: content} of those that this section used
+commits: set[str] = set()  # by which the kept parts that this section used were made
 
 
 # ---- how much
@@ -53,7 +55,7 @@ class Budget(NamedTuple):
     quick: bool
     names: int  # that prompts ask for, in two styles each
     runs: tuple[int, ...]  # seeds of training
-    seeds: tuple[int, ...]  # of pictures
+    seeds: tuple[int, ...]  # of pictures, which no earlier run of the paper was judged on
     steps: int  # of the short recipe
     batch: int
     long: int  # steps of the one run that shows the curve over training
@@ -62,8 +64,8 @@ class Budget(NamedTuple):
     far_steps: int
 
 
-FULL = Budget(False, NAMES, (0, 1, 2), (0, 1), 160, 12, 960, 600, 400, 1200)
-QUICK = Budget(True, 4, (0, 1), (0, 1), 2, 2, 4, 4, 4, 6)
+FULL = Budget(False, NAMES, (0, 1, 2), (2, 3, 4), 160, 12, 960, 600, 400, 1200)
+QUICK = Budget(True, 4, (0, 1), (2, 3), 2, 2, 4, 4, 4, 6)
 TUNE = (9,)  # seeds of the pictures by which w and learning rates are chosen, and of nothing else
 
 
@@ -72,6 +74,15 @@ def place(kind: str, quick: bool) -> Path:
     folder = CACHE / "quick" if quick else HERE / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def git(*argv: str) -> str:
+    return subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def commit() -> str:
+    return git("rev-parse", "--short=7", "HEAD")
 
 
 # ---- the model, and what it made before
@@ -126,9 +137,11 @@ def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
         start = time.perf_counter()
         tensors = {k: x.contiguous() for k, x in make().items()}
         spent_now.append(time.perf_counter() - start)
-        write_tensors(path, tensors, {"key": key, "seconds": str(spent_now[-1])})
+        about = {"key": key, "seconds": str(spent_now[-1]), "commit": commit()}
+        write_tensors(path, tensors, about)
     tensors, about = read_tensors(path)
     spent[path] = float(about["seconds"])
+    commits.add(about["commit"])
     return tensors
 
 

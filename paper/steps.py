@@ -1,7 +1,7 @@
 """steps: How good are 1 to 8 steps, at equal network evaluations?
 
 Claim (abstract, Fig. 2): pictures of high quality in very few steps, 1 to 4. A guided step of DDIM
-or DPM-Solver++ costs two evaluations. (About 0.5 h, a third of it training.)
+or DPM-Solver++ costs two evaluations. (About 0.8 h.)
 """
 
 import json
@@ -13,43 +13,50 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, interval, together
 
-from .charts import BLUE, GREY, LIGHT, LOOKS, line, panels, ticks
+from .charts import BLUE, LIGHT, LOOKS, line, panels, ticks
 from .pictures import SOLVERS, TEACHER, Draw, about, against, pictures, save_sheet, seconds_of
 from .setup import HERE, TUNE, Budget, Prompt, names_of, prompts_of, shipped_lora
-from .training import short, train
 
 CONTENT = json.loads((HERE / "content.json").read_text())
 CATEGORY = {name: category for category, names in CONTENT.items() for name in names}
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)  # w that solvers choose from
-MARGIN = 0.05  # of accuracy, and of sharpness
+MARGIN, FAR = 0.05, 0.2  # of accuracy, and of sharpness; of accuracy, whatever the sharpness
+BEST = "guidance distilled, at its best"
 
 
-def tuned(sampler: str, evaluations: int, prompts: list[Prompt]) -> tuple[Draw, dict[str, float]]:
-    """The w that is most often right in so many evaluations, on pictures of a seed of its own, and
-    how often each is: with guidance a solver takes half as many steps.
+def tuned(ways: list[Draw], prompts: list[Prompt]) -> Draw:
+    """The best way to draw, on pictures of a seed of its own: of those that are right within 0.02
+    as often as any, the sharpest.
     """
-    ways = [Draw(sampler, evaluations // (2 if w else 1), w) for w in WEIGHTS]
-    found = {d: pictures(prompts, TUNE, d)["right"].mean().item() for d in ways if d.steps}
-    return max(found, key=found.get), {f"{draw.w:g}": x for draw, x in found.items()}
+    found = {draw: pictures(prompts, TUNE, draw) for draw in ways if draw.steps}
+    right, sharp = (
+        {d: x[k].mean().item() for d, x in found.items()} for k in ("right", "sharpness")
+    )
+    return max((d for d in found if right[d] >= max(right.values()) - 0.02), key=sharp.get)
+
+
+def in_as_many(sampler: str, evaluations: int) -> list[Draw]:
+    """By every w: with guidance a sampler takes half as many steps."""
+    return [Draw(sampler, evaluations // (2 if w else 1), w) for w in WEIGHTS]
 
 
 def diversity(x: dict) -> torch.Tensor:
-    """1 - cosine of the judge's features of two seeds of a prompt -> (prompts, 1)."""
-    return 1 - F.cosine_similarity(*x["features"].unbind(dim=1), dim=-1)[:, None]
+    """1 - cosine of the judge's features of a seed and the next one -> (prompts, seeds)."""
+    return 1 - F.cosine_similarity(x["features"], x["features"].roll(1, dims=1), dim=-1)
 
 
 def ways_of(budget: Budget, prompts: list[Prompt]) -> dict[str, tuple[str, Draw, list]]:
-    """{row: (sampler, how it draws, with which LoRA)}."""
-    only = short(budget)._replace(kind="guidance", steps=5 * budget.steps)
-    lora, guidance = ([(vector, 1.0)] for vector in (shipped_lora(), train(only).end))
-    rows = {"DDIM 50": ("teacher", TEACHER, [])}
+    """{row: (sampler, how it draws, with which LoRA)}. A solver whose guidance is distilled, and
+    nothing else, is drawn as one whose guidance costs nothing: no training could do it better.
+    """
+    rows, lora = {"DDIM 50": ("teacher", TEACHER, [])}, [(shipped_lora(), 1.0)]
     rows |= {f"LCM-LoRA {n}": ("LCM-LoRA", Draw("lcm", n), lora) for n in (1, 2, 3, 4, 6, 8)}
     for n in (4,) if budget.quick else (1, 2, 4, 8, 16):
-        rows[f"no LoRA {n}"] = ("LCM sampler, no LoRA", Draw("lcm", n), [])
-        rows[f"guidance {n}"] = ("guidance distilled, DDIM", Draw("ddim", n), guidance)
-        for sampler, label in SOLVERS.items():
-            draw, _ = tuned(sampler, n, prompts)
+        for sampler, label in ({"lcm": "LCM sampler, no LoRA"} | SOLVERS).items():
+            draw = tuned(in_as_many(sampler, n), prompts)
             rows[f"{label} {draw.steps}, w {draw.w:g}"] = (label, draw, [])
+        draw = tuned([Draw(sampler, n, w) for sampler in SOLVERS for w in WEIGHTS], prompts)
+        rows[f"{SOLVERS[draw.sampler]} {n}, w {draw.w:g}, distilled"] = (BEST, draw, [])
     return rows
 
 
@@ -65,8 +72,8 @@ def measure(budget: Budget) -> dict:
         x = found[label]
         numbers["rows"][label] = about(x, teacher, groups) | {
             "sampler": sampler,
-            "evaluations": draw.evaluations,
-            "seconds": draw.evaluations * seconds[0] + seconds[1],
+            "evaluations": (cost := draw.steps if sampler == BEST else draw.evaluations),
+            "seconds": cost * seconds[0] + seconds[1],
             "name": interval(x["name"], groups=groups),
             "LCM-LoRA 4": against(four, x, teacher, groups),
             "diversity": interval(diversity(x), diversity(teacher), True, groups),
@@ -77,7 +84,7 @@ def measure(budget: Budget) -> dict:
     for w in (0.0, 0.25, 0.5, 1.0):
         x = pictures(prompts, budget.seeds, Draw("lcm", 4, w), rows["LCM-LoRA 4"][2])
         numbers["guidance"][f"{1 + w:g}"] = about(x, teacher, groups)
-    few = [k for k, (_, draw, _) in rows.items() if draw.evaluations in (1, 2, 4, 100)]
+    few = [k for k, row in numbers["rows"].items() if row["evaluations"] in (1, 2, 4, 100)]
     some = range(0, len(prompts), max(1, len(prompts) // 6))[:6]
     sheet = [(prompts[i].name if i else k, found[k]["z0"][i, 0]) for k in few for i in some]
     save_sheet("steps-pictures", sheet, len(some), budget.quick)
@@ -87,26 +94,34 @@ def measure(budget: Budget) -> dict:
 def beats(row: dict) -> str:
     """Is the LCM-LoRA's 4 steps better than a rival, in accuracy and sharpness together?"""
     right, sharp = row["right"], row["sharpness"]
-    both = together([decide(right, above=-MARGIN), decide(sharp, above=1 - MARGIN)])
+    ours = together([decide(right, above=-MARGIN), decide(sharp, above=1 - MARGIN)])
+    theirs = together([decide(right, below=MARGIN), decide(sharp, below=1 + MARGIN)])
     better = "shown" in (decide(right, above=0.0), decide(sharp, above=1.0))
-    return "not shown" if both == "shown" and not better else both
+    if decide(right, above=FAR) == "shown" or ours == "shown" and better:
+        return "shown"
+    return "refuted" if ours == "refuted" != theirs else "not shown"
 
 
 def verdict(n: dict) -> dict:
     """A picture is right if the judge sees the name that was asked for among all 300, in the style
     that was asked for among four. As good as 50 guided steps: less than 0.05 below in accuracy.
-    Better than every rival at 4 evaluations or fewer, solvers with the best w for that, the LCM
-    sampler without a LoRA, and a LoRA with guidance alone in it: less than 0.05 below in accuracy
-    and 5 % in sharpness, and above in one of the two; refuted by one rival that is surely better by
-    more than that in either.
+    Better than every rival at 4 evaluations or fewer, each with the best w for that: solvers, the
+    LCM sampler without a LoRA, and solvers whose guidance costs nothing. Better is less than 0.05
+    below in accuracy and 5 % in sharpness, and above in one of the two; or 0.2 above in accuracy,
+    whatever the sharpness. Refuted by one rival that is surely better by more than 0.05, or 5 %, in
+    one of the two, and not surely worse by as much in the other. (The first and the last were known
+    before the run, on other seeds: section gamma.)
     """
     four, two = n["rows"]["DDIM 50"]["LCM-LoRA 4"]["right"], n["two"]
-    few = [r for r in n["rows"].values() if r["evaluations"] <= 4 and r["sampler"] != "LCM-LoRA"]
-    word = together(beats(r["LCM-LoRA 4"]) for r in few)
-    closest = min(r["LCM-LoRA 4"]["right"] for r in few)
+    few = {
+        k: r for k, r in n["rows"].items() if r["evaluations"] <= 4 and r["sampler"] != "LCM-LoRA"
+    }
+    word = together(beats(r["LCM-LoRA 4"]) for r in few.values())
+    closest = min(few, key=lambda k: few[k]["LCM-LoRA 4"]["right"])
+    said = "{:+.2f} [{:.2f}, {:.2f}] right".format(*few[closest]["LCM-LoRA 4"]["right"])
     return {
         "4 steps are as often right as 50 guided ones": [decide(four, above=-MARGIN), four],
-        "4 steps are better than every rival at as many evaluations": [word, closest],
+        "4 steps beat every rival at as many evaluations": [word, f"{said} against {closest}"],
         "2 steps are as often right as 50 guided ones": [decide(two, above=-MARGIN), two],
     }
 
@@ -129,7 +144,7 @@ def figure(n: dict) -> Figure:
     c.annotate("DDIM 50", (1, rows["DDIM 50"]["right"][0]), fontsize=8)
     for ax in (a, b, c):
         ax.axhline(rows["DDIM 50"]["right"][0], color="0.3", linestyle=":")
-    few = {"LCM-LoRA 1": LIGHT, "LCM-LoRA 2": BLUE, "no LoRA 4": GREY, "DDIM 50": "black"}
+    few = {"LCM-LoRA 1": LIGHT, "LCM-LoRA 4": BLUE, "DDIM 50": "black"}
     for label, color in few.items():
         if label in rows:
             right = list(rows[label]["content"].values())

@@ -337,20 +337,6 @@ def test_the_loss_is_that_of_the_recipe(monkeypatch):
         )
 
 
-def test_guidance_distilled_alone(monkeypatch):
-    """Before training the loss is that of w (eps_c - eps_null): none for w = 0, else more with w;
-    the student comes nearer to the guided teacher.
-    """
-    monkeypatch.setattr(training, "training_data", lambda data, drawings: some_data())
-    recipe = training.Recipe("guidance", steps=12, batch=4, rank=4, lr=1e-2)
-    none, one, three = (
-        training.train_now(recipe._replace(steps=1, w=(w, w)))["loss"].item() for w in (0, 1, 3)
-    )
-    assert none == pytest.approx(0, abs=1e-6) and three == pytest.approx(9 * one, rel=1e-2)
-    losses = training.train_now(recipe)["loss"]
-    assert losses[-4:].mean() < 0.9 * losses[:4].mean()
-
-
 def test_the_teacher_draws_what_the_art_would_show():
     """The same names, styles and colours; half of each takes every other one."""
     art, own, half = (training.training_data(data, 4) for data in ("art", "teacher", "half"))
