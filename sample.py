@@ -58,9 +58,8 @@ SEEDS = 1 << 64  # PyTorch's generators take 0 to one less; on the CPU the lower
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, exit 1
-    add = parser.add_argument
-    grammar = "what to draw: NAME[, STYLE style][, on a COLOR background]"
-    add("prompts", nargs="*", metavar="PROMPT", help=grammar)
+    add, group = parser.add_argument, parser.add_argument_group
+    add("prompts", nargs="*", metavar="PROMPT", help="NAME[, STYLE style][, on a COLOR background]")
     add("--list", action="store_true", help="print the names, styles, colours it knows, and stop")
     again = "draw this picture again, from the recipe inside it, with the flags given besides"
     add("--again", type=Path, metavar="FILE.png", help=again)
@@ -68,7 +67,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--batch", type=int, metavar="N", help="pictures at a time (default: what fits; CPU: 1)")
     seed = "picture i of all, prompt by prompt, has seed + i (default 0; -1: a random one)"
     add("--seed", type=int, default=0, help=seed)
-    add_flags_of_sampling(add)
+    add_flags_of_sampling(group("sampling").add_argument)
+    add = group("model").add_argument
     add("--size", metavar="WxH", help="pixels, e.g. 128x128 (default: the model's own size)")
     model = "a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)"
     add("--model", type=Path, default=WEIGHTS / "model.safetensors", help=model)
@@ -80,8 +80,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     device = "mps is Apple's GPU (default: cuda if available, else cpu)"
     add("--device", choices=["cpu", "cuda", "mps"], default=cuda, help=device)
-    where = "one picture's file, or a folder (default pictures/)"
-    add("--out", default="pictures/", metavar="FILE.png|DIR/", help=where)
+    add = group("output").add_argument
+    add("--out", default="pictures/", metavar="FILE.png|DIR/", help="default: the folder pictures/")
     add("--sheet", type=Path, metavar="FILE.png", help="also write a labelled sheet of all")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -103,8 +103,7 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--steps", type=int, help=f"sampling steps: {steps}")
     at = "lcm: the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
-    fresh = "lcm: TCD's gamma (eta in diffusers), 0-1: how much of the noise between steps is fresh"
-    add("--gamma", type=float, help=fresh)
+    add("--gamma", type=float, help="lcm: TCD's gamma (diffusers' eta), 0-1: share of fresh noise")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
     add("--guidance", type=float, help=guidance)

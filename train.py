@@ -55,10 +55,10 @@ SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
-    add = parser.add_argument
+    group = parser.add_argument_group("what is trained")
+    add, size = group.add_argument, group.add_mutually_exclusive_group(required=True)
     objectives = "what to learn: the noise, or the consistency function"
     add("--objective", choices=["diffusion", "lcm"], required=True, help=objectives)
-    size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of this rank")
     size.add_argument("--full", action="store_true", help="train the whole UNet")
     add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
@@ -67,48 +67,48 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--model", type=Path, default=SHIPPED, help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
-    init = "a LoRA to start from, of this --rank and layers (default: one that changes nothing)"
-    add("--init", type=Path, metavar="FILE", help=init)
+    add("--init", type=Path, metavar="FILE", help="a LoRA of this --rank to start from")
+    add = parser.add_argument_group("--objective lcm").add_argument
+    guidance = "guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH draws "
+    guidance += "one a picture: a full LCM is told it (default 2:14), a LoRA learns a mixture"
+    add("--w", metavar="W[:HIGH]", help=guidance)
+    add("--k", type=int, default=T // GRID, help="length of a skip: 20, 40, ... (default 20)")
+    psi = "DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
+    add("--psi-steps", type=int, default=1, metavar="N", help=psi)
+    add = parser.add_argument_group("data and output").add_argument
     data = "a .tar shard, a folder of them, or of pictures with captions; or a .txt with a prompt "
     data += "a line, for which the model draws the pictures itself (guided, 25 steps of DDIM)"
     add("--data", type=Path, help=data)
+    add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
+    looks = "variants of each picture (crop, composition or seed), encoded once (default 8)"
+    add("--looks", type=int, default=8, help=looks)
+    add("--workers", type=int, default=1, metavar="N", help="per GPU, to read shards (default 1)")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
+    add("--save-every", type=int, default=500, metavar="N", help="save every N steps (default 500)")
+    add("--resume", action="store_true", help="continue from the last state in --out")
+    add = parser.add_argument_group("steps").add_argument
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
-    accumulate = "sum the gradients of N batches per step (default 1)"
-    add("--accumulate", type=int, default=1, metavar="N", help=accumulate)
-    compiled = "torch.compile the UNet: minutes before the first step, then faster on a GPU"
-    add("--compile", action="store_true", help=compiled)
+    add("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
+    rate = (
+        "learning rate (default 3e-4): warm-up for a tenth of the steps, at most 100, then cosine"
+    )
+    add("--lr", type=float, default=3e-4, help=rate)
+    add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
+    average = "write a moving average of the weights, of decay MU (default: 0.9995 for diffusion "
+    average += "--full); of a LoRA's two matrices separately"
+    add("--average", type=float, metavar="MU", help=average)
+    add("--seed", type=int, default=0, help="of all randomness, 0 to 2^64 - 1 (default 0)")
+    add = parser.add_argument_group("memory and speed").add_argument
+    plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
     recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, "
     recompute += "much less memory (default: on for large models)"
     add("--checkpointing", action=BooleanOptionalAction, help=recompute)
     add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half the memory")
-    add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
-    rate = "learning rate: warm-up for a tenth of the steps, at most 100, then cosine to 0 "
-    rate += "(default 3e-4)"
-    add("--lr", type=float, default=3e-4, help=rate)
-    add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
-    guidance = "lcm: guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH "
-    guidance += "draws one a picture: a full LCM is told it (default 2:14), a LoRA learns a mixture"
-    add("--w", metavar="W[:HIGH]", help=guidance)
-    add("--k", type=int, default=T // GRID, help="lcm: length of a skip: 20, 40, ... (default 20)")
-    psi = "lcm: DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
-    add("--psi-steps", type=int, default=1, metavar="N", help=psi)
-    average = "write a moving average of the weights, of decay MU (default: 0.9995 for diffusion "
-    average += "--full); of a LoRA's two matrices separately"
-    add("--average", type=float, metavar="MU", help=average)
-    looks = "variants of each picture (crop, composition or seed), encoded once (default 8)"
-    add("--looks", type=int, default=8, help=looks)
-    readers = "shards: reading processes per GPU, each with shards of its own (default 1)"
-    add("--workers", type=int, default=1, metavar="N", help=readers)
-    add("--seed", type=int, default=0, help="of all randomness, 0 to 2^64 - 1 (default 0)")
-    save = "save and draw a sheet every N steps (default 500)"
-    add("--save-every", type=int, default=500, metavar="N", help=save)
-    add("--resume", action="store_true", help="continue from the last state in --out")
-    plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
-    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
+    add("--compile", action="store_true", help="torch.compile: minutes, then faster on a GPU")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if available; with --plan cuda")
     args = parser.parse_args(argv)
     check_values(args, parser.error)
