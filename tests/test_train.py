@@ -30,7 +30,7 @@ from minilcm.lora import add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
 from minilcm.run import diagnostics
-from minilcm.run.diagnostics import guided_trajectory, read_metrics
+from minilcm.run.diagnostics import from_seeds, guided_trajectory, read_metrics
 from minilcm.run.state import how_to_draw, latest_state, read_run, save_state
 from minilcm.schedule import T, make_schedule
 from minilcm.solver import guided_eps
@@ -78,10 +78,15 @@ def kept_trajectory(network, z_T, cond, null_cond, schedule, w):
 @pytest.fixture(autouse=True)
 def measure_little(monkeypatch):
     """What a save measures, tested in test_diagnostics.py, takes most of a short run: two fixed
-    batches for eight, two of the grid's indices for ten.
+    batches for eight, two of the grid's indices for ten, at most four steps for twenty.
     """
+
+    def few_steps(eps_fn, like, sampler, steps, schedule):
+        return from_seeds(eps_fn, like, sampler, min(steps, 4), schedule)
+
     monkeypatch.setattr(train, "islice", lambda batches, _: islice(batches, 2))
     monkeypatch.setattr(diagnostics, "INDICES", (0, 49))
+    monkeypatch.setattr(diagnostics, "from_seeds", few_steps)
     monkeypatch.setattr(diagnostics, "guided_trajectory", torch.no_grad()(kept_trajectory))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from minilcm.generate import generate
 from minilcm.merge import delta
 from paper import __main__ as command
 from paper import (
@@ -361,9 +362,15 @@ MEMORY = {"planned": {"SD-V1.5, batch 1": PLANNED}}
 
 def test_from_measurement_to_report(monkeypatch, capsys):
     """Each section measures, judges and draws itself; the report finds every number it wants.
-    Memory's networks are of full size, so here its numbers are made up.
+    Memory's networks are of full size, so here its numbers are made up; of 50 steps three are
+    drawn.
     """
+
+    def few_steps(eps_fn, seeds, shape, sampler, steps, **how):
+        return generate(eps_fn, seeds, shape, sampler, min(steps, 3), **how)
+
     monkeypatch.setattr(memory, "measure", lambda budget: MEMORY)
+    monkeypatch.setattr(pictures, "generate", few_steps)
     monkeypatch.setattr(command, "QUICK", setup.QUICK._replace(names=2))
     command.main(["--quick"])
     out, said = setup.CACHE / "quick", capsys.readouterr().out
