@@ -84,8 +84,8 @@ def run(*argv) -> dict[str, float]:
 
 def make(family: str, folder: Path) -> None:
     """Run in a process of its own, which gives its memory back."""
+    from benchmarks.files_for_others import write_configs
     from benchmarks.full_size import make_files
-    from benchmarks.other_programs import write_configs
     from minilcm.files.safetensors_file import read_tensors, write_tensors
 
     model, _ = make_files(family, folder)
