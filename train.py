@@ -290,8 +290,6 @@ def train(
     drawn = data.on_device(device, null_cond, args.seed, start * args.accumulate)
     if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
         drawn = in_background(drawn)
-    if args.compile:
-        training.unet.compile(dynamic=False)
     loop(args, drawn, training, batch_loss, save, start, reading)
     say(states.how_to_draw(args, data.prompts[0], args.model.resolve() == SHIPPED.resolve()))
 
@@ -305,13 +303,15 @@ def loop(
     start: int,
     reading: Reading,
 ) -> None:
-    _, nets, named, average, optimizer = training
+    unet, nets, named, average, optimizer = training
     device, first = args.device, reading.process == 0
     pictures = args.batch * args.accumulate * reading.world
     bar = {"unit": " pictures", "unit_scale": pictures, "disable": None if first else True}
     progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
+    if args.compile:
+        unet.compile(dynamic=False)
     for step in progress:
         lr = args.lr if args.constant_lr else learning_rate(args.lr, step, args.steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -332,7 +332,7 @@ def loop(
         optimizer.step()
         optimizer.zero_grad()
         if nets.target_unet is not None:
-            update_ema(nets.target_unet, training.unet)
+            update_ema(nets.target_unet, unet)
         if average:
             training.update_average(args.average, step)
 

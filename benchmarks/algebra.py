@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
+from benchmarks.check import difference
 from benchmarks.full_size import make_files
 from minilcm.__main__ import main, parse
 from minilcm.files.lora_file import read_tau, write_tau
@@ -44,23 +44,18 @@ def say(what: str, value: float, goal: float) -> None:
     print(f"{what:64} {value:.2e}   goal {goal:.0e}", flush=True)
 
 
-def far(a: Tensor, b: Tensor) -> float:
-    """Largest difference as a share of b's largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 def combine(folder: Path, tau_a: Tau, tau_b: Tau) -> None:
     a, b, mix = (folder / f"{name}.safetensors" for name in ("lora", "style", "mix"))
     run("combine", f"{a}:1.0", f"{b}:0.8", "-o", mix, "--dtype", "float32")
     exact = worst = 0.0
     for path, parts in read_tau(mix).items():
         expected = delta(*tau_a[path]) + 0.8 * delta(*tau_b[path])
-        exact = max(exact, far(delta(*parts), expected))
+        exact = max(exact, difference(delta(*parts), expected))
         (up_a, down_a, alpha_a), (up_b, down_b, alpha_b) = tau_a[path], tau_b[path]
         # factors averaged separately, for the ranks that both have: B = B_a + B_b, A = A_a + A_b
         r = min(len(down_a), len(down_b))
         up = alpha_a / len(down_a) * up_a[:, :r] + 0.8 * alpha_b / len(down_b) * up_b[:, :r]
-        worst = max(worst, far(delta(up, down_a[:r] + down_b[:r], r), expected))
+        worst = max(worst, difference(delta(up, down_a[:r] + down_b[:r], r), expected))
     say("combine against lambda1 dW1 + lambda2 dW2, worst module", exact, 1e-6)
     print(f"{'  A and B averaged instead: off by':64} {worst:.2e}   of the largest value")
 
@@ -78,17 +73,14 @@ def merge_and_back(folder: Path, model: Path, lora: Path, what: str) -> None:
                 continue
             changed += 1
             if what == "float32":
-                worst = max(worst, far(z, x))
+                worst = max(worst, difference(z, x))
             else:  # each of two roundings moves a value by half a unit of the larger of the two
                 larger = torch.maximum(x.abs(), y.abs()).clamp(min=2**-14)
                 unit = torch.finfo(torch.float16).eps * larger
                 worst = max(worst, ((z - x).abs() / unit).max().item())
     units = "" if what == "float32" else ", in units of rounding"
-    say(
-        f"{what} merge, unmerge: worst of {changed} changed{units}",
-        worst,
-        1e-6 if what == "float32" else 1.0,
-    )
+    goal = 1e-6 if what == "float32" else 1.0
+    say(f"{what} merge, unmerge: worst of {changed} changed{units}", worst, goal)
     back.unlink()
 
 
@@ -106,11 +98,8 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
     # four digits are printed
     say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)
     in_all = float(re.search(r"in all .* = (\S+)", printed)[1])
-    say(
-        f"resize to 16: printed in all {in_all:.4f}, against the direct one",
-        abs(in_all - (lost / norm) ** 0.5),
-        6e-5,
-    )
+    what = f"resize to 16: printed in all {in_all:.4f}, against the direct one"
+    say(what, abs(in_all - (lost / norm) ** 0.5), 6e-5)
 
 
 def extract(folder: Path, base: Path, tau: Tau) -> None:
@@ -130,33 +119,27 @@ def extract(folder: Path, base: Path, tau: Tau) -> None:
 def check(family: str, folder: Path) -> None:
     model, lora = make_files(family, folder)
     tau = read_tau(lora)
-    style = {
-        path: (
-            fill(f"style up {path}", (up.shape[0], 16, *up.shape[2:])),
-            fill(f"style down {path}", (16, *down.shape[1:])),
-            4.0,
-        )
-        for path, (up, down, _) in tau.items()
-    }
+    style = {}
+    for path, (up, down, _) in tau.items():
+        style_up = fill(f"style up {path}", (up.shape[0], 16, *up.shape[2:]))
+        style_down = fill(f"style down {path}", (16, *down.shape[1:]))
+        style[path] = style_up, style_down, 4.0
     write_tau(folder / "style.safetensors", style, {}, torch.float32)
     combine(folder, tau, style)
     resize(folder, lora, tau)
     merge_and_back(folder, model, lora, "float16")
-    tensors, _ = read_tensors(model)
-    base = folder / "float32.safetensors"
-    write_tensors(
-        base, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, {}
-    )
-    del tensors
+    base, tensors = folder / "float32.safetensors", read_tensors(model)[0].items()
+    wide = {key: x.float() if x.is_floating_point() else x for key, x in tensors}
+    write_tensors(base, wide, {})
+    del tensors, wide
     model.unlink()
     merge_and_back(folder, base, lora, "float32")
     extract(folder, base, tau)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("family", choices=["sd15", "sdxl", "ssd1b"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -212,25 +212,45 @@ def text_by_others(cfg: TextConfig, tensors: dict[str, Tensor], tokens: tuple[Te
         return states.last_hidden_state, None
     width, layers, heads = cfg.big
     big = CLIPTextModelWithProjection(CLIPTextConfig(**clip_arguments(width, layers, heads, True)))
-    state = convert_open_clip_checkpoint(
-        big, dict(tensors), prefix="conditioner.embedders.1.model."
-    )
+    prefix = "conditioner.embedders.1.model."
+    state = convert_open_clip_checkpoint(big, dict(tensors), prefix=prefix)
     states_big = fill(big, state)(tokens[1], output_hidden_states=True)
     both = states.hidden_states[-2], states_big.hidden_states[-2]
     return torch.cat(both, dim=-1), states_big.text_embeds
+
+
+def unet_by_diffusers(cfg: UNetConfig, path: Path) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_arguments(cfg))
+    tensors = {k: w for k, w in load_file(path).items() if k.startswith("model.diffusion_model.")}
+    state = convert_ldm_unet_checkpoint(tensors, unet.config)
+    del tensors  # each float16 tensor goes when its float32 copy is made
+    unet.load_state_dict({k: state.pop(k).float() for k in list(state)}, assign=True)
+    return unet
+
+
+def load_lora(unet: nn.Module, file: Path, xl: bool) -> None:
+    """As diffusers' pipeline does, for the UNet alone."""
+    from diffusers import StableDiffusionPipeline as SD
+    from diffusers import StableDiffusionXLPipeline as SDXL
+
+    pipeline = SDXL if xl else SD
+    lora, alphas = pipeline.lora_state_dict(file, unet_config=unet.config)
+    said = read_header(file)[1].get("lora_adapter_metadata")
+    how = dict(adapter_name=file.stem, metadata=json.loads(said) if said else None)
+    pipeline.load_lora_into_unet(lora, alphas, unet, **how)
 
 
 @torch.no_grad()
 def by_diffusers(
     path: Path, config: Config, loras: list[Path], x: Inputs, tokens: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
-    from diffusers import StableDiffusionPipeline as SD
-    from diffusers import StableDiffusionXLPipeline as SDXL
-    from diffusers.loaders.single_file_utils import (
-        convert_ldm_unet_checkpoint,
-        convert_ldm_vae_checkpoint,
-    )
+    from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from safetensors.torch import load_file
 
     tensors, out, v = load_file(path), {}, config.vae
@@ -245,23 +265,15 @@ def by_diffusers(
     out["VAE, encode"] = vae.encode(x.pixels).latent_dist.mean * v.scale
     out["VAE, decode"] = vae.decode(x.z_t / v.scale).sample
 
-    tensors = {k: w for k, w in tensors.items() if k.startswith("model.diffusion_model.")}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_arguments(config.unet))
-    state = convert_ldm_unet_checkpoint(tensors, unet.config)
     del tensors
-    unet.load_state_dict({k: state.pop(k).float() for k in list(state)}, assign=True)
+    unet = unet_by_diffusers(config.unet, path)
 
     def eps_of(z_t: Tensor, t: int | Tensor) -> Tensor:
         return unet(z_t, t, context, added_cond_kwargs=added).sample
 
     out["UNet"] = eps_of(x.z_t, T_MIDDLE)
-    pipeline = SD if pooled is None else SDXL
     for file in loras:
-        lora, alphas = pipeline.lora_state_dict(file, unet_config=unet.config)
-        said = read_header(file)[1].get("lora_adapter_metadata")
-        how = dict(adapter_name=file.stem, metadata=json.loads(said) if said else None)
-        pipeline.load_lora_into_unet(lora, alphas, unet, **how)
+        load_lora(unet, file, xl=pooled is not None)
         unet.set_adapters([file.stem], [1.0])
         out[f"UNet + {file.stem}"] = eps_of(x.z_t, T_MIDDLE)
     if loras:
@@ -271,10 +283,8 @@ def by_diffusers(
     says |= dict(timestep_spacing="trailing", rescale_betas_zero_snr=config.unet.zero_snr)
     says |= dict(prediction_type="v_prediction" if config.unet.v else "epsilon")
     ends = dict(clip_sample=False, set_alpha_to_one=False)
-    for sampler, scheduler in (
-        ("lcm", LCMScheduler(**says)),
-        ("ddim", DDIMScheduler(**says, **ends)),
-    ):
+    schedulers = {"lcm": LCMScheduler(**says), "ddim": DDIMScheduler(**says, **ends)}
+    for sampler, scheduler in schedulers.items():
         z_t, (generator,) = noise([x.seed], x.z_t.shape[1:])
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps:

@@ -43,18 +43,8 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
         if what == "load":
             load_model(model, dtype)
         else:
-            main(
-                parse(
-                    [
-                        "merge",
-                        str(model),
-                        str(lora),
-                        "-o",
-                        str(out / "merged.safetensors"),
-                        "--force",
-                    ]
-                )
-            )
+            merged = out / "merged.safetensors"
+            main(parse(["merge", str(model), str(lora), "-o", str(merged), "--force"]))
     else:
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -75,25 +65,22 @@ def job(who: str, what: str, family: str, folder: Path, out: Path) -> None:
 
 def run(*argv) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.files", *map(str, argv)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    lines = done.stdout.splitlines()
-    return json.loads(lines[-1])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, check=True, text=True, **pipes)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def make(family: str, folder: Path) -> None:
     """Run in a process of its own, which gives its memory back."""
+    from benchmarks.files_for_others import write_configs
     from benchmarks.full_size import make_files
-    from benchmarks.other_programs import write_configs
     from minilcm.files.safetensors_file import read_tensors, write_tensors
 
     model, _ = make_files(family, folder)
     if DTYPES[family] == torch.float32:
-        tensors, _ = read_tensors(model)
-        write_tensors(
-            model, {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}, {}
-        )
+        tensors = read_tensors(model)[0].items()
+        wide = {key: x.float() if x.is_floating_point() else x for key, x in tensors}
+        write_tensors(model, wide, {})
     write_configs(folder / "config", family)
     os.sync()
 
@@ -127,16 +114,12 @@ if __name__ == "__main__":
     if len(sys.argv) == 6:
         job(*sys.argv[1:4], Path(sys.argv[4]), Path(sys.argv[5]))
     else:
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
         parser.add_argument("--rounds", type=int, default=3)
         parser.add_argument("--family", choices=[*DTYPES, "both"], default="both")
-        parser.add_argument(
-            "--out",
-            type=Path,
-            help="where merged models go: memory, e.g. /dev/shm, or TMPDIR (default)",
-        )
+        where = "where merged models go: memory, e.g. /dev/shm, or TMPDIR (default)"
+        parser.add_argument("--out", type=Path, help=where)
         args = parser.parse_args()
         for family in DTYPES if args.family == "both" else [args.family]:
             with tempfile.TemporaryDirectory() as name:

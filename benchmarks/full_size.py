@@ -90,9 +90,8 @@ def make_files(family: str, folder: Path) -> tuple[Path, Path]:
     write_tensors(folder / "model.safetensors", tensors, {})
     tensors = {}
     for key, shape in lora_shapes(family).items():
-        tensors[key] = (
-            torch.tensor(8.0).half() if key.endswith("alpha") else fill(key, shape).half()
-        )
+        alpha = key.endswith("alpha")
+        tensors[key] = (torch.tensor(8.0) if alpha else fill(key, shape)).half()
         if key.endswith("lora_up.weight"):
             tensors[key] = tensors[key] * 0.8  # times alpha / rank = 1/8
     write_tensors(folder / "lora.safetensors", tensors, {})

@@ -41,14 +41,12 @@ RUNS = {
         "--objective lcm --rank 64 --batch 2 --size 256 --no-checkpointing".split(),
     ],
 }
+ALLOCATORS = {"as it is": {}, "no gaps": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
 
 def resident(which: str) -> float:
-    return (
-        1024
-        * int(re.search(rf"{which}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-        / 1e9
-    )
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{which}:\s*(\d+) kB", status)[1]) / 1e9
 
 
 def job(argv: list[str]) -> None:
@@ -59,9 +57,8 @@ def job(argv: list[str]) -> None:
     diagnostics.guided_trajectory = lambda network, z_T, *_: torch.zeros(51, *z_T.shape)
     diagnostics.from_seeds = lambda eps_fn, like, *_: torch.zeros_like(like)
     diagnostics.consistency_along_trajectory = lambda *_: ({}, {})
-    diagnostics.distance_to_teacher = diagnostics.loss_by_index = diagnostics.loss_by_band = (
-        lambda *_: {}
-    )
+    for name in ("distance_to_teacher", "loss_by_index", "loss_by_band"):
+        setattr(diagnostics, name, lambda *_: {})
     diagnostics.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
     # one fixed batch instead of eight
     train.islice = lambda batches, _: itertools.islice(batches, 1)
@@ -93,12 +90,9 @@ def main(name: str, folder: Path) -> None:
     pictures = folder / "pictures"
     pictures.mkdir()
     for i in range(8):
-        pixels = (
-            torch.randint(0, 256, (600, 600, 3), generator=torch.Generator().manual_seed(i))
-            .byte()
-            .numpy()
-        )
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        generator = torch.Generator().manual_seed(i)
+        pixels = torch.randint(0, 256, (600, 600, 3), generator=generator).byte()
+        Image.fromarray(pixels.numpy()).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"picture {i}")
     model = ROOT / "weights/emoji/model.safetensors"
     if name == "sd15":
@@ -111,14 +105,10 @@ def main(name: str, folder: Path) -> None:
         run = ["--data", str(pictures), "--out", str(folder / f"run{i}")]
         run += "--steps 2 --looks 1".split()
         plan = planned(argv)
-        for allocator, environment in {
-            "as it is": {},
-            "no gaps": {"MALLOC_MMAP_THRESHOLD_": "65536"},
-        }.items():
+        for allocator, environment in ALLOCATORS.items():
             command = [sys.executable, "-m", "benchmarks.plan_peak", "--job", *argv, *run]
-            job = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-            )
+            how = dict(stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+            job = subprocess.run(command, check=True, **how)
             shutil.rmtree(folder / f"run{i}")
             process, rise = map(float, job.stdout.splitlines()[-1].split())
             line = f"{' '.join(flags):72} {plan:5.2f} GB {allocator:>9}"

@@ -90,23 +90,11 @@ What it says:
 
 def main() -> None:
     print(PAGE)
-    columns = (
-        "model",
-        "trained",
-        "TFLOP a picture",
-        "GPUs",
-        "compute",
-        "wire",
-        "pictures a second",
-        "shards",
-        "cores a GPU",
-    )
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for name, config in (
-        ("SD1.5", sd15_config()),
-        ("SSD-1B", ssd1b_config()),
-        ("SDXL", sdxl_config()),
-    ):
+    columns = "model | trained | TFLOP a picture | GPUs | compute | wire | pictures a second"
+    columns += " | shards | cores a GPU"
+    print(f"| {columns} |\n" + "|---" * (columns.count("|") + 1) + "|")
+    models = {"SD1.5": sd15_config(), "SSD-1B": ssd1b_config(), "SDXL": sdxl_config()}
+    for name, config in models.items():
         for rank in (64, None):
             objective = Objective("lcm", rank, checkpointing=True)
             flops, trained, teacher = operations(objective, config, config.size)

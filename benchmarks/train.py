@@ -72,9 +72,8 @@ def by_minilcm(
     folder: Path, dtype: torch.dtype, checkpointing: bool
 ) -> tuple[LossFn, list[nn.Parameter]]:
     narrow = dtype == torch.float32
-    objective = Objective(
-        "lcm", RANK, LORA_ALPHA, w_range=(W, W), checkpointing=checkpointing, narrow=narrow
-    )
+    how = dict(w_range=(W, W), checkpointing=checkpointing, narrow=narrow)
+    objective = Objective("lcm", RANK, LORA_ALPHA, **how)
     with torch.device("meta"):
         unet = UNet(sd15())
     load_strict(unet, read_unet(folder, torch.float16 if narrow else dtype), "UNet")
@@ -87,23 +86,27 @@ def by_minilcm(
     return loss, [x for x in unet.parameters() if x.requires_grad]
 
 
-def by_diffusers(
-    folder: Path, dtype: torch.dtype, checkpointing: bool, two: bool
-) -> tuple[LossFn, list[nn.Parameter]]:
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+def diffusers_unet(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """SD1.5's, frozen."""
+    from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
     state = {f"model.diffusion_model.{key}": x for key, x in read_unet(folder, dtype).items()}
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, unet.config), assign=True)
-    unet.requires_grad_(False)
-    del state
+    return unet.requires_grad_(False)
+
+
+def by_diffusers(
+    folder: Path, dtype: torch.dtype, checkpointing: bool, two: bool
+) -> tuple[LossFn, list[nn.Parameter]]:
+    from diffusers import StableDiffusionPipeline as SD
+
+    unet = diffusers_unet(folder, dtype)
     teacher_unet = copy.deepcopy(unet) if two else None
-    lora = StableDiffusionPipeline.lora_state_dict(
-        folder / "lora.safetensors", unet_config=unet.config
-    )
-    StableDiffusionPipeline.load_lora_into_unet(*lora, unet, adapter_name="lcm")
+    lora = SD.lora_state_dict(folder / "lora.safetensors", unet_config=unet.config)
+    SD.load_lora_into_unet(*lora, unet, adapter_name="lcm")
     parameters = []
     for name, x in unet.named_parameters():
         x.requires_grad_("lora_" in name)
@@ -180,9 +183,8 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
     count = sum(x.numel() for x in parameters)
     assert count == 67_252_224 and all(x.dtype == torch.float32 for x in parameters), count
     g = torch.Generator().manual_seed(0)
-    z0, cond, null_cond = (
-        torch.randn(shape, generator=g) for shape in ((1, 4, SIDE, SIDE), *[(1, 77, 768)] * 2)
-    )
+    shapes = (1, 4, SIDE, SIDE), (1, 77, 768), (1, 77, 768)
+    z0, cond, null_cond = (torch.randn(shape, generator=g) for shape in shapes)
     loading = peak()
     forget_peak()
     losses, seconds, processor = [], [], []
@@ -196,23 +198,14 @@ def job(program: str, checkpointing: bool, dtype: torch.dtype, steps: int, folde
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - start_processor)
-    facts = {
-        "losses": losses,
-        "seconds": seconds[1:],
-        "processor": processor[1:],
-        "peak": peak(),
-        "loading": loading,
-    }
-    print(json.dumps(facts))
+    facts = {"losses": losses, "seconds": seconds[1:], "processor": processor[1:]}
+    print(json.dumps(facts | {"peak": peak(), "loading": loading}))
 
 
 def run(*argv) -> dict:
     command = [sys.executable, "-m", "benchmarks.train", "--job", *map(str, argv)]
-    return json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
-            -1
-        ]
-    )
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
@@ -224,19 +217,16 @@ def bench(dtype: str, rounds: int, steps: int, folder: Path) -> bool:
     for _ in range(rounds):
         for checkpointing in switch:
             for program in PROGRAMS:
-                results.setdefault((program, checkpointing), []).append(
-                    run(program, checkpointing, dtype, steps, folder)
-                )
+                facts = run(program, checkpointing, dtype, steps, folder)
+                results.setdefault((program, checkpointing), []).append(facts)
     threads = torch.get_num_threads()
     print(f"SD1.5, {8 * SIDE} pixels, batch 1, rank {RANK}, {dtype}, {threads} threads")
     print(f"{rounds} processes each, {steps} steps after the first\n")
     table = {}
     for (program, checkpointing), runs in results.items():
         seconds = [x for one in runs for x in one["seconds"]]
-        middle, memory = table[program, checkpointing] = (
-            median(seconds),
-            max(one["peak"] for one in runs),
-        )
+        middle, memory = median(seconds), max(one["peak"] for one in runs)
+        table[program, checkpointing] = middle, memory
         first, last = runs[0]["losses"][0], runs[0]["losses"][-1]
         what, loading = program + ", checkpointing" * checkpointing, max(x["loading"] for x in runs)
         print(
@@ -264,17 +254,12 @@ if __name__ == "__main__":
         _, _, program, checkpointing, dtype, steps, folder = sys.argv
         job(program, checkpointing == "True", getattr(torch, dtype), int(steps), Path(folder))
     else:
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        add, best = parser.add_argument, minilcm.model.precision.default_dtype("cpu")
-        best = str(best).removeprefix("torch.")
-        add(
-            "--dtype",
-            choices=["float32", "bfloat16", "float16"],
-            default=best,
-            help=f"of the frozen base (default: what this processor does well, {best})",
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+        add, dtypes = parser.add_argument, ["float32", "bfloat16", "float16"]
+        best = str(minilcm.model.precision.default_dtype("cpu")).removeprefix("torch.")
+        base = f"of the frozen base (default: what this processor does well, {best})"
+        add("--dtype", choices=dtypes, default=best, help=base)
         add("--rounds", type=int, default=2, help="processes of each program (default 2)")
         add("--steps", type=int, default=3, help="steps timed in each (default 3)")
         args = parser.parse_args()

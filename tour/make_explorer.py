@@ -47,6 +47,7 @@ LAMBDAS = (0.0, 0.5, 0.8, 1.0, 1.4)
 STYLES = ("blueprint", "papercut")
 
 Point = tuple[Tensor, Tensor]  # z_t and f(z_t, t), both (b, 4, h, w)
+Way = tuple[list[Point], Tensor]  # every point of a sampler's path, and the z0 in which it ends
 
 
 class Studio:
@@ -76,8 +77,7 @@ class Studio:
         null_cond = self.text.null_cond(len(self.seeds)) if guided else None
         return guided_eps(unet, cond, null_cond, self.w if guided else 0)
 
-    def path(self, eps_fn: EpsFn, sampler: str, steps: int) -> tuple[list[Point], Tensor]:
-        """Every (z_t, f(z_t, t)) on a sampler's way, and the z0 in which it ends."""
+    def path(self, eps_fn: EpsFn, sampler: str, steps: int) -> Way:
         points = []
 
         def record(z_t: Tensor, t: int) -> Tensor:
@@ -117,6 +117,16 @@ def plane_of(trajectory: Tensor) -> tuple[Callable[[Tensor], list[float]], float
         return [round((away @ x).item(), 2), round((away @ y).item(), 2)]
 
     return project, (s[:2].square().sum() / s.square().sum()).item()
+
+
+def in_plane(i: int, teacher: Tensor, paths: dict[tuple[str, int], Way]) -> dict:
+    """Picture i's paths, the teacher's of (51, b, 4, h, w) and the samplers', in one plane."""
+    project, share = plane_of(teacher[:, i])
+    one = {"share": round(share, 3), "teacher": [project(z) for z in teacher[:, i]]}
+    for (sampler, n), (points, z0) in paths.items():
+        jumps = [project(z[i]) + (project(f[i]) if sampler == "lcm" else []) for z, f in points]
+        one[f"{sampler}{n}"] = [*jumps, project(z0[i])]
+    return one
 
 
 def rms(z: Tensor) -> list[float]:
@@ -164,14 +174,6 @@ def main() -> None:
         studio.write_sheets(style, drawn)
 
     # ---- the numbers
-    projected = []
-    for i in range(len(studio.seeds)):
-        project, share = plane_of(teacher[:, i])
-        one = {"share": round(share, 3), "teacher": [project(z) for z in teacher[:, i]]}
-        for (sampler, n), (points, z0) in paths.items():
-            jumps = [project(z[i]) + (project(f[i]) if sampler == "lcm" else []) for z, f in points]
-            one[f"{sampler}{n}"] = [*jumps, project(z0[i])]
-        projected.append(one)
     data = {
         "prompts": [name + background for name, background in PROMPTS.items()],
         "seeds": SEEDS,
@@ -184,7 +186,7 @@ def main() -> None:
         # RMS of z0 minus the end of the teacher's path, for each prompt and seed
         "distance": {f"{s}{n}": rms(z0 - end) for (s, n), (_, z0) in paths.items()},
         "gammaDistance": [rms(z0 - end) for z0 in by_gamma.values()],
-        "paths": projected,
+        "paths": [in_plane(i, teacher, paths) for i in range(len(studio.seeds))],
     }
     text = json.dumps(data, separators=(",", ":"))
     (HERE / "explorer/data.js").write_text(f"const DATA = {text};\n")
