@@ -16,10 +16,11 @@ from . import setup
 from .setup import HERE, content_of, place
 
 UNKNOWN = "not measured on this model yet"
+FRONT = HERE.parent / "README.md"
 
 
 def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
-    """README.md and a figure a section; of a quick run into its folder."""
+    """README.md and a figure a section, and the front page's table; of a quick run its folder's."""
     results, figures = read_results(place("results", quick), claims), place("figures", quick)
     for name, claim in claims.items():
         (figures / f"{name}.svg").unlink(missing_ok=True)
@@ -29,6 +30,8 @@ def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
     text = assemble((HERE / "report.md").read_text(), claims, results)
     folder, text = (figures, text.replace("figures/", "")) if quick else (HERE, text)
     folder.joinpath("README.md").write_text(text)
+    if not quick:
+        FRONT.write_text(front_page(FRONT.read_text(), results))
     print(f"report: {len(results)} of {len(claims)} sections, {len(text.split())} words")
 
 
@@ -77,6 +80,18 @@ def table(claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
             cells = [statement, f"**{verdict}**", form(number, ""), picture]
         rows.append("| " + " | ".join([f"[{name}](#{name}): {question(claim)[0]}", *cells]) + " |")
     return "\n".join(rows)
+
+
+def front_page(text: str, results: dict[str, dict]) -> str:
+    """The text with a row for each measured statement between its two comments."""
+    rows = ["| claim | verdict | number |", "|---|---|---|"]
+    for name, result in results.items():
+        for statement, (verdict, number) in result["verdict"].items():
+            rows.append(f"| [{name}](paper/README.md#{name}): {statement} | {verdict} | ")
+            rows[-1] += f"{form(number, '')} |"
+    start, end = "<!-- claims, by python -m paper report -->\n", "\n<!-- claims end -->"
+    before, _, rest = text.partition(start)
+    return before + start + "\n".join(rows) + end + rest.partition(end)[2]
 
 
 def section(name: str, claim: ModuleType, result: dict | None, body: str) -> str:

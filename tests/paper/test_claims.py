@@ -425,6 +425,9 @@ def test_the_committed_report_is_that_of_the_committed_results(monkeypatch):
     results = report.read_results(report.HERE / "results", command.CLAIMS)
     text = report.assemble((report.HERE / "report.md").read_text(), command.CLAIMS, results)
     assert "{{" not in text and text == (report.HERE / "README.md").read_text()
+    front = report.FRONT.read_text()
+    assert "| [memory](paper/README.md#memory): " in front
+    assert report.front_page(front, results) == front
 
 
 @pytest.mark.parametrize("text", ["{{rows/absent}}", "{{absent}}", "{{table rows: key; absent}}"])
