@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilcm.lcm import f_theta, huber, lcm_grid, train_grid
+from minilcm.lcm import f_theta, huber, train_grid
 from minilcm.lora import LoRALinear
 from minilcm.merge import combine, delta, reduce_rank
 from minilcm.schedule import add_more_noise, add_noise, eps_from_x0, make_schedule, x0_from_eps
@@ -34,12 +34,32 @@ def mean_answer(z, alpha, sigma, answers):
     return torch.softmax(-((z[:, None] - alpha * answers) ** 2) / (2 * sigma**2), dim=1) @ answers
 
 
-def adapted(x, weight, up, down, lora_alpha, scale):
-    layer = LoRALinear(weight.shape[1], len(weight), bias=False)
-    layer.adapt(len(down), lora_alpha)
-    layer.weight.data, layer.lora_up.weight.data, layer.lora_down.weight.data = weight, up, down
-    layer.scale = scale
-    return layer(x)
+def width_after(ts, s, alpha_bar):
+    variance = 1.0  # of the noise that the first jump starts from
+    for i, t in enumerate(ts):
+        a, b = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
+        variance = a**2 * variance + b**2 if i else variance
+        variance = variance * (a * s**2 / (a**2 * s**2 + b**2)) ** 2
+    return variance**0.5
+
+
+def neighbour(z, t, t_end, m, s, alpha_bar):
+    width = (SCHEDULE.alpha**2 * s**2 + SCHEDULE.sigma**2).sqrt()
+    return SCHEDULE.alpha[t_end] * m + width[t_end] / width[t] * (z - SCHEDULE.alpha[t] * m)
+
+
+@torch.enable_grad()
+def huber_slope(a, b, c):
+    a = a.clone().requires_grad_()
+    return torch.autograd.grad(huber(a, b, c), a)[0] * a.numel()
+
+
+@torch.enable_grad()
+def gradients(x, up, down, of_y):
+    layer = LoRALinear(x.shape[1], len(up), bias=False)
+    layer.adapt(len(down), len(down))
+    layer.lora_up.weight.data, layer.lora_down.weight.data = up, down
+    return torch.autograd.grad(layer(x), [layer.lora_up.weight, layer.lora_down.weight], of_y)
 
 
 def add_two(up1, down1, up2, down2, lambda1, lambda2):
@@ -53,6 +73,13 @@ def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
     return add_more_noise(z_s, fresh, s, t_next, SCHEDULE)
 
 
+def fresh_share(t_next, gamma, alpha_bar):
+    nothing, one = torch.zeros(()), torch.ones(())
+    return (
+        next_point(nothing, nothing, one, t_next, gamma, alpha_bar) / SCHEDULE.sigma[t_next]
+    ) ** 2
+
+
 # ---- the exercises, two a chapter: the package's answer, inputs, what of an answer is compared
 
 X, Y, Z, T3 = (*(draw(3, 4, 8, 8, seed=i) for i in range(3)), torch.tensor([19, 499, 999]))
@@ -60,8 +87,11 @@ B, A, D, C = draw(6, 2), draw(2, 5), draw(6, 3, seed=1), draw(3, 5, seed=1)
 S = torch.tensor([3.0, 2, 1, 0.5])
 EXERCISES = {
     "noisy": (lambda z0, eps, t, _: add_noise(z0, eps, t, SCHEDULE), [(X, Y, T3, TABLE)]),
-    "as_strong": (lambda table: int((table < 0.5).nonzero()[0]), [(TABLE,)]),
-    "guide": (lambda eps, null, w: eps + w * (eps - null), [(X, Y, 3.0), (X, Y, 7.5)]),
+    "as_strong": (
+        lambda _, times: int((SCHEDULE.sigma >= times * SCHEDULE.alpha).nonzero()[0]),
+        [(TABLE, times) for times in (0.1, 1.0, 4.0)],
+    ),
+    "guide": (lambda eps, null, g: eps + (g - 1) * (eps - null), [(X, Y, 1.0), (X, Y, 7.5)]),
     "one_step": (
         lambda z, eps, t, t_end, _: ddim_step(
             x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE
@@ -69,20 +99,20 @@ EXERCISES = {
         [(X, Y, 499, 259, TABLE)],
     ),
     "mean_answer": (mean_answer, [(draw(9), a, (1 - a**2) ** 0.5, S) for a in (0.9, 0.1)]),
-    "width": (lambda a, b, s: a * s**2 / (a**2 * s**2 + b**2) ** 0.5, [(0.8, 0.6, 0.5)]),
+    "width_after": (
+        width_after,
+        [(ts, s, TABLE) for ts in ([999], [999, 759, 499, 259]) for s in (0.5, 1.0)],
+    ),
     "consistency": (
         lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
         [(X, Y, 0), (X, Y, 1), (X, Y, 499)],
     ),
-    "perfect_jump": (
-        lambda z, a, b, m, s: m + s * (z - a * m) / (a**2 * s**2 + b**2) ** 0.5,
-        [(X, 0.8, 0.6, 0.7, 0.5)],
-    ),
+    "neighbour": (neighbour, [(X, 999, t, 0.7, s, TABLE) for t in (979, 19) for s in (0.5, 1.0)]),
     "pair": (
         lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
         [(0, 20), (49, 20), (24, 100), (2, 100)],
     ),
-    "pseudo_huber": (huber, [(X, Y, 1e-3), (X, Y, 2.0)]),
+    "huber_slope": (huber_slope, [(X, Y, 1e-3), (X, Y, 2.0)]),
     "change": (delta, [(B, A, 2.0), (D, C, 8.0)]),
     "rank_needed": (
         lambda s, share: len(
@@ -90,11 +120,17 @@ EXERCISES = {
         ),
         [(S, share) for share in (0.5, 0.9, 0.99, 1.0)],
     ),
-    "adapted": (adapted, [(draw(4, 5), draw(6, 5), B, A, 8.0, scale) for scale in (0.0, 0.5, 1.0)]),
-    "bytes_of": (lambda base, lora: (22 * base, 2 * base + 16 * lora), [(859_520_964, 67_252_224)]),
+    "gradients": (gradients, [(draw(4, 5), up, A, draw(4, 6)) for up in (B, 0 * B)]),
+    "largest_rank": (
+        lambda base, each, gb: int((gb * 1e9 - 2 * base) // (16 * each)),
+        [(2_567_463_684, 3_074_245, 12), (859_520_964, 1_050_816, 4)],
+    ),
     "add_two": (add_two, [(B, A, D, C, 0.8, 1.0)], lambda out: out[0] @ out[1]),
-    "cross_terms": (lambda up1, down1, up2, down2: up1 @ down2 + up2 @ down1, [(B, A, B + 1, -A)]),
-    "timesteps": (lcm_grid, [(steps,) for steps in (1, 2, 3, 4, 7, 26, 50)]),
+    "wrong_share": (
+        lambda b1, a1, b2, a2: (b1 @ a2 + b2 @ a1).norm() / (b1 @ a1 + b2 @ a2).norm(),
+        [(B, A, B + 1, -A), (B, A, B, A)],
+    ),
+    "fresh_share": (fresh_share, [(t, g, TABLE) for t in (759, 259) for g in (0.0, 0.3, 1.0)]),
     "next_point": (next_point, [(X, Y, Z, 759, gamma, TABLE) for gamma in (0.0, 0.3, 1.0)]),
     "file_bytes": (
         lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),

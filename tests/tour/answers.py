@@ -8,12 +8,12 @@ def noisy(z0, eps, t, alpha_bar):
     return alpha * z0 + (1 - alpha**2).sqrt() * eps
 
 
-def as_strong(alpha_bar):
-    return next(t for t, a in enumerate(alpha_bar) if 1 - a > a)
+def as_strong(alpha_bar, times):
+    return next(t for t, a in enumerate(alpha_bar) if 1 - a >= times**2 * a)
 
 
-def guide(eps_cond, eps_null, w):
-    return (1 + w) * eps_cond - w * eps_null
+def guide(eps_cond, eps_null, scale):
+    return scale * eps_cond - (scale - 1) * eps_null
 
 
 def one_step(z, eps_hat, t, t_end, alpha_bar):
@@ -27,8 +27,14 @@ def mean_answer(z, alpha, sigma, answers):
     return (likely * answers).sum(1) / likely.sum(1)
 
 
-def width(alpha, sigma, s):
-    return alpha * s * s / (alpha * alpha * s * s + sigma * sigma) ** 0.5
+def width_after(ts, s, alpha_bar):
+    noisy = 1.0
+    for t, t_next in zip(ts, [*ts[1:], None]):
+        a = alpha_bar[t]
+        width = a.sqrt() * s * s / (a * s * s + 1 - a) * noisy
+        if t_next is not None:
+            noisy = (alpha_bar[t_next] * width**2 + 1 - alpha_bar[t_next]) ** 0.5
+    return width
 
 
 def consistency(z, x0, t):
@@ -36,8 +42,10 @@ def consistency(z, x0, t):
     return c_skip * z + (1 - c_skip) ** 0.5 * x0
 
 
-def perfect_jump(z, alpha, sigma, m, s):
-    return m + s * (z - alpha * m) / (alpha**2 * s**2 + sigma**2) ** 0.5
+def neighbour(z, t, t_end, m, s, alpha_bar):
+    a, a_end = alpha_bar[t], alpha_bar[t_end]
+    share = ((a_end * s * s + 1 - a_end) / (a * s * s + 1 - a)).sqrt()
+    return a_end.sqrt() * m + share * (z - a.sqrt() * m)
 
 
 def pair(n, k):
@@ -45,8 +53,8 @@ def pair(n, k):
     return t, max(t - k, 0)
 
 
-def pseudo_huber(a, b, c):
-    return (((a - b) ** 2 + c**2) ** 0.5 - c).mean()
+def huber_slope(a, b, c):
+    return (a - b) / ((a - b) ** 2 + c**2) ** 0.5
 
 
 def change(up, down, lora_alpha):
@@ -58,24 +66,26 @@ def rank_needed(s, share):
     return int((energy < share - 1e-6).sum()) + 1
 
 
-def adapted(x, weight, up, down, lora_alpha, scale):
-    return x @ (weight + scale * change(up, down, lora_alpha)).T
+def gradients(x, up, down, of_y):
+    return of_y.T @ x @ down.T, up.T @ of_y.T @ x
 
 
-def bytes_of(base, lora):
-    return 22 * base, 2 * base + 16 * lora
+def largest_rank(base, each, gigabytes):
+    return int((gigabytes * 1e9 - 2 * base) / (16 * each))
 
 
 def add_two(up1, down1, up2, down2, lambda1, lambda2):
     return torch.cat([lambda1 * up1, lambda2 * up2], dim=1), torch.cat([down1, down2])
 
 
-def cross_terms(up1, down1, up2, down2):
-    return (up1 + up2) @ (down1 + down2) - up1 @ down1 - up2 @ down2
+def wrong_share(up1, down1, up2, down2):
+    right = up1 @ down1 + up2 @ down2
+    return ((up1 + up2) @ (down1 + down2) - right).norm() / right.norm()
 
 
-def timesteps(steps):
-    return [(50 - 50 * i // steps) * 20 - 1 for i in range(steps)]
+def fresh_share(t_next, gamma, alpha_bar):
+    kept = alpha_bar[t_next] / alpha_bar[int((1 - gamma) * t_next)]
+    return (1 - kept) / (1 - alpha_bar[t_next])
 
 
 def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
