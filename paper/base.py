@@ -70,16 +70,15 @@ def verdict(n: dict) -> dict:
     short recipe that was trained on the new base and its art.
     """
     home, number = n["bases"]["0"]["shipped against teacher"], {"right": 0.0, "sharpness": 1.0}
-    bases = [
-        row
-        for label, row in n["bases"].items()
-        if label != "0" and min(row["teacher"][what][0] for what in ("right", "style")) >= FLOOR
-    ]
+    tuned = [row for label, row in n["bases"].items() if label != "0"]
+    drawn = [min(r["teacher"][what][0] for what in ("right", "style")) for r in tuned]
+    bases = [r for r, share in zip(tuned, drawn) if share >= FLOOR]
+    none = f"no fine-tune draws its sets, by name and style in at most {max(drawn):.2f}"
 
     def all_of(key: str, home: dict[str, float]) -> list:
         bounds = {what: home[what] - ALLOWED for what in home} | {"style": -ALLOWED}
         found = [decide(r[key][what], above=x) for r in bases for what, x in bounds.items()]
-        return [together(found), min((r[key]["right"] for r in bases), default=[0.0] * 3)]
+        return [together(found), min((r[key]["right"] for r in bases), default=none)]
 
     at_home = {what: home[what][0] for what in number}
     return {
