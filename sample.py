@@ -103,7 +103,7 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--steps", type=int, help=f"sampling steps: {steps}")
     at = "lcm: the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
-    add("--gamma", type=float, help="lcm: TCD's gamma (diffusers' eta), 0-1: share of fresh noise")
+    add("--gamma", type=float, help="lcm: TCD's (diffusers' eta): 0, no fresh noise, to 1, all")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
     guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
     add("--guidance", type=float, help=guidance)

@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
     looks = "variants of each picture (crop, composition or seed), encoded once (default 8)"
     add("--looks", type=int, default=8, help=looks)
-    add("--workers", type=int, default=1, metavar="N", help="per GPU, to read shards (default 1)")
+    add("--workers", type=int, default=1, metavar="N", help="processes per GPU that read shards")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
@@ -108,7 +108,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     recompute += "much less memory (default: on for large models)"
     add("--checkpointing", action=BooleanOptionalAction, help=recompute)
     add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half the memory")
-    add("--compile", action="store_true", help="torch.compile: minutes, then faster on a GPU")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if available; with --plan cuda")
     args = parser.parse_args(argv)
     check_values(args, parser.error)
@@ -327,8 +327,8 @@ def loop(
         loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}, norm of its gradient {norm} at step {step}"
-            captions = f"with {batch.captions[0]!r} and others"
-            raise ValueError(f"{what}, {captions}; the last saved state is good, lower --lr")
+            what += f", with {batch.captions[0]!r} and others"
+            raise ValueError(f"{what}; the last saved state is good; try a new --out, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         if nets.target_unet is not None:

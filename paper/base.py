@@ -69,21 +69,21 @@ def verdict(n: dict) -> dict:
     made there: a short vector of the old base is less than 0.1, 10 % and 0.1 below one of the same
     short recipe that was trained on the new base and its art.
     """
-    home, number = n["bases"]["0"]["shipped against teacher"], {"right": 0.0, "sharpness": 1.0}
+    at_home, alike = n["bases"]["0"]["shipped against teacher"], {"right": 0.0, "sharpness": 1.0}
     tuned = [row for label, row in n["bases"].items() if label != "0"]
     drawn = [min(r["teacher"][what][0] for what in ("right", "style")) for r in tuned]
     bases = [r for r, share in zip(tuned, drawn) if share >= FLOOR]
     none = f"no fine-tune draws its sets, by name and style in at most {max(drawn):.2f}"
 
-    def all_of(key: str, home: dict[str, float]) -> list:
-        bounds = {what: home[what] - ALLOWED for what in home} | {"style": -ALLOWED}
+    def all_of(key: str, expected: dict[str, float]) -> list:
+        bounds = {what: x - ALLOWED for what, x in expected.items()} | {"style": -ALLOWED}
         found = [decide(r[key][what], above=x) for r in bases for what, x in bounds.items()]
         return [together(found), min((r[key]["right"] for r in bases), default=none)]
 
-    at_home = {what: home[what][0] for what in number}
+    home = {what: at_home[what][0] for what in alike}
     return {
-        "the shipped vector plugs into fine-tunes": all_of("shipped against teacher", at_home),
-        "as good as one made there": all_of("old against there", number),
+        "the shipped vector plugs into fine-tunes": all_of("shipped against teacher", home),
+        "as good as one made there": all_of("old against there", alike),
     }
 
 

@@ -41,13 +41,26 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, sorted by key, atomically."""
+    """Write a safetensors file, atomically; the same tensors and metadata are the same bytes."""
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
         try:
             save_file(tensors, part, {"format": "pt", **metadata})  # which others expect
         except SafetensorError as error:  # for example a full disk
             raise OSError(f"{path}: cannot be written ({error})") from None
+        sort_metadata(part)
+
+
+def sort_metadata(path: Path) -> None:
+    """The library writes the metadata in random order: put it in that of its keys, in place."""
+    with open(path, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        f.seek(8)
+        f.write(
+            json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        )
 
 
 # Bytes of a value, by its name in a header. Numbers first that are read as they are:

@@ -43,10 +43,15 @@ def test_tensors_round_trip(tmp_path):
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
-    """The order in which a dict was filled does not show in the file."""
-    write_tensors(tmp_path / "x", {"a": torch.zeros(2), "b": torch.ones(3)}, {})
-    write_tensors(tmp_path / "y", {"b": torch.ones(3), "a": torch.zeros(2)}, {})
+    """The order in which a dict was filled does not show in the file, nor does chance."""
+    said = {f"key {i}": 'café 🍕 "\\/\b\f\n\r\t\x01\x7f\u2028' + str(i) for i in range(9)}
+    write_tensors(tmp_path / "x", {"a": torch.zeros(2), "b": torch.ones(3)}, said)
+    back = dict(reversed(said.items()))
+    write_tensors(tmp_path / "y", {"b": torch.ones(3), "a": torch.zeros(2)}, back)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    tensors, metadata = read_tensors(tmp_path / "y")
+    assert metadata == said | {"format": "pt"} and list(metadata) == sorted(metadata)
+    assert torch.equal(tensors["b"], torch.ones(3)) and not tensors["a"].any()
 
 
 @pytest.mark.parametrize(

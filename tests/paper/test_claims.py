@@ -116,7 +116,10 @@ def test_verdict_combination():
     assert found(b=a_style((0.3, 0.11, 0.49)), **many) == "not shown"
     assert found(b=a_style(measurable=False)) == "not shown"  # nothing to lose: nothing shown
     for side, word in ((-1, "shown"), (1, "refuted")):
-        assert found(1, {"name": near(0.1, -1), "style": near(0.1, side)}, a=a_style()) == word
+        mean = {"name": near(0.1, -1), "style": near(0.1, side)}
+        assert found(1, mean, a=a_style()) == word
+    told = combination.verdict({"styles": {"a": a_style()}, "mean": mean})
+    assert told["on average styles keep it"] == ["refuted", mean["style"]]  # the larger loss
     assert found(1, a=a_style()) == "not shown"
 
 
@@ -254,7 +257,8 @@ def test_area_under_the_roc():
     assert fail.area([1, 2, 3, 4], [False, False, True, True], list("abcd")) == [1, 1, 1]
     one, two = ([1.0, 2.0, 3.0, 0.5] * n for n in (1, 2))
     bad, families = [True, False, True, False], list("abcd")
-    assert fail.area(two, bad * 2, families * 2) == fail.area(one, bad, families)
+    mean, low, high = fail.area(one, bad, families)
+    assert low < mean < high and fail.area(two, bad * 2, families * 2) == [mean, low, high]
 
 
 def test_labels_are_of_the_shipped_lora(tmp_path, monkeypatch):
