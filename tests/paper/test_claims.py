@@ -375,7 +375,7 @@ def test_from_measurement_to_report(monkeypatch, capsys):
 
     monkeypatch.setattr(memory, "measure", lambda budget: MEMORY)
     monkeypatch.setattr(pictures, "generate", few_steps)
-    monkeypatch.setattr(command, "QUICK", setup.QUICK._replace(names=2))
+    monkeypatch.setattr(command, "QUICK", setup.QUICK._replace(names=2, steps=1, style_steps=1))
     command.main(["--quick"])
     out, said = setup.CACHE / "quick", capsys.readouterr().out
     for name in command.CLAIMS:

@@ -19,6 +19,7 @@ import torch
 from tiny import ROOT, write_art, write_model
 
 from minilcm.files.safetensors_file import read_tensors
+from minilcm.run.diagnostics import from_seeds, guided_trajectory
 from minilcm.run.state import latest_state, read_run
 
 OBJECTIVES = {
@@ -135,8 +136,14 @@ if __name__ == "__main__":
     import train
 
     train.forward_dtype = lambda device: torch.float32
-    train.islice = lambda batches, _: islice(batches, 1)  # what a save measures costs more than
-    train.diagnostics.INDICES = (0, 49)  # the steps: one fixed batch for eight, two indices for ten
+    # what a save measures costs more than the steps: one fixed batch for eight, two indices for
+    # ten, four steps for twenty, five for fifty
+    train.islice = lambda batches, _: islice(batches, 1)
+    train.diagnostics.INDICES = (0, 49)
+    train.diagnostics.from_seeds = lambda *a: from_seeds(*a[:3], 4, a[4])
+    train.diagnostics.guided_trajectory = lambda *a: guided_trajectory(
+        *a, steps=5
+    ).repeat_interleave(9, dim=0)[-51:]
     # the processes of the first run are those of the others
     torch.distributed.init_process_group = cache(torch.distributed.init_process_group)
     try:
