@@ -126,16 +126,16 @@ def test_verdict_combination():
 def test_verdict_base():
     """At home the vector loses 0.08 of right and 0.1 of sharpness: no more than 0.1 beyond that."""
     home = {"right": [-0.08, -0.1, 0.0], "sharpness": [0.9, 0.8, 1.0]}
-    bounds = {"right": -0.18, "sharpness": 0.8, "style": -0.1}, {"right": -0.1, "sharpness": 0.9}
-    pairs = dict(zip(("shipped against teacher", "old against there"), bounds))
-    pairs["old against there"]["style"] = -0.1
+    bounds = {"right": -0.18, "sharpness": 0.8}, {"right": -0.1, "sharpness": 0.9}
+    pairs = dict(zip(("shipped - teacher", "old - there"), bounds))
+    for bound in bounds:
+        bound["own"] = -0.1  # of pictures nearer to the new base's than to the old one's
 
     def found(pair=None, what=None, side=1, surely=True, floor=0.5):
-        bases = {"0": {"shipped against teacher": home}}
+        bases = {"0": {"shipped - teacher": home}}
         for label in ("100", "far"):
             row = {p: {k: near(x, 1) for k, x in bound.items()} for p, bound in pairs.items()}
-            row["teacher"] = {"right": [0.9, 0, 1], "style": [floor, 0, 1]}
-            bases[label] = row
+            bases[label] = row | {"teacher": {"right": [floor, 0, 1]}}
         if pair:
             row[pair][what] = near(pairs[pair][what], side, surely)
         return words(base.verdict({"bases": bases}))
@@ -146,6 +146,16 @@ def test_verdict_base():
             for how, word in (((-1,), "refuted"), ((1, False), "not shown")):
                 assert found(pair, what, *how)[i] == word
                 assert found(pair, what, *how)[1 - i] == "shown"
+
+
+def test_which_base_a_picture_is_nearer_to():
+    latents = [torch.full((1, 1, 2, 4, 2, 2), x) for x in (0.4, 0.0, 1.0)]
+    latents[0][..., 1, :, :, :] = 0.6
+    x, own, other = ({"z0": z} for z in latents)
+    assert base.nearer(x, own, other).tolist() == [[[1, 0]]]
+    # an old base's pictures, one run, beside those of three fine-tunes
+    many = {"z0": own["z0"].expand(3, -1, -1, -1, -1, -1)}
+    assert base.nearer(x, other, many).tolist() == [[[0, 1]]] * 3
 
 
 def a_row(right=(0, 0, 0), far=(1, 1, 1), sharp=(1, 1, 1)) -> dict:
