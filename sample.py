@@ -7,7 +7,7 @@
     python sample.py --again pictures/0000_a-slice-of-pizza_seed0.png
 
 With an LCM-LoRA the guidance is distilled into the weights: --guidance 1 (off) is right, at most 2.
-The paper's w is guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2
+LCM's w is guidance - 1. Several --lora add up exactly: tau_mix = lambda1 tau_style + lambda2
 tau_lcm.
 """
 
@@ -65,8 +65,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--again", type=Path, metavar="FILE.png", help=again)
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
     add("--batch", type=int, metavar="N", help="pictures at a time (default: what fits; CPU: 1)")
-    seed = "picture i of all, prompt by prompt, has seed + i (default 0; -1: a random one)"
-    add("--seed", type=int, default=0, help=seed)
+    add("--seed", type=int, default=0, help="picture i has seed + i (default 0; -1: random)")
     add_flags_of_sampling(group("sampling").add_argument)
     add = group("model").add_argument
     add("--size", metavar="WxH", help="pixels, e.g. 128x128 (default: the model's own size)")
@@ -99,20 +98,21 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags_of_sampling(add: Callable) -> None:
-    steps = ", ".join(f"{name} 1-{x.most} (default {x.steps})" for name, x in SAMPLERS.items())
-    add("--steps", type=int, help=f"sampling steps: {steps}")
+    steps = [f"{name} 1-{x.most_steps} (default {x.default_steps})" for name, x in SAMPLERS.items()]
+    add("--steps", type=int, help=f"sampling steps: {', '.join(steps)}")
     at = "lcm: the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
-    add("--gamma", type=float, help="lcm: TCD's (diffusers' eta): 0, no fresh noise, to 1, all")
+    add("--gamma", type=float, help="lcm: TCD's, from no fresh noise, 0, to all, 1 (default: off)")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
-    guidance = "1 or 0 is off; above, 2 evaluations per step (default: 1 for lcm, else the model's)"
+    guidance = "1 or 0 is off; above, 2 evaluations a step (default: 1 with an LCM-LoRA, else the "
+    guidance += "model's; a full LCM takes it as an input, 1 evaluation)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
     lora = "add a LoRA, times LAMBDA (default 1); repeatable; lcm, blueprint and papercut are the "
     lora += "shipped files; without any --lora the shipped model takes lcm for --sampler lcm"
     add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
     add("--image", type=Path, metavar="FILE", help="lcm: start from this picture (image to image)")
-    add("--strength", type=float, help="of --image, 0-1: how much to redraw (default 0.5)")
+    add("--strength", type=float, help="of --image, 0.02-1: how much to redraw (default 0.5)")
 
 
 def is_png(out: str | Path) -> bool:
@@ -128,7 +128,7 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
             error(f"--timesteps is {args.timesteps!r}; give numbers, for example 999,749,499,249")
         args.timesteps = [int(t) for t in args.timesteps.split(",")]
         args.steps = len(args.timesteps)
-    args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
+    args.steps = SAMPLERS[args.sampler].default_steps if args.steps is None else args.steps
     args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
     args.negative = " ".join(args.negative.split())
     count = len(args.prompts) * args.count
@@ -249,7 +249,7 @@ def draw_all(args: Namespace, unet: UNet, conds: Cond, neg_cond: Cond, how: dict
     passes = 1 if w == 0 or full_lcm else 2  # rows of the network for a picture
     schedule = make_schedule(unet.cfg.v, unet.cfg.zero_snr)
 
-    def network(cond: Cond) -> EpsFn:
+    def network(cond: Cond, n: int) -> EpsFn:
         if full_lcm:  # takes w itself, as an input
             w_emb = guidance_embedding(torch.tensor([w]), unet.cfg.w_dim).to(args.device)
             return lambda z_t, t: unet(z_t, t, cond, w_emb).float()
@@ -259,10 +259,11 @@ def draw_all(args: Namespace, unet: UNet, conds: Cond, neg_cond: Cond, how: dict
         n = args.batch = args.batch or batch_that_fits(unet, how["shape"], passes, count)
         start = time.perf_counter()
         for first in tqdm(range(0, count, n), "pictures", unit_scale=n, disable=count == 1 or None):
-            # always n rows, a seed in row seed mod n: no picture's bytes depend on its neighbours
+            # always n rows, a seed in row seed mod n (both change last bits): a picture never
+            # depends on its neighbours
             rows = [first + (row - args.seed - first) % n for row in range(n)]
             cond = conds.rows([min(i, count - 1) // args.count for i in rows]).to(args.device)
-            eps_fn, seeds = network(cond), [(args.seed + i) % SEEDS for i in rows]
+            eps_fn, seeds = network(cond, n), [(args.seed + i) % SEEDS for i in rows]
             try:
                 z0 = generate(eps_fn, seeds, schedule=schedule, device=args.device, **how).cpu()
             except KeyboardInterrupt:

@@ -1,9 +1,9 @@
 """Train a UNet, or a LoRA for it: the base model, a style, or an LCM-LoRA.
 
-    the paper      python train.py --objective lcm --rank 64 --model weights/sd15.safetensors \\
-                       --data my_pictures --out runs/lcm --steps 1000 --lr 1e-4
-    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --model ...
-    a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --model ... --out ...
+    the report     python train.py --objective lcm --rank 64 --lr 1e-4 --data my_pictures \\
+                       --model weights/v1-5-pruned-emaonly.safetensors --out runs/lcm
+    no pictures    python train.py --objective lcm --rank 64 --data prompts.txt --out ...
+    a full LCM     python train.py --objective lcm --full --w 2:14 --lr 1e-6 --data ... --out ...
     a style LoRA   python train.py --objective diffusion --rank 8 --data my_pictures --out ...
     all weights    python train.py --objective diffusion --full --data weights/emoji/art --out ...
     will it fit?   python train.py --objective lcm --rank 64 --model sdxl --plan 12
@@ -16,7 +16,7 @@ also its averaged target), a sheet of pictures and a line of measurements in met
 fixed loss is the mean over the same 8 batches with the same noise. For lcm it stays flat, since the
 student is compared with itself: look at the sheets, and at to_teacher, the distance to where the
 teacher's own path ends (of eight pictures only, so a small change says nothing). --resume continues
-as if never stopped. Under torchrun, --shutdown-timeout leaves time to save on Ctrl-C.
+as if never stopped. torchrun's own flag --shutdown-timeout leaves time to save on Ctrl-C.
 """
 
 import math
@@ -71,8 +71,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("--objective lcm").add_argument
     guidance = "guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH draws "
     guidance += "one a picture: a full LCM is told it (default 2:14), a LoRA learns a mixture"
-    add("--w", metavar="W[:HIGH]", help=guidance)
-    add("--k", type=int, default=T // GRID, help="length of a skip: 20, 40, ... (default 20)")
+    add("--w", metavar="W|LOW:HIGH", help=guidance)
+    add("--k", type=int, default=T // GRID, help="timesteps in a skip: 20, 40, ... (default 20)")
     psi = "DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
     add("--psi-steps", type=int, default=1, metavar="N", help=psi)
     add = parser.add_argument_group("data and output").add_argument
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--size", type=int, metavar="PIXELS", help="width and height (default: the model's)")
     looks = "variants of each picture (crop, composition or seed), encoded once (default 8)"
     add("--looks", type=int, default=8, help=looks)
-    add("--workers", type=int, default=1, metavar="N", help="processes per GPU that read shards")
+    add("--workers", type=int, default=1, metavar="N", help="shard readers per GPU (default 1)")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
@@ -92,9 +92,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
-    rate = (
-        "learning rate (default 3e-4): warm-up for a tenth of the steps, at most 100, then cosine"
-    )
+    rate = "learning rate (default 3e-4), after a warm-up of a tenth of the steps, at most 100; "
+    rate += "then a cosine to 0"
     add("--lr", type=float, default=3e-4, help=rate)
     add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
     average = "write a moving average of the weights, of decay MU (default: 0.9995 for diffusion "
@@ -107,7 +106,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, "
     recompute += "much less memory (default: on for large models)"
     add("--checkpointing", action=BooleanOptionalAction, help=recompute)
-    add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half the memory")
+    add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half their memory")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if available; with --plan cuda")
     args = parser.parse_args(argv)

@@ -2,8 +2,8 @@
 
     seeds --noise--> z_T --sampler--> z0 --decode--> pixels
 
-A new sampler is one function beside its paper and one line in SAMPLERS; flags, defaults and checks
-follow from it.
+A new sampler is a function, the function of its timesteps, and a line in SAMPLERS: the choices of
+`--sampler`, the default of `--steps` and its range follow from that.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ class Sampler(NamedTuple):
     sample: Callable[..., Tensor]
     # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
     grid: Callable[..., list[int]]
-    steps: int  # by default
-    most: int  # steps
+    default_steps: int
+    most_steps: int
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
     # draws noise between steps; takes a picture to start from, and a list of timesteps as steps
     stochastic: bool = False
@@ -38,9 +38,9 @@ def ddim_starts(steps: int) -> list[int]:
 
 
 SAMPLERS = {
-    "lcm": Sampler(sample_lcm, lcm_grid, steps=4, most=GRID, needs_lcm_lora=True, stochastic=True),
-    "ddim": Sampler(sample_ddim, ddim_starts, steps=25, most=T, needs_lcm_lora=False),
-    "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, steps=20, most=T, needs_lcm_lora=False),
+    "lcm": Sampler(sample_lcm, lcm_grid, 4, GRID, needs_lcm_lora=True, stochastic=True),
+    "ddim": Sampler(sample_ddim, ddim_starts, 25, T, needs_lcm_lora=False),
+    "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, 20, T, needs_lcm_lora=False),
 }
 
 
@@ -84,14 +84,14 @@ def generate(
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
     redrawn by `strength` in (0, 1]. lcm also takes a list of timesteps as `steps`, and `gamma` as
-    `sample_lcm` does. Raises ValueError as `timesteps`, or if the sampler takes no image.
+    `sample_lcm` does. Raises ValueError as `timesteps`, or if the sampler takes no image or gamma.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
-    steps = way.steps if steps is None else steps
+    steps = way.default_steps if steps is None else steps
     z_T, generators = noise(seeds, shape, device)
+    if not way.stochastic and (image is not None or gamma is not None):
+        raise ValueError(f"{sampler} takes no {'image' if gamma is None else 'gamma'}; lcm does")
     if image is not None:
-        if not way.stochastic:
-            raise ValueError(f"{sampler} cannot start from a picture")
         z_T = add_noise(image.to(device), z_T, timesteps(sampler, steps, strength)[0], schedule)
     more = dict(generators=generators, strength=strength, gamma=gamma) if way.stochastic else {}
     z0 = way.sample(eps_fn, z_T, schedule, steps, **more)

@@ -1,29 +1,29 @@
-"""Latent consistency models (2310.04378, "the paper" in this file): boundary, f, loss, grid,
-sampler.
+"""Latent consistency models (LCM, 2310.04378): boundary, f, loss, grid, sampler.
 
-A consistency function maps any point of a trajectory to its origin: f(z_t, t) = z_0. It is
-distilled from a teacher by asking that f be equal at two points of the teacher's trajectory, and it
-then samples in one to eight steps. Nothing here knows a UNet, a file or a LoRA: student,
-teacher and target are callables (z_t, t, cond, w) -> eps_hat, or v where `schedule.v` says so.
+A consistency function maps any point of a trajectory to its end: f(z_t, t) = z_0. It is distilled
+from a teacher by asking that f be equal at two points of the teacher's trajectory, and it then
+samples in one to eight steps. Student, teacher and target are callables (z_t, t, cond, w) ->
+eps_hat, or v if `schedule.v`: nothing here runs a UNet, opens a file or changes a LoRA.
+
+z_0 is the point at t = 0 of a trajectory, which still holds noise of sigma 0.029; z0 is a clean
+latent from data, x0 the network's estimate of it. The autoencoder decodes z_0 as it is.
 """
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .model.unet import Cond
 from .schedule import Schedule, T, add_more_noise, add_noise, x0_and_eps
 from .solver import EpsFn, check_steps, ddim_step
 
-if TYPE_CHECKING:
-    from .model.unet import Cond
-
-GRID = 50  # points of the training grid; sampling must use the same
+GRID = 50  # how many points the training grid has; sampling must use the same
 SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition, as in all released LCMs
 
-Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat; v where schedule.v
+Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat, or v if schedule.v
 
 
 # ---- the consistency function
@@ -45,23 +45,18 @@ def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) ->
     """f(z_t, t) = c_skip(t) z_t + c_out(t) x0(z_t, output, t), float32 (b, c, h, w). 2310.04378
     eq. 9 (tour/04).
 
-    f is the identity at t = 0. A trajectory ends in its point z_0 there, which the autoencoder
-    decodes, although it still holds noise of sigma 0.029; z0 is the latent without any.
+    f is the identity at t = 0. t is an int or (b,).
     """
-    c_skip, c_out = (
-        c.to(z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t)
-    )
+    c_skip, c_out = boundary_scalings(torch.as_tensor(t, device=z_t.device).reshape(-1, 1, 1, 1))
     return c_skip * z_t + c_out * x0_and_eps(z_t, output, t, schedule)[0]
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sines, then cosines, of 1000 w 10000^(-i / (dim/2 - 1)), for w (b,) -> (b, dim): only for a
-    full LCM's `cond_proj`.
+    full LCM's `cond_proj`. The official scripts' get_guidance_scale_embedding.
     """
     half = dim // 2
-    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(
-        w.device
-    )
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=w.device) / (half - 1))
     angles = 1000 * w.float()[:, None] * freqs  # (b, half)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (b, dim)
 
@@ -79,7 +74,8 @@ def train_grid() -> Tensor:
 
 
 def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
-    """Pseudo-Huber distance per element, then the mean: sqrt((a - b)^2 + c^2) - c."""
+    """Algorithm 1's distance d: pseudo-Huber, with the official commands' c."""
+    # mean of sqrt((a - b)^2 + c^2) - c
     return ((a - b).square() + huber_c**2).sqrt().sub(huber_c).mean()
 
 
@@ -102,8 +98,8 @@ def lcd_loss(
     teacher: Network,
     target: Network,
     z0: Tensor,
-    cond: "Cond",
-    null_cond: "Cond",
+    cond: Cond,
+    null_cond: Cond,
     schedule: Schedule,
     n: Tensor,
     w: Tensor,
@@ -132,35 +128,42 @@ def lcd_loss(
 
     # z_{t_{n+k}} ~ N(alpha z0, sigma^2)
     z_start = add_noise(z0, eps, t_start, schedule)
-    # student: f_theta(z_{t_{n+k}}, c, t_{n+k})
+    # student: f_theta(z_{t_{n+k}}, w, c, t_{n+k}); only a full LCM reads w
     f_start = f_theta(z_start, student(z_start, t_start, cond, w), t_start, schedule)
 
     with torch.no_grad():
-        # teacher: z_{t_n} = z + (1 + w) Psi(z, c) - w Psi(z, null). Psi is affine in eps and
-        # (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
+        # teacher: z_{t_n} = z + (1 + w) Psi(z, t_{n+k}, t_n, c) - w Psi(z, t_{n+k}, t_n, null). Psi
+        # is affine in eps and (1 + w) - w = 1, so guiding eps, or v, gives exactly this z
         z_end, t = z_start, t_start
-        for i in range(1, psi_steps + 1):
-            if one_batch:
-                both = cond.cat(null_cond)
-                twice = torch.cat([z_end, z_end]), torch.cat([t, t]), both, torch.cat([w, w])
-                eps_cond, eps_null = teacher(*twice).float().chunk(2)
-            else:
-                eps_cond, eps_null = (teacher(z_end, t, c, w).float() for c in (cond, null_cond))
-            guided = eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
+        for i in range(1, psi_steps + 1):  # Algorithm 1 has one step
+            guided = guided_output(teacher, z_end, t, cond, null_cond, w, one_batch)
             x0, eps_w = x0_and_eps(z_end, guided, t, schedule)
             t = (t_start - i * k // psi_steps).clamp(min=0)  # a step from 0 to 0 changes nothing
             z_end = ddim_step(x0, eps_w, t, schedule)
-        # target: f_{theta^-}(z_{t_n}, c, t_n), which is z_end where t = 0. For LCM-LoRA theta^- is
-        # theta itself, as in the official LoRA scripts: one UNet in memory, and no average to keep
+        # target: f_{theta^-}(z_{t_n}, w, c, t_n), which is z_end where t = 0. For LCM-LoRA theta^-
+        # is theta itself, as in the official LoRA scripts: one UNet in memory, no average to keep
         f_end = f_theta(z_end, target(z_end, t, cond, w), t, schedule)
 
     return huber(f_start, f_end)
 
 
+def guided_output(
+    net: Network, z_t: Tensor, t: Tensor, cond: Cond, null_cond: Cond, w: Tensor, one_batch: bool
+) -> Tensor:
+    """eps_cond + w (eps_cond - eps_null) of latents (b, c, h, w) for w (b,), float32."""
+    if one_batch:
+        both = torch.cat([z_t, z_t]), torch.cat([t, t]), cond.cat(null_cond), torch.cat([w, w])
+        eps_cond, eps_null = net(*both).float().chunk(2)
+    else:
+        eps_cond, eps_null = (net(z_t, t, c, w).float() for c in (cond, null_cond))
+    return eps_cond + w[:, None, None, None] * (eps_cond - eps_null)
+
+
 @torch.no_grad()
 def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) -> None:
-    """theta^- <- mu theta^- + (1 - mu) theta, after each optimizer step. Only a full LCM has a
-    separate target.
+    """Algorithm 1's last line, after each optimizer step: theta^- <- mu theta^- + (1 - mu) theta.
+
+    mu is `ema_rate`, the official script's default. Only a full LCM has a separate target.
     """
     theta = dict(student.named_parameters())
     names, averages = zip(*target.named_parameters())
@@ -208,7 +211,7 @@ def sample_lcm(
 
     With `gamma` (TCD, 2402.19159 Algorithm 4) a DDIM step goes to s = (1 - gamma) t_next, and only
     the noise from s to t_next is fresh. gamma = 0 is DDIM; gamma = 1 differs from no gamma only in
-    that jumps end in z_0, not x0.
+    that a jump ends in z_0 = alpha_0 x0 + sigma_0 eps_hat, not in x0.
     """
     grid = lcm_grid(steps, strength)
     z_t = z_T

@@ -4,9 +4,9 @@
 
 LoRA (2106.09685) eq. 3, and 4.1 for alpha / rank; 2311.05556 eq. 1 without it.
 
-A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so a UNet with LoRA still
-loads official files, and its LoRA tensors are `path.lora_down.weight`, `path.lora_up.weight`. A tau
-is the dict {path: (up, down, lora_alpha)}.
+A LoRALinear *is* the nn.Linear: it shares the weight and keeps its key, so the UNet's own keys stay
+the official ones, and the LoRA adds `path.lora_down.weight` and `path.lora_up.weight`. Load the
+checkpoint first, then call `add_lora`. A tau is the dict {path: (up, down, lora_alpha)}.
 """
 
 import math
@@ -30,6 +30,7 @@ class LoRALinear(nn.Linear):
         self.lora_up = nn.Linear(rank, self.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # W x; widened where W is kept in float16 or int8 to save memory
         y = widened(self, x) if is_narrow(self, x) else super().forward(x)
         if self.scale == 0:
             return y  # bitwise the base layer

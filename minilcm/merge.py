@@ -76,7 +76,8 @@ def add_delta_(
     B, A = factors(up, down, lora_alpha)
     n = len(weight) if block is None else max(1, block // weight[0].numel())
     for i in range(0, len(weight), n):
-        wide = weight[i : i + n].float().contiguous()  # the weight's own memory, if it is both
+        # of a contiguous float32 weight this is the weight itself, else a copy
+        wide = weight[i : i + n].float().contiguous()
         # one matrix product that starts from W: (n, in k k) + (n, r) (r, in k k)
         wide.flatten(1).addmm_(B[i : i + n], A)
         low, high = wide.aminmax()
@@ -104,12 +105,12 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
         parts = same_form(path, [tau[path] for tau in taus if path in tau])
         # lambda_i s_i B_i
         scaled = [
-            lam * lora_alpha / down.shape[0] * up.float()
+            lam * lora_alpha / len(down) * up.float()
             for lam, (up, down, lora_alpha) in zip(lams, parts)
         ]
         up = torch.cat(scaled, dim=1)
         down = torch.cat([down.float() for _, down, _ in parts])
-        mix[path] = (up, down, float(down.shape[0]))
+        mix[path] = (up, down, float(len(down)))
     return mix
 
 
@@ -182,7 +183,7 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     Of LoRAs merged one by one each keeps a scale of its own: `merge_into(model, tau, new - old)`
     changes it, and -1.0 takes tau out again, exact to float32 rounding for float32 weights.
     Raises ValueError if the model lacks a path or its shape differs, and nothing has changed then;
-    or if a sum is beyond the weight's dtype.
+    or if a sum is beyond the weight's dtype, and the layers before that one have changed.
     """
     check_fit(model, tau)
     weights = weights_of(model)

@@ -2,7 +2,7 @@
 
 Algorithm 1 of 2310.04378 asks for a student, a teacher and a target. For an LCM-LoRA (2311.05556)
 they are one UNet with its LoRA on, off, and on without gradient; for a full LCM they are three. The
-loss cannot tell the two apart.
+loss is the same for both.
 """
 
 import math
@@ -89,9 +89,8 @@ def make_networks(
         add_checkpointing(unet)
     net = wrap(unet)
     student = without_w(net, dtype)
-    return Networks(
-        student, student, student, net, schedule_of(unet)
-    )  # the loss has a student only
+    # the diffusion loss asks the student only
+    return Networks(student, student, student, net, schedule_of(unet))
 
 
 def device_of(unet: UNet) -> torch.device:
@@ -106,7 +105,9 @@ def schedule_of(unet: UNet) -> Schedule:
 def lora_networks(
     objective: Objective, unet: UNet, dtype: torch.dtype, seed: int, wrap: Wrap
 ) -> Networks:
-    """One UNet: LoRA on, off, on (tour/07). Frozen weights have the forward pass's dtype."""
+    """One UNet: LoRA on, off, on (tour/07). Frozen weights have the forward pass's dtype; those
+    under the LoRA are float16 if `narrow`, int8 if `quantized`.
+    """
     adapted = set(target_paths(unet, objective.targets))
     for path, layer in unet.named_modules():
         narrow = objective.narrow and path in adapted

@@ -24,8 +24,7 @@ class Schedule(NamedTuple):
     alpha_bar: Tensor  # cumulative product of 1 - beta
     alpha: Tensor  # sqrt(alpha_bar)
     sigma: Tensor  # sqrt(1 - alpha_bar), always in [0, 1]
-    # the network's output is v, not eps_hat; here, since to convert it takes alpha and sigma
-    v: bool = False
+    v: bool = False  # the network's output is v = alpha eps - sigma z0, not eps_hat: `x0_and_eps`
 
     def at(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha(t), sigma(t)) shaped to multiply `like` (b, ...).
@@ -65,7 +64,11 @@ def add_noise(z0: Tensor, eps: Tensor, t: int | Tensor, schedule: Schedule) -> T
 
 
 def add_more_noise(z_s: Tensor, eps: Tensor, s: int, t: int, schedule: Schedule) -> Tensor:
-    """z_t of a z_s (b, c, h, w) that is noisy already, s <= t: only the noise that it lacks."""
+    """z_t of a z_s (b, c, h, w) that is noisy already, s <= t. DDPM (2006.11239) eq. 4 from s on.
+
+    z_s brings noise of variance (alpha_t / alpha_s)^2 sigma_s^2 along; what it lacks of sigma_t^2
+    is 1 - alpha_bar_t / alpha_bar_s.
+    """
     # z_t = (alpha_t / alpha_s) z_s + sqrt(1 - alpha_bar_t / alpha_bar_s) eps
     ratio = schedule.at(t, z_s)[0] / schedule.at(s, z_s)[0]
     return ratio * z_s + (1 - ratio**2).sqrt() * eps

@@ -7,25 +7,20 @@ network is float32.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .model.unet import Cond
 from .schedule import Schedule, T, x0_and_eps
 
-if TYPE_CHECKING:
-    from .model.unet import Cond
-
-# (z_t, t) -> eps_hat; v where schedule.v. A Cond is the encoded prompt, context (b, n, d)
+# (z_t, t) -> eps_hat, or v if schedule.v
 EpsFn = Callable[[Tensor, int | Tensor], Tensor]
 
 
-def guided_eps(
-    unet: Callable[..., Tensor], cond: "Cond", null_cond: "Cond | None", w: float
-) -> EpsFn:
+def guided_eps(unet: Callable[..., Tensor], cond: Cond, null_cond: Cond | None, w: float) -> EpsFn:
     """eps_fn with classifier-free guidance, eps_cond + w (eps_cond - eps_null), from one batch of
     2b; w = 0 is off (tour/02).
 

@@ -191,7 +191,6 @@ def test_a_target_with_its_lora_off_does_not():
     assert not distil_lora(lambda student, teacher: (student, teacher, teacher)) < FAR
 
 
-@pytest.mark.parametrize("w", [W + 1, W - 1])
-def test_w_off_by_one_does_not(w):
-    """Planted bug: the ecosystem's guidance, 1 + w, taken for w, or the reverse."""
-    assert not distil_lora(w=w) < FAR
+def test_w_off_by_one_does_not():
+    """Planted bug: the ecosystem's guidance, 1 + w, taken for w."""
+    assert not distil_lora(w=W + 1) < FAR

@@ -50,7 +50,7 @@ def test_an_image_is_noised_to_the_first_timestep(schedule):
     expected = sample_lcm(toy_eps, start, schedule, [300, 20], generators, gamma=0.5)
     of_list = generate(toy_eps, SEEDS, SHAPE, "lcm", [300, 20], image=image, gamma=0.5)
     assert torch.equal(of_list, expected)
-    with pytest.raises(ValueError, match="ddim cannot start from a picture"):
+    with pytest.raises(ValueError, match="ddim takes no image; lcm does"):
         generate(toy_eps, SEEDS, SHAPE, "ddim", 2, image=image)
     with pytest.raises(ValueError, match="steps is 0; give 1 to 1000"):
         generate(toy_eps, SEEDS, SHAPE, "dpmpp", 0)

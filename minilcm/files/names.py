@@ -1,4 +1,4 @@
-"""The names of modules, LDM <-> diffusers, and flattened; one of the two maps of this project.
+"""The names of modules, LDM <-> diffusers, and flattened.
 
 A tau has LDM's paths for the UNet, and te1. (CLIP-L) or te2. (bigG) + Hugging Face's for text.
 

@@ -2,7 +2,8 @@
 
 Attributes have the key names of the official files (`in_layers.2`, `ff.net.0.proj`): a number in a
 key is a place in an nn.Sequential. Local names and comments are ours. Letters: b batch, c channels,
-h w latent size, n tokens, d width of a token.
+h w latent size, n tokens of the picture, m of the context, d width of a token, in `attention` of a
+head.
 """
 
 import math
@@ -23,7 +24,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, each (b, heads, n, d)."""
+    """softmax(q k^T / sqrt(d)) v: q (b, heads, n, d), k and v (b, heads, m, d)."""
     if q.device.type == "mps":  # PyTorch 2.8 there misreads other layouts (pytorch#163597)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v)

@@ -1,9 +1,8 @@
 """The text encoders: prompts -> Cond, by open_clip's tower and tokenizer.
 
 Official SD1.x files have the tower under Hugging Face's names with separate q, k, v projections;
-open_clip fuses the three into one matrix. That renaming is `clip_l_to_open_clip`, with its inverse:
-one of the two maps of this project. open_clip takes longer to import than torch, so it is imported
-when a tower or tokenizer is built.
+open_clip fuses the three into one matrix: `clip_l_to_open_clip`, and its inverse. open_clip takes
+longer to import than torch, so it is imported when a tower or tokenizer is built.
 """
 
 import re
@@ -96,18 +95,10 @@ def tokenizer() -> "SimpleTokenizer":
     return SimpleTokenizer()
 
 
-@lru_cache(maxsize=100_000)
-def phrase_pairs(phrase: str) -> list[int]:
-    return tokenizer().encode(phrase)
-
-
+@lru_cache(maxsize=100_000)  # captions come back every epoch
 def byte_pairs(prompt: str) -> list[int]:
-    """The prompt's tokens. Captions are made of few phrases: each is split into tokens once."""
-    if not prompt.isascii() or "&" in prompt:  # which open_clip mends in its own ways
-        return tokenizer().encode(prompt)
-    # a comma between plain words is a token of its own
-    first, *rest = map(phrase_pairs, re.split(r"(?<=[a-zA-Z]), (?=[a-zA-Z])", prompt))
-    return sum(([*phrase_pairs(","), *tokens] for tokens in rest), first)
+    """The prompt's tokens, without BOS and EOS."""
+    return tokenizer().encode(prompt)
 
 
 class TextEncoder(nn.Module):

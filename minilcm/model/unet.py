@@ -1,19 +1,20 @@
 """Stable Diffusion's UNet, eps_theta or v_theta(z_t, t, c), all families, official LDM key names.
 
-                    SD1.5                                 SDXL (SSD-1B without the starred)
+                    SD1.5                                 SDXL (SSD-1B: less, see `ssd1b`)
 time_embed          t -> 320 -> 1280                      the same
 label_emb           -                                     pooled text, sizes 2816 -> 1280, added
 input_blocks.0      conv_in                               conv_in
-input_blocks.1-2    ResBlock .0, transformer .1, w. 320   ResBlock, width 320
+input_blocks.1-2    ResBlock .0, transformer .1           ResBlock, width 320
 input_blocks.3      Downsample .0                         Downsample
 input_blocks.4-5    ResBlock, transformer, width 640      ResBlock, transformer x 2, width 640
 input_blocks.6      Downsample                            Downsample
-input_blocks.7-8    ResBlock, transformer, width 1280     ResBlock, transformer x 10 (4), width 1280
+input_blocks.7-8    ResBlock, transformer, width 1280     ResBlock, transformer x 10, width 1280
 input_blocks.9      Downsample                            -
 input_blocks.10-11  ResBlock, width 1280                  -
-middle_block        ResBlock .0, transformer .1,          ResBlock, transformer x 10*,
-                    ResBlock .2                           ResBlock*
-output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, Upsample (last) at each level's end
+middle_block        ResBlock .0, transformer .1,          ResBlock, transformer x 10, ResBlock
+                    ResBlock .2
+output_blocks.i     ResBlock on cat(h, skip) .0, transformer .1, and Upsample (last) at the end of
+                    each level but the last
 out                 GroupNorm .0, SiLU .1, conv .2        the same
 """
 
@@ -225,7 +226,7 @@ class UNet(nn.Module):
         for block in self.input_blocks[1:]:
             x = block(x, t_emb, context)
             skips.append(x)
-        x = self.middle_block(x, t_emb, context)  # (b, c, h / 2^levels, w / 2^levels)
+        x = self.middle_block(x, t_emb, context)  # (b, c, h, w), each halved levels - 1 times
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), t_emb, context)
         return in_float32(self.out, x)  # (b, 4, h, w)

@@ -1,8 +1,8 @@
 """The autoencoder between pixels (b, 3, H, W) in [-1, 1] and latents (b, 4, H/f, W/f).
 
-LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): Stable Diffusion has four
-levels (f8), the emoji model three (f4). The scale that gives latents unit variance (0.18215 in
-SD1.5) is applied here and nowhere else.
+LDM's AutoencoderKL under its official key names. f = 2^(levels - 1): all models here have four
+levels (f8). The scale that gives latents unit variance (0.18215 in SD1.5) is applied here and
+nowhere else.
 
     encoder.conv_in, down.i.{block.j, downsample.conv}, mid.{block_1, attn_1, block_2},
             norm_out, conv_out -> quant_conv

@@ -42,7 +42,7 @@ class Wish(NamedTuple):
     sampler: str
     steps: int
     guidance: float
-    gamma: float  # lcm: how much of the noise between steps is fresh; 1 is the paper's own sampler
+    gamma: float  # lcm: how much of the noise between steps is fresh; 1: all, LCM's own sampler
     size: int  # width and height in pixels
     lambdas: list[float]
 
@@ -79,7 +79,7 @@ class Studio:
             "start": {"sampler": "lcm" if fast else "ddim", "size": self.config.size},
             "most": {"letters": LETTERS, "steps": STEPS, "guidance": GUIDANCE, "lambda": LAMBDA},
             "samplers": {
-                name: [x.steps, 1 if x.needs_lcm_lora else own, x.stochastic]
+                name: [x.default_steps, 1 if x.needs_lcm_lora else own, x.stochastic]
                 for name, x in SAMPLERS.items()
             },
             "sizes": self.sizes,
@@ -130,7 +130,8 @@ class Studio:
             cond, null_cond = self.text.encode([wish.prompt], size), self.text.null_cond(1, size)
             eps_fn = guided_eps(unet, cond, null_cond, wish.guidance - 1)
             how = dict(decode=self.vae.decode, device=self.device, schedule=self.schedule)
-            how |= dict(gamma=wish.gamma if wish.gamma < 1 else None)
+            tcd = SAMPLERS[wish.sampler].stochastic and wish.gamma < 1
+            how |= dict(gamma=wish.gamma if tcd else None)
             pixels = generate(eps_fn, [wish.seed], (4, side, side), wish.sampler, wish.steps, **how)
         png = io.BytesIO()
         to_images(pixels)[0].save(png, "PNG", compress_level=1)

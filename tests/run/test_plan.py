@@ -10,6 +10,7 @@ import train
 from minilcm.lora import ATTENTION
 from minilcm.model.unet import UNet
 from minilcm.objective import Objective, loss_of, make_networks
+from minilcm.run import plan
 from minilcm.run.plan import LiveBytes, Step, size_of, step_bytes, vae_and_text_bytes
 
 F32 = torch.float32
@@ -95,42 +96,37 @@ def test_checkpointing_and_batch_move_activations_only():
 
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_TOWERS])
-def test_parts_in_closed_form(config):
+def test_parts_in_closed_form(config, monkeypatch):
     """Parameters times bytes: a frozen base in the forward's dtype or narrow, the LoRA with
     gradient, two moments and an average in float32; a full LCM has a float32 student and target and
-    a teacher in the forward's dtype.
+    a teacher in the forward's dtype. Activations aside: the loss is the sum of all weights.
     """
+
+    def sum_of_weights(objective, nets, *batch):
+        return sum(x.sum() for x in nets.net.parameters() if x.requires_grad)
+
+    def parts_of(objective, device="cuda", dtype=torch.bfloat16, **how):
+        return step_bytes(objective, config, Step(1, 64, device, dtype, **how))
+
+    monkeypatch.setattr(plan, "loss_of", sum_of_weights)
     base = count(tiny_unet(0, config.unet))
-    parts, trained = step_bytes(
-        Objective("lcm", 4), config, Step(1, 64, "cuda", torch.bfloat16, average=True)
-    )
+    parts, trained = parts_of(Objective("lcm", 4), average=True)
     assert parts["UNet"] == 2 * base and parts["teacher and target"] == 0
     assert [parts[k] for k in ("LoRA", "gradients", "Adam's moments", "average")] == [
         4 * trained * n for n in (1, 1, 2, 1)
     ]
-    few, fewer = step_bytes(
-        Objective("diffusion", 4, targets=ATTENTION), config, Step(1, 64, "cuda", torch.bfloat16)
-    )
+    few, fewer = parts_of(Objective("diffusion", 4, targets=ATTENTION))
     assert fewer < trained and few["LoRA"] == 4 * fewer and few["average"] == 0
-    narrow, _ = step_bytes(Objective("lcm", 4, narrow=True), config, Step(1, 64, "cpu", F32))
+    narrow, _ = parts_of(Objective("lcm", 4, narrow=True), "cpu", F32)
     # embeddings, norms and first and last layer are wide
     assert 2 * base < narrow["UNet"] < 3 * base
-    int8, _ = step_bytes(
-        Objective("lcm", 4, quantized=True), config, Step(1, 64, "cuda", torch.bfloat16)
-    )
+    int8, _ = parts_of(Objective("lcm", 4, quantized=True))
     assert base < int8["UNet"] < 1.5 * base
-    full, all_of_it = step_bytes(
-        Objective("lcm", None), config, Step(1, 64, "cuda", torch.bfloat16)
-    )
+    full, all_of_it = parts_of(Objective("lcm", None))
     w_input = config.unet.channels[0] * 256
     assert all_of_it == base + w_input and full["UNet"] == 4 * all_of_it and full["LoRA"] == 0
     assert full["teacher and target"] == 4 * all_of_it + 2 * base
-    assert (
-        step_bytes(Objective("diffusion", None), config, Step(1, 64, "cuda", torch.bfloat16))[0][
-            "teacher and target"
-        ]
-        == 0
-    )
+    assert parts_of(Objective("diffusion", None))[0]["teacher and target"] == 0
 
 
 def test_vae_and_text():
@@ -149,7 +145,7 @@ def test_sd15_from_its_name(capsys, monkeypatch):
     is the total, in the last line, and fits or does not.
     """
     monkeypatch.chdir(ROOT)
-    flags = "--objective lcm --rank 64 --model sd15 --batch 1 --size 128 --plan 4"
+    flags = "--objective diffusion --rank 64 --model sd15 --batch 1 --size 128 --plan 4"
     train.main(train.parse(flags.split()))
     lines = capsys.readouterr().out.splitlines()
     assert (

@@ -4,12 +4,15 @@ Called by torchrun this file is train.py in float32: bfloat16 rounds a batch of 
 two of one.
 """
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,7 +21,9 @@ import pytest
 import torch
 from tiny import ROOT, write_art, write_model
 
+import train
 from minilcm.files.safetensors_file import read_tensors
+from minilcm.run import diagnostics
 from minilcm.run.diagnostics import from_seeds, guided_trajectory
 from minilcm.run.state import latest_state, read_run
 
@@ -46,12 +51,12 @@ def flags(files: Path, out: Path, batch: int, steps: int, *more: str) -> list[st
     return [*map(str, argv)]
 
 
-def start(*runs: list[str], world: int = 2) -> subprocess.Popen:
-    """Processes that do one run after another: most of a short run's time is importing torch."""
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+def start(*runs: list[str]) -> subprocess.Popen:
+    """Two processes that do the runs one by one: most of a short one's time is importing torch."""
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *(runner if world > 1 else []), __file__, json.dumps(runs)],
+        [sys.executable, *runner, __file__, json.dumps(runs)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,6 +68,32 @@ def finish(process: subprocess.Popen) -> str:
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out[-3000:]
     return out
+
+
+def trained_here(runs: list[list[str]]) -> str:
+    """The same runs, one after another, by this process; what they print."""
+    handler, out = signal.getsignal(signal.SIGINT), io.StringIO()
+    with pytest.MonkeyPatch.context() as change, contextlib.redirect_stdout(out):
+        measure_little(change.setattr)
+        for argv in runs:
+            train.main(train.parse(argv))
+    signal.signal(signal.SIGINT, handler)
+    return out.getvalue()
+
+
+def measure_little(change: Callable) -> None:
+    """In float32. What a save measures costs more than the steps: one fixed batch for eight, two
+    indices for ten, four steps for twenty, five for fifty.
+    """
+    change(train, "forward_dtype", lambda device: torch.float32)
+    change(train, "islice", lambda batches, _: islice(batches, 1))
+    change(diagnostics, "INDICES", (0, 49))
+    change(diagnostics, "from_seeds", lambda *a: from_seeds(*a[:3], 4, a[4]))
+
+    def five_steps(*args):
+        return guided_trajectory(*args, steps=5).repeat_interleave(9, dim=0)[-51:]
+
+    change(diagnostics, "guided_trajectory", five_steps)
 
 
 LCM = "--objective", "lcm", "--rank", "4", "--save-every", "1"
@@ -79,7 +110,7 @@ def finished(files, tmp_path_factory) -> tuple[Path, dict[int, str]]:
             for name, how in OBJECTIVES.items()
         ]
         runs += [flags(files, here / "untouched", 1, 6, *LCM)] if world == 2 else []
-        printed[world] = finish(start(*runs, world=world))
+        printed[world] = finish(start(*runs)) if world == 2 else trained_here(runs)
     return out, printed
 
 
@@ -133,17 +164,7 @@ def test_a_lost_rank_stops_the_run_which_goes_on(files, tmp_path, finished):
 
 
 if __name__ == "__main__":
-    import train
-
-    train.forward_dtype = lambda device: torch.float32
-    # what a save measures costs more than the steps: one fixed batch for eight, two indices for
-    # ten, four steps for twenty, five for fifty
-    train.islice = lambda batches, _: islice(batches, 1)
-    train.diagnostics.INDICES = (0, 49)
-    train.diagnostics.from_seeds = lambda *a: from_seeds(*a[:3], 4, a[4])
-    train.diagnostics.guided_trajectory = lambda *a: guided_trajectory(
-        *a, steps=5
-    ).repeat_interleave(9, dim=0)[-51:]
+    measure_little(setattr)
     # the processes of the first run are those of the others
     torch.distributed.init_process_group = cache(torch.distributed.init_process_group)
     try:
