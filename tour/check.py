@@ -16,7 +16,7 @@ from torch import Tensor
 from minilcm.lcm import f_theta, huber, train_grid
 from minilcm.lora import LoRALinear
 from minilcm.merge import combine, delta, reduce_rank
-from minilcm.schedule import add_more_noise, add_noise, eps_from_x0, make_schedule, x0_from_eps
+from minilcm.schedule import add_more_noise, add_noise, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step
 
 SCHEDULE = make_schedule()
@@ -41,6 +41,11 @@ def width_after(ts, s, alpha_bar):
         variance = a**2 * variance + b**2 if i else variance
         variance = variance * (a * s**2 / (a**2 * s**2 + b**2)) ** 2
     return variance**0.5
+
+
+def answer(z, end, t, alpha_bar):
+    at_0, at_1 = (f_theta(z, torch.full_like(z, eps), t, SCHEDULE) for eps in (0.0, 1.0))
+    return (end - at_0) / (at_1 - at_0)  # f is a straight line in eps_hat
 
 
 def neighbour(z, t, t_end, m, s, alpha_bar):
@@ -103,10 +108,7 @@ EXERCISES = {
         width_after,
         [(ts, s, TABLE) for ts in ([999], [999, 759, 499, 259]) for s in (0.5, 1.0)],
     ),
-    "consistency": (
-        lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
-        [(X, Y, 0), (X, Y, 1), (X, Y, 499)],
-    ),
+    "answer": (answer, [(X, Y, t, TABLE) for t in (1, 19, 499)]),
     "neighbour": (neighbour, [(X, 999, t, 0.7, s, TABLE) for t in (979, 19) for s in (0.5, 1.0)]),
     "pair": (
         lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
