@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilcm.files.lora_keys import split_key
 from minilcm.lcm import f_theta, huber, train_grid
 from minilcm.lora import LoRALinear
 from minilcm.merge import combine, delta, reduce_rank
@@ -90,6 +91,7 @@ def fresh_share(t_next, gamma, alpha_bar):
 X, Y, Z, T3 = (*(draw(3, 4, 8, 8, seed=i) for i in range(3)), torch.tensor([19, 499, 999]))
 B, A, D, C = draw(6, 2), draw(2, 5), draw(6, 3, seed=1), draw(3, 5, seed=1)
 S = torch.tensor([3.0, 2, 1, 0.5])
+PATHS = ["input_blocks.1.1.proj_in", "middle_block.1.proj_in", "middle_block.1.proj_out"]
 EXERCISES = {
     "noisy": (lambda z0, eps, t, _: add_noise(z0, eps, t, SCHEDULE), [(X, Y, T3, TABLE)]),
     "as_strong": (
@@ -136,14 +138,19 @@ EXERCISES = {
     "next_point": (next_point, [(X, Y, Z, 759, gamma, TABLE) for gamma in (0.0, 0.3, 1.0)]),
     "file_bytes": (
         lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),
-        [([(320, 320), (1280, 320)], 64)],
+        [([(320, 320), (1280, 320)], 64), ([(320, 768)], 8)],
     ),
-    "too_strong": (lambda lora_alpha, rank: rank / lora_alpha, [(8, 64), (16, 16)]),
+    "layer_of": (
+        lambda key, paths: {p.replace(".", "_"): p for p in paths}.get(split_key(key)[1]),
+        [(f"lora_unet_{x}.lora_up.weight", PATHS) for x in ("middle_block_1_proj_in", "out_0_q")],
+    ),
 }
 NUMBERS = {name: f"{i // 2 + 1}{'ab'[i % 2]}" for i, name in enumerate(EXERCISES)}
 
 
 def same(a, b) -> bool:
+    if b is None or isinstance(b, str):
+        return a == b
     if isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(same, a, b))
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()

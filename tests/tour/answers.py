@@ -100,5 +100,6 @@ def file_bytes(shapes, rank):
     return 2 * sum(out * rank + rank * fan_in + 1 for out, fan_in in shapes)
 
 
-def too_strong(lora_alpha, rank):
-    return rank / lora_alpha
+def layer_of(key, paths):
+    flat = key.removeprefix("lora_unet_").split(".")[0]
+    return next((path for path in paths if path.replace(".", "_") == flat), None)
