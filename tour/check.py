@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilcm.files.lora_keys import split_key
 from minilcm.lcm import f_theta, huber, train_grid
 from minilcm.lora import LoRALinear
 from minilcm.merge import combine, delta, reduce_rank
-from minilcm.schedule import add_more_noise, add_noise, eps_from_x0, make_schedule, x0_from_eps
+from minilcm.schedule import add_more_noise, add_noise, make_schedule, x0_from_eps
 from minilcm.solver import ddim_step
 
 SCHEDULE = make_schedule()
@@ -41,6 +42,11 @@ def width_after(ts, s, alpha_bar):
         variance = a**2 * variance + b**2 if i else variance
         variance = variance * (a * s**2 / (a**2 * s**2 + b**2)) ** 2
     return variance**0.5
+
+
+def answer(z, end, t, alpha_bar):
+    at_0, at_1 = (f_theta(z, torch.full_like(z, eps), t, SCHEDULE) for eps in (0.0, 1.0))
+    return (end - at_0) / (at_1 - at_0)  # f is a straight line in eps_hat
 
 
 def neighbour(z, t, t_end, m, s, alpha_bar):
@@ -85,6 +91,7 @@ def fresh_share(t_next, gamma, alpha_bar):
 X, Y, Z, T3 = (*(draw(3, 4, 8, 8, seed=i) for i in range(3)), torch.tensor([19, 499, 999]))
 B, A, D, C = draw(6, 2), draw(2, 5), draw(6, 3, seed=1), draw(3, 5, seed=1)
 S = torch.tensor([3.0, 2, 1, 0.5])
+PATHS = ["input_blocks.1.1.proj_in", "middle_block.1.proj_in", "middle_block.1.proj_out"]
 EXERCISES = {
     "noisy": (lambda z0, eps, t, _: add_noise(z0, eps, t, SCHEDULE), [(X, Y, T3, TABLE)]),
     "as_strong": (
@@ -103,10 +110,7 @@ EXERCISES = {
         width_after,
         [(ts, s, TABLE) for ts in ([999], [999, 759, 499, 259]) for s in (0.5, 1.0)],
     ),
-    "consistency": (
-        lambda z, x0, t: f_theta(z, eps_from_x0(z, x0, t, SCHEDULE), t, SCHEDULE),
-        [(X, Y, 0), (X, Y, 1), (X, Y, 499)],
-    ),
+    "answer": (answer, [(X, Y, t, TABLE) for t in (1, 19, 499)]),
     "neighbour": (neighbour, [(X, 999, t, 0.7, s, TABLE) for t in (979, 19) for s in (0.5, 1.0)]),
     "pair": (
         lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
@@ -134,14 +138,19 @@ EXERCISES = {
     "next_point": (next_point, [(X, Y, Z, 759, gamma, TABLE) for gamma in (0.0, 0.3, 1.0)]),
     "file_bytes": (
         lambda shapes, r: sum(2 * (r * (out + fan_in) + 1) for out, fan_in in shapes),
-        [([(320, 320), (1280, 320)], 64)],
+        [([(320, 320), (1280, 320)], 64), ([(320, 768)], 8)],
     ),
-    "too_strong": (lambda lora_alpha, rank: rank / lora_alpha, [(8, 64), (16, 16)]),
+    "layer_of": (
+        lambda key, paths: {p.replace(".", "_"): p for p in paths}.get(split_key(key)[1]),
+        [(f"lora_unet_{x}.lora_up.weight", PATHS) for x in ("middle_block_1_proj_in", "out_0_q")],
+    ),
 }
 NUMBERS = {name: f"{i // 2 + 1}{'ab'[i % 2]}" for i, name in enumerate(EXERCISES)}
 
 
 def same(a, b) -> bool:
+    if b is None or isinstance(b, str):
+        return a == b
     if isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(same, a, b))
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()

@@ -17,7 +17,7 @@ from minilcm.lcm import f_theta, train_grid
 from minilcm.lora import target_paths
 from minilcm.merge import factorise, merge_into, reduce_rank
 from minilcm.metrics import sharpness
-from minilcm.model.unet import UNet, emoji
+from minilcm.model.unet import Cond, UNet, emoji
 from minilcm.run.diagnostics import consistency_along_trajectory, loss_by_index
 from minilcm.schedule import add_noise, x0_from_eps
 from minilcm.solver import ddim_step, guided_eps, sample_ddim
@@ -133,25 +133,32 @@ def blur() -> dict:
 
 
 def one_jump() -> dict:
-    path, cond = teacher_path(), shipped()[2].encode(NAMES)
-    unets = {"without": shipped()[0], "with": adapted()}
-    fig = figure(
-        "Where one path jumps to, point by point: first to a mean, or nearly to its end", 8.4, 4.7
-    )
-    grid = fig.add_gridspec(3, 6, height_ratios=[1, 1, 1.1])
-    ax = fig.add_subplot(grid[2, :])
+    path, (base, _, text, _) = teacher_path(), shipped()
+    cond, null_cond = text.encode(NAMES), text.null_cond(len(NAMES))
+
+    def guided(z_t: Tensor, t: Tensor | int, cond: Cond, w: Tensor | float) -> Tensor:
+        return guided_eps(base, cond, null_cond, W)(z_t, t)
+
+    networks = {"base": network(base), f"base, w = {W:g}": guided, "LCM-LoRA": network(adapted())}
+    fig = figure("Where the points of one path jump to: from t = 999 none reaches its end", 8.4, 6)
+    grid = fig.add_gridspec(4, 6, height_ratios=[1, 1, 1, 1.1])
+    ax = fig.add_subplot(grid[3, :])
     found = {}
-    for row, ((which, unet), color) in enumerate(zip(unets.items(), (GREY, ORANGE))):
+    for row, (which, net) in enumerate(networks.items()):
         for i, n in enumerate((49, 39, 29, 19, 9, 0)):
             t, z_t = int(train_grid()[n]), path[49 - n]
-            jump = f_theta(z_t, unet(z_t, t, cond), t, SCHEDULE)[0]
-            side = f"{which}\nLCM-LoRA" if i == 0 else ""
-            show(fig.add_subplot(grid[row, i]), jump, "" if row else f"f from t = {t}", side)
-        how = network(unet), path, cond, SCHEDULE, W
-        end = consistency_along_trajectory(*how)[1]
+            jump = f_theta(z_t, net(z_t, t, cond, W), t, SCHEDULE)[0]
+            show(
+                fig.add_subplot(grid[row, i]),
+                jump,
+                "" if row else f"f from t = {t}",
+                which * (i == 0),
+            )
+        end = consistency_along_trajectory(net, path, cond, SCHEDULE, W)[1]
+        color = (GREY, BLUE, ORANGE)[row]
         ax.plot([20 * n + 19 for n in end], list(end.values()), "o-", color=color, markersize=3)
-        name_line(ax, 700, end[33] + (0.05 if row == 0 else -0.17), f"{which} LCM-LoRA", color)
-        found[which] = end[49]
+        name_line(ax, 880, end[44] + (0.05, 0.05, -0.25)[row], which, color)
+        found[which.replace(f", w = {W:g}", ", guided")] = end[49]
     ax.set(xlim=(1010, 0), ylim=(0, None), xlabel="t", ylabel="distance of f\nfrom the end")
     save(fig, 4)
     z0 = path[-1]
@@ -244,7 +251,7 @@ def low_rank() -> dict:
 
 def three_roles() -> dict:
     scales = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-    fig = figure("One UNet: at scale 0 the teacher, at scale 1 the student", 8.4, 3.3)
+    fig = figure("One UNet: at scale 0 the base, at scale 1 the student", 8.4, 3.3)
     axes = fig.subplots(2, len(scales))
     for i, scale in enumerate(scales):
         unet = adapted(lambdas=(scale,))
@@ -266,12 +273,12 @@ def adding() -> dict:
         for i, (x, y) in enumerate(((d1, d2), (d1, d1), (d2, d2))):
             overlap[i] += (x * y).sum().item()
     across, down = (0.0, 0.5, 0.8, 1.2, 2.5), (0.0, 0.5, 1.0, 2.0)
-    fig = figure("cat face, blueprint style, 4 steps: the sum works in the middle only", 6.6, 5.7)
+    fig = figure("cat face, blueprint style: one LoRA brings style, one firm lines", 6.6, 5.7)
     axes = fig.subplots(len(down), len(across))
     for i, lambda2 in enumerate(down):
         for j, lambda1 in enumerate(across):
             unet = adapted(("blueprint", "lcm"), (lambda1, lambda2))
-            z0 = generate(eps_of(unet, ["cat face, blueprint style"]), [3], SHAPE)
+            z0 = generate(eps_of(unet, ["cat face, blueprint style"]), [7], SHAPE)
             side = f"lambda2 = {lambda2:g}" if j == 0 else ""
             show(axes[i, j], z0[0], "" if i else f"lambda1 = {lambda1:g}", side)
             adapted.cache_clear()
@@ -298,7 +305,7 @@ def few_steps() -> dict:
             show(fig.add_subplot(grid[row, 1 + i]), z0[3], label, f"gamma {gamma:g}" * (i == 0))
             distances.append(rms(z0 - end))
         ax.plot(counts, distances, "o-", color=color, markersize=3)
-        name_line(ax, 5, distances[3] + (-0.025, -0.03, 0.03)[row], f"gamma {gamma:g}", color)
+        name_line(ax, 5, distances[3] + (-0.025, -0.1, 0.03)[row], f"gamma {gamma:g}", color)
         found[f"g{gamma:g}"] = distances
     ax.set(xlabel="steps", ylabel="distance from the end of the teacher's 50 steps", xticks=counts)
     ax.set_ylim(0.4, 0.75)

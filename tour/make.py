@@ -13,11 +13,13 @@ without the texts), and never its docstring, in whose place the chapter stands. 
 
     <!-- = lcm_grid(4)[1] -->759<!-- . -->
 
-is the value of an expression in NAMES and in `measured`, which is figures/numbers.json.
+is the value of an expression in NAMES and in `measured`, which is figures/numbers.json. What is
+measured elsewhere comes from there: `paper` is paper/results, `said` a number of another page.
 """
 
 import argparse
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -34,7 +36,8 @@ from minilcm.lcm import boundary_scalings, lcm_grid, train_grid
 from minilcm.schedule import make_schedule
 
 HERE = Path(__file__).parent
-EMOJI = HERE.parent / "weights/emoji"
+ROOT = HERE.parent
+EMOJI = ROOT / "weights/emoji"
 SCHEDULE = make_schedule()
 
 
@@ -44,12 +47,48 @@ def spread(t: int) -> str:
     return f"{alpha * 0.5**2 / (alpha**2 * 0.5**2 + sigma**2) ** 0.5:.3f}"
 
 
+def fresh(gamma: float, t: int) -> str:
+    """The share of the noise's variance at t that is added on the way from s = (1 - gamma) t."""
+    s, alpha_bar = int((1 - gamma) * t), SCHEDULE.alpha_bar
+    return f"{(1 - alpha_bar[t] / alpha_bar[s]) / (1 - alpha_bar[t]):.0%}"
+
+
+@functools.cache
+def paper(section: str) -> dict:
+    """What `python -m paper` found: its "numbers", and {claim: [verdict, ...]}, its "verdict"."""
+    return json.loads((ROOT / f"paper/results/{section}.json").read_text())
+
+
+def seen(row: str) -> str:
+    """Of the paper's section steps: the share of right pictures, and their sharpness."""
+    found = paper("steps")["numbers"]["rows"][row]
+    return f"{found['right'][0]:.2f}, {found['sharpness'][0]:.2f}"
+
+
+def kept(style: str, how: str) -> str:
+    """Of the paper's section combination: the share of pictures in the style."""
+    return f"{paper('combination')['numbers']['styles'][style]['style'][how][0]:.2f}"
+
+
+def said(page: str, before: str) -> str:
+    """The number that follows the text `before` on another page of the repository."""
+    found = re.search(re.escape(before) + r"[^\d]{,9}(\d+(?:\.\d+)?)", (ROOT / page).read_text())
+    if found is None:
+        raise ValueError(f"{page} has no number after {before!r}")
+    return found[1]
+
+
 LCM_LORA = EMOJI / "lcm_lora.safetensors"
 NAMES = {
     "recipe": read_recipe(LCM_LORA),
     "rank": max(len(down) for _, down, _ in read_tau(LCM_LORA).values()),
     "schedule": SCHEDULE,
     "spread": spread,
+    "fresh": fresh,
+    "paper": paper,
+    "seen": seen,
+    "kept": kept,
+    "said": said,
     "boundary_scalings": boundary_scalings,
     "lcm_grid": lcm_grid,
     "train_grid": train_grid,

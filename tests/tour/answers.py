@@ -37,9 +37,10 @@ def width_after(ts, s, alpha_bar):
     return width
 
 
-def consistency(z, x0, t):
+def answer(z, end, t, alpha_bar):
     c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
-    return c_skip * z + (1 - c_skip) ** 0.5 * x0
+    x0 = (end - c_skip * z) / (1 - c_skip) ** 0.5
+    return (z - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
 
 
 def neighbour(z, t, t_end, m, s, alpha_bar):
@@ -99,5 +100,6 @@ def file_bytes(shapes, rank):
     return 2 * sum(out * rank + rank * fan_in + 1 for out, fan_in in shapes)
 
 
-def too_strong(lora_alpha, rank):
-    return rank / lora_alpha
+def layer_of(key, paths):
+    flat = key.removeprefix("lora_unet_").split(".")[0]
+    return next((path for path in paths if path.replace(".", "_") == flat), None)

@@ -62,6 +62,15 @@ def test_a_symbol_that_is_gone_is_named(marker):
         make.filled(f"<!-- code: {marker} -->\n```python\n```\n", MEASURED)
 
 
+def test_a_number_of_another_page_is_the_one_there():
+    """The number after a text; a page that no longer says so is named."""
+    text = "<!-- = said('{}', 'LCM-LoRA, 1 steps') -->?<!-- . -->"
+    there = (ROOT / "weights/emoji/README.md").read_text().split("LCM-LoRA, 1 steps: ")[1].split()
+    assert f"-->{there[0]}<!--" in make.filled(text.format("weights/emoji/README.md"), MEASURED)
+    with pytest.raises(ValueError, match="README.md has no number after 'LCM-LoRA, 1 steps'"):
+        make.filled(text.format("README.md"), MEASURED)
+
+
 def test_a_figure_is_drawn_with_its_numbers(tmp_path, monkeypatch):
     """The last chapter's: parameters of the official UNets and of their LCM-LoRAs, and bytes."""
     pytest.importorskip("matplotlib")
