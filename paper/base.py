@@ -19,6 +19,7 @@ from .training import far, runs_of, short, train, tuning
 FOUR, TEACHER = Draw("lcm", 4), Draw("ddim", 25, W)
 SEEDS = (6, 7, 8)  # 2 and 3 were seen: a first rule asked for styles that the judge cannot read
 ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
+WHAT = {"right": "of names", "sharpness": "as sharp", "own": "as the new base draws"}
 SHIPPED, OLD, THERE, NONE = "shipped", "short, old base", "short, trained there", "none"
 
 
@@ -78,14 +79,19 @@ def verdict(n: dict) -> dict:
     10 % and 0.1 below one of the same short recipe that was trained on the new base and its art.
     """
     at_home, alike = n["bases"]["0"]["shipped - teacher"], {"right": 0.0, "sharpness": 1.0}
-    tuned = [row for label, row in n["bases"].items() if label != "0"]
-    bases = [r for r in tuned if r["teacher"]["right"][0] >= FLOOR]
+    tuned = {label: row for label, row in n["bases"].items() if label != "0"}
+    bases = {k: r for k, r in tuned.items() if r["teacher"]["right"][0] >= FLOOR}
 
     def all_of(key: str, expected: dict[str, float]) -> list:
+        """The verdict on all, and the number that is furthest below its bound, or least above."""
         bounds = {what: x - ALLOWED for what, x in (expected | {"own": 0.0}).items()}
-        found = [decide(r[key][what], above=x) for r in bases for what, x in bounds.items()]
-        worst = min((r[key]["right"] for r in bases), default="no fine-tune draws its names")
-        return [together(found), worst]
+        found = [(r[key][what], x, what, k) for k, r in bases.items() for what, x in bounds.items()]
+        word = together(decide(numbers, above=x) for numbers, x, *_ in found)
+        if not found:
+            return [word, "no fine-tune draws its names"]
+        numbers, _, what, label = min(found, key=lambda one: one[0][0] - one[1])
+        said = "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
+        return [word, f"{said} {WHAT[what]}, tuning: {label}"]
 
     home = {what: at_home[what][0] for what in alike}
     return {
