@@ -27,15 +27,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minilcm.cli.advice import advise, list_names, lora_tags, speeds_up
+from minilcm.cli.advice import advise, list_names, lora_tags
 from minilcm.cli.output import run_script
 from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, is_large, open_checkpoint
-from minilcm.files.lora_file import check_lora, parse_lora, read_tau
+from minilcm.files.lora_file import Lora, check_lora, parse_lora, read_tau, speeds_up
 from minilcm.files.names import split_parts
-from minilcm.files.tools import Lora
 from minilcm.generate import SAMPLERS, generate, timesteps
 from minilcm.lcm import GRID, guidance_embedding
 from minilcm.lora import Tau
@@ -188,8 +187,7 @@ def settle(args: Namespace, config: Config) -> tuple[int, int]:
     """Fill in what depends on the model: size, guidance, LoRA, dtype; -> (h, w) of the latent."""
     way, shipped = SAMPLERS[args.sampler], is_shipped(args.model)
     factor = 2 ** (len(config.vae.channels) - 1)  # pixels per point of the latent
-    coarsest = factor * 2 ** (len(config.unet.channels) - 1)  # pixels per point of the lowest level
-    args.size = parse_size(args.size, config.size, coarsest)
+    args.size = parse_size(args.size, config.size, config.multiple)
     # an LCM-LoRA has its guidance in the weights; a full LCM takes it as an input
     own = 1.0 if way.needs_lcm_lora and config.unet.w_dim is None else config.guidance
     args.guidance = own if args.guidance is None else max(1.0, args.guidance)  # 0 is off, too

@@ -21,7 +21,7 @@ import torch
 
 from .cli.output import run_script
 from .files.lora_file import parse_lora
-from .files.tools import combine_files, diff, extract_file, info, merge_file, resize_file
+from .files.tools import check_out, combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
 
 
@@ -110,6 +110,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     loras = [parse_lora(text) for text in getattr(args, "loras", [])]
+    if "out" in args:
+        given = [getattr(args, x) for x in ("lora", "checkpoint", "base", "tuned") if x in args]
+        check_out(args.out, [*given, *(path for path, _ in loras)], args.force)
+    to = (args.out, DTYPES[args.dtype], args.style) if "style" in args else ()
     match args.command:
         case "info":
             failed = []
@@ -121,28 +125,13 @@ def main(args: argparse.Namespace) -> None:
             if failed:
                 raise ValueError("\nminilcm: ".join(failed))
         case "combine":
-            combine_files(loras, args.out, DTYPES[args.dtype], args.style, args.force)
+            combine_files(loras, *to)
         case "resize":
-            how = args.rank, args.energy, args.against
-            resize_file(args.lora, args.out, DTYPES[args.dtype], args.style, args.force, *how)
+            resize_file(args.lora, *to, args.rank, args.energy, args.against)
         case "merge" | "unmerge":
-            merge_file(
-                args.checkpoint,
-                loras,
-                args.out,
-                args.force,
-                1.0 if args.command == "merge" else -1.0,
-            )
+            merge_file(args.checkpoint, loras, args.out, 1.0 if args.command == "merge" else -1.0)
         case "extract":
-            extract_file(
-                args.base,
-                args.tuned,
-                args.rank,
-                args.out,
-                DTYPES[args.dtype],
-                args.style,
-                args.force,
-            )
+            extract_file(args.base, args.tuned, args.rank, *to)
         case "diff":
             diff(args.a, args.b)
         case "plot":

@@ -184,9 +184,9 @@ def lcm_grid(steps: int | list[int], strength: float = 1.0) -> list[int]:
         if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
             raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
         return steps
-    length = int(GRID * strength)
-    if not 1 <= length <= GRID:
+    if not 1 / GRID <= strength <= 1:
         raise ValueError(f"strength is {strength}; give {1 / GRID} to 1")
+    length = int(GRID * strength)
     check_steps(steps, length)
     grid = train_grid().flip(0).tolist()[GRID - length :]
     return [grid[i * length // steps] for i in range(steps)]

@@ -106,12 +106,15 @@ def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) 
 
 
 def check_tau(model: nn.Module, tau: Tau, rank: int, targets: tuple[str, ...], name: str) -> None:
-    """Raises ValueError unless tau has the layers and the rank that `add_lora` would make."""
+    """Raises ValueError unless tau has the layers, shapes and rank that `add_lora` would make."""
     paths = target_paths(model, targets)
     if odd := set(paths) ^ set(tau):
         counts = f"{len(tau)} layers, this run {len(paths)}"
         raise ValueError(f"{name}: it adapts {counts}; first difference: {min(odd)}")
-    for path, (_, down, _) in tau.items():
+    for path, (up, down, _) in tau.items():
+        weight = model.get_submodule(path).weight
+        if (len(up), down[0].numel()) != (len(weight), weight[0].numel()):
+            raise ValueError(f"{name}: made for another model: {path} has another shape")
         if len(down) != rank:
             has = f"{path} has rank {len(down)}, this run {rank}"
             raise ValueError(f"{name}: {has}; give --rank {len(down)}")

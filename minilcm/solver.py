@@ -94,23 +94,33 @@ def sample_ddim(
 
 
 def dpmpp_2m_step(
-    z_t: Tensor, x0: Tensor, x0_last: Tensor | None, t_last, t, t_next, schedule: Schedule
+    z_t: Tensor,
+    x0: Tensor,
+    x0_last: Tensor | None,
+    t_last: int | None,
+    t: int,
+    t_end: int,
+    schedule: Schedule,
 ) -> Tensor:
-    """One step of DPM-Solver++(2M) from t to t_next. DPM-Solver++ (2211.01095) algorithm 2.
+    """One step of DPM-Solver++(2M) from t to t_end. DPM-Solver++ (2211.01095) algorithm 2.
 
     x0 is the estimate at t, x0_last the one at t_last; without x0_last the step is of first order.
+    The paper's lambda = log(alpha / sigma) is half the logarithm of the SNR.
     """
-    (a0, s0), (a1, s1) = schedule.at(t, z_t), schedule.at(t_next, z_t)
-    # h = lambda' - lambda; lambda = log(alpha / sigma) is half the log of the SNR
-    h = torch.log(a1 / s1) - torch.log(a0 / s0)
+
+    def half_logsnr(t: int) -> Tensor:
+        alpha, sigma = schedule.at(t, z_t)
+        return torch.log(alpha / sigma)
+
+    sigma, (alpha_end, sigma_end) = schedule.at(t, z_t)[1], schedule.at(t_end, z_t)
+    h = half_logsnr(t_end) - half_logsnr(t)
     d = x0
     if x0_last is not None:
-        a_last, s_last = schedule.at(t_last, z_t)
-        r0 = (torch.log(a0 / s0) - torch.log(a_last / s_last)) / h
+        r0 = (half_logsnr(t) - half_logsnr(t_last)) / h
         # D = (1 + 1/(2 r0)) x0 - 1/(2 r0) x0_last
         d = x0 + (x0 - x0_last) / (2 * r0)
-    # z_next = (sigma'/sigma) z - alpha' (e^{-h} - 1) D
-    return (s1 / s0) * z_t - a1 * torch.expm1(-h) * d
+    # z_end = (sigma'/sigma) z - alpha' (e^{-h} - 1) D
+    return (sigma_end / sigma) * z_t - alpha_end * torch.expm1(-h) * d
 
 
 def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:

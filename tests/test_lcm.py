@@ -145,7 +145,7 @@ def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
         sample_lcm(None, noise(), schedule, steps, generators(), strength)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.019, 1.02, 1.5, -1.0])
+@pytest.mark.parametrize("strength", [0.0, 0.019, 1.02, 1.5, -1.0, math.inf, math.nan])
 def test_lcm_grid_refuses_bad_strengths(strength):
     with pytest.raises(ValueError, match=f"strength is {strength}; give 0.02 to 1"):
         lcm_grid(1, strength)

@@ -15,7 +15,18 @@ from itertools import islice
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG, ROOT, TWO_TOWERS, drawing, load_tau, png, write_art, write_model
+from tiny import (
+    CONFIG,
+    ROOT,
+    TWO_TOWERS,
+    drawing,
+    load_tau,
+    png,
+    random_tau,
+    tiny_unet,
+    write_art,
+    write_model,
+)
 
 import sample
 import train
@@ -23,10 +34,10 @@ from minilcm.data.emoji import art_batches
 from minilcm.data.open import Reading, find_data, open_data
 from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
-from minilcm.files.lora_file import read_recipe, read_tau
+from minilcm.files.lora_file import read_recipe, read_tau, write_tau
 from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm, update_ema
-from minilcm.lora import add_lora, get_tau, target_paths
+from minilcm.lora import ATTENTION, add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
 from minilcm.run import diagnostics
@@ -677,6 +688,10 @@ def test_a_lora_that_does_not_fit_is_no_start(files, tmp_path, finished, monkeyp
     assert re.search(r"lora.safetensors: \S+ has rank 2, this run 3; give --rank 2$", message)
     message = refused(flags(files, tmp_path / "out", "lcm", 1, "--rank", "2", *init[:1], init[1]))
     assert "--alpha is 6.0, but --init" in message
+    wide = random_tau(tiny_unet(0, TWO_TOWERS.unet), 1, 2, 2.0, ATTENTION)
+    write_tau(tmp_path / "wide.safetensors", wide, {})
+    message = refused([*argv, "--init", str(tmp_path / "wide.safetensors")])
+    assert re.search(r"wide.safetensors: made for another model: \S+ has another shape$", message)
     argv.remove("--attention-only")
     message = refused(argv)
     assert re.search(r"lora.safetensors: it adapts \d+ layers, this run \d+; first diff", message)

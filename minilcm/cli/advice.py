@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data.emoji import COLORS, STYLES, read_labels
 from ..files.identify import Checkpoint
-from ..files.lora_file import read_recipe
+from ..files.lora_file import speeds_up
 from ..generate import SAMPLERS
 
 # ---- prompts
@@ -99,14 +99,6 @@ def on_prompt(
 
 
 # ---- settings
-
-
-def speeds_up(lora: Path) -> bool:
-    """Whether a file seems to hold an LCM-LoRA, alone or combined, by its recipe or its name."""
-    recipe = read_recipe(lora)
-    if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
-        return True
-    return "lcm" in recipe["loras"].lower() if "loras" in recipe else "combined" in recipe
 
 
 def on_settings(

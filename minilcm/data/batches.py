@@ -62,7 +62,8 @@ def batch_order(
             index, m = [], len(members[bucket])
             for i in places:  # the i-th example of this bucket in the whole run
                 if not index or i % m == 0:
-                    mixed = seed * 1_000_003 + i // m + (bucket << 40)
+                    # of a CPU generator's seed only the lower 32 bits count
+                    mixed = seed * 1_000_003 + i // m + bucket * 10_000_019
                     permuted = torch.Generator().manual_seed(mixed % 2**64)
                     order = torch.randperm(m, generator=permuted)
                 index.append(members[bucket][order[i % m]])

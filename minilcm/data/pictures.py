@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -70,15 +69,11 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{path}: not a readable picture") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    x = to_pixels(image)[None]  # (1, 3, h, w)
-    zoom = max(size[0] / image.width, size[1] / image.height)
-    h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
-    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
-    top, left = (h - size[1]) // 2, (w - size[0]) // 2
-    if size[0] * size[1] < 0.9 * w * h:
+    ratio = image.width * size[1] / (image.height * size[0])
+    if min(ratio, 1 / ratio) < 0.9:
         shape = f"{image.width}x{image.height}"
         print(f"{path}: {shape}, of which the middle is used, in the shape of {size[0]}x{size[1]}")
-    return x[:, :, top : top + size[1], left : left + size[0]]
+    return to_pixels(ImageOps.fit(image, size, Image.Resampling.BICUBIC))[None]
 
 
 # ---- cut to size

@@ -31,6 +31,11 @@ class Config:
     guidance: float  # default guidance (1 + w) for ddim and dpmpp
     names: tuple[str, ...] = ()  # what the model can draw, if that is a closed list
 
+    @property
+    def multiple(self) -> int:
+        """Of width and height: pixels per point of the UNet's lowest level."""
+        return 2 ** (len(self.vae.channels) + len(self.unet.channels) - 2)
+
 
 def to_json(config: Config) -> str:
     return json.dumps(asdict(config))
@@ -105,9 +110,8 @@ SUPPORTED = "SD1.x, SD2.x, SDXL and what is distilled from them (SSD-1B, Vega, t
 
 def check_size(config: Config, size: int) -> None:
     """Raises ValueError unless the UNet's lowest level divides this width and height evenly."""
-    coarsest = 2 ** (len(config.vae.channels) + len(config.unet.channels) - 2)  # pixels per point
-    if size < 1 or size % coarsest:
-        raise ValueError(f"--size is {size}; give a multiple of {coarsest}")
+    if size < 1 or size % config.multiple:
+        raise ValueError(f"--size is {size}; give a multiple of {config.multiple}")
 
 
 def is_large(config: Config) -> bool:
@@ -137,14 +141,17 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoint:
-    """Read the header and identify the family; `prediction`, "eps" or "v", overrules the file."""
+    """Read the header and identify the family; `prediction`, "eps" or "v", overrules the file.
+
+    Raises ValueError in one line for a file that is no checkpoint of a family we know.
+    """
     header, metadata = read_header(path)
     config = identify_header(path, header, metadata, prediction)
     return Checkpoint(Path(path), header, metadata, config)
 
 
 def identify(path: str | Path) -> Config:
-    """The Config of a checkpoint: what `load_model` would build. Raises as `open_checkpoint`."""
+    """The Config of a checkpoint: what `load_model` would build. ValueError: `open_checkpoint`."""
     return open_checkpoint(path).config
 
 

@@ -14,12 +14,22 @@ from ..lora import Tau
 from ..merge import check_fit, no_kernel, with_kernel
 from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
-from .lora_keys import Module, by_module
-from .names import TOWERS, module_table, text_paths, text_table, to_diffusers_path, to_ldm_path
+from .lora_keys import by_module
+from .names import (
+    TOWERS,
+    module_table,
+    split_parts,
+    text_paths,
+    text_table,
+    to_diffusers_path,
+    to_ldm_path,
+)
 from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, write_tensors
 
+Lora = tuple[Path, float]  # file and lambda
 
-def parse_lora(text: str) -> tuple[Path, float]:
+
+def parse_lora(text: str) -> Lora:
     """`FILE[:LAMBDA]` -> (path, lambda); LAMBDA is 1 when it is left out."""
     name, colon, number = text.rpartition(":")
     if not colon or re.search(r"[/\\]", number) or Path(text).is_file():  # a colon of the name
@@ -34,26 +44,25 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(name), lam
 
 
-def find_family(modules: dict[Module, dict[str, Tensor]]) -> Family:
-    """The family whose UNet has most of these modules, by name and then by shape."""
-    of_unet = {flat: parts for (prefix, flat), parts in modules.items() if prefix == ""}
+def find_family(modules: dict[str, tuple[Tensor, Tensor]]) -> Family:
+    """The family whose UNet has most of these {flattened name: (up, down)}, then by shape."""
     best = {}
     for family in FAMILIES.values():
         table, shaped = module_table(family.unet), 0
-        named = of_unet.keys() & table.keys()
+        named = modules.keys() & table.keys()
         for flat in named:
-            sides = zip((of_unet[flat]["up"], of_unet[flat]["down"]), (0, 1), table[flat][1])
+            sides = zip(modules[flat], (0, 1), table[flat][1])
             shaped += all(x.shape[i] == width for x, i, width in sides if x.ndim > 1)
         best[family] = len(named), shaped
-        if shaped == len(of_unet):
+        if shaped == len(modules):
             return family  # nothing can fit better: no need to build the larger UNets
     return max(best, key=best.get)
 
 
 def family_of(tau: Tau) -> Family:
     """`find_family` for a tau."""
-    named = {path.replace(".", "_"): parts for path, parts in tau.items()}
-    return find_family({("", n): {"up": up, "down": down} for n, (up, down, _) in named.items()})
+    of_unet, _ = split_parts(tau)
+    return find_family({path.replace(".", "_"): parts[:2] for path, parts in of_unet.items()})
 
 
 def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
@@ -75,7 +84,8 @@ def read_tau(path: str | Path) -> Tau:
     path = Path(path)
     tensors, metadata = read_tensors(path)
     modules, spelled = by_module(path, tensors)
-    family, settings = find_family(modules), peft_settings(path, metadata)
+    of_unet = {flat: (x["up"], x["down"]) for (te, flat), x in modules.items() if not te}
+    family, settings = find_family(of_unet), peft_settings(path, metadata)
     if not settings and any(key.startswith("base_model.model.") for key in tensors):
         what = "lora_alpha is taken as the rank; PEFT's default is 8"
         print(f"{path}: no adapter_config.json: {what}")
@@ -167,6 +177,14 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
 def read_recipe(path: str | Path) -> dict[str, str]:
     """What `write_tau` recorded: {"w": "7.5", "K": "50", ...}, without the `minilcm.` prefix."""
     return recipe_in(read_header(path)[1])
+
+
+def speeds_up(lora: Path) -> bool:
+    """Whether a file seems to hold an LCM-LoRA, alone or combined, by its recipe or its name."""
+    recipe = read_recipe(lora)
+    if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
+        return True
+    return "lcm" in recipe["loras"].lower() if "loras" in recipe else "combined" in recipe
 
 
 def recipe_in(metadata: dict[str, str]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def split_key(key: str) -> tuple[str, str, str] | None:
         tail = f"{old[2]}_proj" if "self_attn" in old[1] else theirs
         key = f"{old[1]}.{tail}.lora_{old[3]}.weight"
     ending = r"(.+?)\.(?:lora_linear_layer\.|lora[._])(down|up|mid|A|B)(?:\.\w+)?\.weight"
-    match = re.fullmatch(ending, key) or re.fullmatch(r"(.+)\.(alpha|scalar)", key)
+    match = re.fullmatch(ending, key) or re.fullmatch(r"(.+?)(?:\.lora)?\.(alpha|scalar)", key)
     if not match:
         return None
     prefix = next(p for p in PREFIXES if re.match(p, match[1]))

@@ -26,14 +26,12 @@ from ..merge import (
 )
 from .checkpoint import places, weight_shapes
 from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refuse_quantised
-from .lora_file import check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
+from .lora_file import Lora, check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
 from .safetensors_file import MALFORMED, Header, all_finite, read_header, rewrite, sha256
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
-
-Lora = tuple[Path, float]  # file and lambda
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
@@ -179,11 +177,8 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
 # ---- LoRA files
 
 
-def combine_files(
-    loras: list[Lora], out: Path, dtype: torch.dtype, style: str | None, force: bool
-) -> None:
+def combine_files(loras: list[Lora], out: Path, dtype: torch.dtype, style: str | None) -> None:
     """tau_mix = sum_i lambda_i tau_i."""
-    check_out(out, [path for path, _ in loras], force)
     mix = combine([read_tau(path) for path, _ in loras], [lam for _, lam in loras])
     made = recipe_of(loras)
     recipe = {"combined": recipe_text(made), "loras": json.dumps(made)}
@@ -198,13 +193,11 @@ def resize_file(
     out: Path,
     dtype: torch.dtype,
     style: str | None,
-    force: bool,
-    rank: int | None = None,
-    energy: float | None = None,
-    against: Path | None = None,
+    rank: int | None,
+    energy: float | None,
+    against: Path | None,
 ) -> None:
     """The best tau of a lower rank, and what it loses."""
-    check_out(out, [lora], force)
     tau = read_tau(lora)
     small, residual = reduce_rank(tau, rank, energy)
     for path, lost in residual.items():
@@ -220,10 +213,8 @@ def resize_file(
 # ---- checkpoint files
 
 
-def merge_file(base: Path, loras: list[Lora], out: Path, force: bool, sign: float = 1.0) -> None:
+def merge_file(base: Path, loras: list[Lora], out: Path, sign: float) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
-    files = [base, *(path for path, _ in loras)]
-    check_out(out, files, force)
     _, header, metadata, _ = open_checkpoint(base)
     shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
@@ -247,7 +238,7 @@ def merge_file(base: Path, loras: list[Lora], out: Path, force: bool, sign: floa
     recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
     stale = "minilcm.merged", "modelspec.hash_sha256"
     metadata = {k: v for k, v in metadata.items() if k not in stale} | {"format": "pt"}
-    metadata |= for_people(files)
+    metadata |= for_people([base, *(path for path, _ in loras)])
     if recipe:  # not so, if what was merged has been taken away again
         metadata |= {"minilcm.merged": recipe_text(recipe), "minilcm.loras": json.dumps(recipe)}
     rewrite(base, out, metadata, {key: partial(change, key) for key in by_key})
@@ -270,16 +261,9 @@ def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[s
 
 
 def extract_file(
-    base: Path,
-    tuned: Path,
-    rank: int,
-    out: Path,
-    dtype: torch.dtype,
-    style: str | None,
-    force: bool,
+    base: Path, tuned: Path, rank: int, out: Path, dtype: torch.dtype, style: str | None
 ) -> None:
     """The best tau of this rank for dW = W_tuned - W_base."""
-    check_out(out, [base, tuned], force)
     headers = read_header(base)[0], read_header(tuned)[0]
     for path, header in zip((base, tuned), headers):
         refuse_quantised(path, header)

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..cli.advice import speeds_up
 from ..data.pictures import to_images
 from ..files.checkpoint import load_model
-from ..files.lora_file import check_lora, parse_lora, read_tau
+from ..files.lora_file import check_lora, parse_lora, read_tau, speeds_up
 from ..generate import SAMPLERS, generate
 from ..merge import combine, merge_into
 from ..model.precision import default_dtype
@@ -67,7 +66,7 @@ class Studio:
         adapted = {f"{path}.weight" for tau in self.taus for path in tau}
         self.base = {key: self.weights[key].clone() for key in adapted}
         self.lambdas = [0.0] * len(loras)  # of what is in the weights now
-        multiple = self.vae.factor * 2 ** (len(self.config.unet.channels) - 1)
+        multiple = self.config.multiple
         self.sizes = list(range(multiple, self.config.size * 3 // 2 + 1, multiple))
         self.schedule = make_schedule(self.config.unet.v, self.config.unet.zero_snr)
         self.arrival, self.drawing, self.newest = threading.Lock(), threading.Lock(), 0

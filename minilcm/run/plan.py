@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..files.identify import Config
 from ..model.text import N_TOKENS, TextEncoder
@@ -44,15 +45,6 @@ class Step(NamedTuple):
 # ---- counting bytes
 
 
-def tensors_in(x) -> Iterator[torch.Tensor]:
-    """The tensors in an operation's arguments or results, faster than torch's own tree_leaves."""
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for part in x:
-            yield from tensors_in(part)
-
-
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors made inside the block that are still alive: `now`, and at the `peak`.
 
@@ -67,8 +59,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        old = {x.untyped_storage()._cdata for x in tensors_in((args, *(kwargs or {}).values()))}
-        for x in tensors_in(out):
+        given, made = (filter(torch.is_tensor, tree_leaves(x)) for x in ((args, kwargs), out))
+        old = {x.untyped_storage()._cdata for x in given}
+        for x in made:
             storage = x.untyped_storage()
             if storage._cdata not in old and storage._cdata not in self.alive:
                 self.alive[storage._cdata] = storage.nbytes()

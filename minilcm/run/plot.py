@@ -70,11 +70,8 @@ def draw_loss(ax: "Axes", records: list[dict]) -> None:
     """The training loss by step, and at each save the loss on fixed latents."""
     trained = {r["step"]: r["loss"] for r in records if "loss" in r}
     ax.plot(list(trained), list(trained.values()), color="0.6", label="of the current batch")
-    how = dict(color="black", markersize=4, label="of fixed latents, mean over t")
-    for key in ("loss_by_index", "loss_by_band"):
-        means = {r["step"]: sum(r[key].values()) / len(r[key]) for r in records if key in r}
-        if means:
-            ax.plot(*zip(*means.items()), "o-", **how)
+    fixed = {r["step"]: r["fixed_loss"] for r in records if "fixed_loss" in r}
+    ax.plot(list(fixed), list(fixed.values()), "ko-", markersize=4, label="of fixed batches")
     ax.set(title="Training loss", xlabel="optimizer step", ylabel="loss", yscale="log")
     ax.legend()
 

@@ -652,6 +652,15 @@ def test_each_epoch_is_a_permutation_of_each_bucket(cache, batch):
         assert m == 1 or len(set(parts)) == epochs
 
 
+def test_buckets_of_a_size_have_orders_of_their_own():
+    """Two buckets of nine: their examples don't come in one order."""
+    shapes = [(4, 8, 8)] * 9 + [(4, 8, 16)] * 9
+    drawn = {0: [], 1: []}
+    for (i,), _, _ in islice(batch_order(shapes, 1, 0, 0), 18):
+        drawn[i // 9].append(i % 9)
+    assert sorted(drawn[0]) == sorted(drawn[1]) == list(range(9)) and drawn[0] != drawn[1]
+
+
 def test_buckets_take_turns_at_random(cache):
     """Not one bucket after the other: in an epoch of single pictures the order of buckets is mixed,
     and another one in the next epoch and with another seed.

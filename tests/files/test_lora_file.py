@@ -305,6 +305,7 @@ SPELLINGS = [  # each of public files, by grammar; and what it names
         "up",
     ),
     ("unet.input_blocks.4.1.proj_in.lora_down.weight", "", "input_blocks.4.1.proj_in", "down"),
+    ("unet.input_blocks.4.1.proj_in.lora.alpha", "", "input_blocks.4.1.proj_in", "alpha"),
     ("lycoris_mid_block_attentions_0_proj_in.lora_up.weight", "", "middle_block.1.proj_in", "up"),
     ("lora_unet_mid_block_attentions_0_proj_in.scalar", "", "middle_block.1.proj_in", "scalar"),
     (

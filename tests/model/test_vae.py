@@ -125,3 +125,19 @@ def test_tiled_decode_is_close():
     whole = vae.decode(z0)
     torch.testing.assert_close(vae.decode_tiled(z0, 16, 4), whole, rtol=1e-6, atol=1e-6)
     assert (vae.decode_tiled(z0, 12, 8) - whole).abs().mean() < 0.5 * whole.std()
+
+
+@pytest.mark.parametrize("n", [16, 20, 24, 33])
+def test_neighbouring_tiles_share_the_overlap(monkeypatch, n):
+    """Also where the tiles would cover the picture without any."""
+    vae, rows = vae_of("f4"), []
+    z0 = torch.arange(n).float().expand(1, 4, 8, n)
+
+    def remember(z0):
+        rows.append(z0[0, 0, 0].tolist())
+        return torch.zeros(1, 3, z0.shape[2] * vae.factor, z0.shape[3] * vae.factor)
+
+    monkeypatch.setattr(vae, "decode", remember)
+    vae.decode_tiled(z0, tile=8, overlap=3)
+    assert rows[0][0] == 0 and rows[-1][-1] == n - 1
+    assert all(len({*a} & {*b}) >= 3 for a, b in zip(rows, rows[1:]))
