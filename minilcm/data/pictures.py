@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -52,7 +51,9 @@ def open_picture(data: bytes) -> Image.Image:
             image = Image.fromarray(levels.round().astype(np.uint8))
         image = image if image.mode in ("I", "F") else image.convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
-        what = what_instead(data[:200]) or f" ({type(error).__name__})"
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = "no kind that Pillow knows" if unknown else " ".join(str(error).split())[:100]
+        what = what_instead(data[:200]) or f" ({said})"
         raise ValueError(f"not a readable picture{what}") from None
     if image.mode != "RGBA":
         what = "32-bit integers" if image.mode == "I" else "floats"
@@ -70,15 +71,15 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{path}: not a readable picture") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    x = to_pixels(image)[None]  # (1, 3, h, w)
     zoom = max(size[0] / image.width, size[1] / image.height)
-    h, w = max(size[1], round(image.height * zoom)), max(size[0], round(image.width * zoom))
-    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)
-    top, left = (h - size[1]) // 2, (w - size[0]) // 2
-    if size[0] * size[1] < 0.9 * w * h:
+    # the cut, in the original
+    w, h = min(image.width, size[0] / zoom), min(image.height, size[1] / zoom)
+    if w * h < 0.9 * image.width * image.height:
         shape = f"{image.width}x{image.height}"
         print(f"{path}: {shape}, of which the middle is used, in the shape of {size[0]}x{size[1]}")
-    return x[:, :, top : top + size[1], left : left + size[0]]
+    left, top = (image.width - w) / 2, (image.height - h) / 2
+    box = left, top, image.width - left, image.height - top
+    return to_pixels(image.resize(size, Image.Resampling.BICUBIC, box))[None]
 
 
 # ---- cut to size
@@ -118,9 +119,9 @@ def crop(image: Image.Image, target: Target, rng: random.Random) -> tuple[Tensor
 def save_png(path: str | Path, image: Image.Image, parameters: str, command: str = "") -> None:
     """Write a PNG, atomically, with A1111's text chunk `parameters` and the chunk `command`."""
     info = PngInfo()
-    info.add_text("parameters", parameters)
-    if command:
-        info.add_text("command", command)
+    for key, text in {"parameters": parameters, "command": command}.items():
+        if text:  # which may name a file whose name is not UTF-8
+            info.add_text(key, text.encode(errors="backslashreplace").decode())
     with atomic(path) as part:
         image.save(part, "PNG", pnginfo=info)
 
