@@ -12,6 +12,7 @@ tau_lcm.
 """
 
 import math
+import os
 import re
 import secrets
 import shlex
@@ -30,11 +31,13 @@ from tqdm import tqdm
 from minilcm.cli.advice import advise, list_names, lora_tags, speeds_up
 from minilcm.cli.output import run_script
 from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
+from minilcm.data.folders import one_line
 from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, is_large, open_checkpoint
 from minilcm.files.lora_file import check_lora, parse_lora, read_tau
 from minilcm.files.names import split_parts
+from minilcm.files.safetensors_file import all_finite
 from minilcm.files.tools import Lora
 from minilcm.generate import SAMPLERS, generate, timesteps
 from minilcm.lcm import GRID, guidance_embedding
@@ -129,8 +132,10 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         args.timesteps = [int(t) for t in args.timesteps.split(",")]
         args.steps = len(args.timesteps)
     args.steps = SAMPLERS[args.sampler].steps if args.steps is None else args.steps
-    args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
-    args.negative = " ".join(args.negative.split())
+    try:
+        *args.prompts, args.negative = map(one_line, (*args.prompts, args.negative))
+    except UnicodeEncodeError as wrong:
+        error(f"{wrong.object!a} is not UTF-8 ({wrong.reason}); type it anew")
     count = len(args.prompts) * args.count
     if not args.prompts and not args.list:
         error('no prompt; try: python sample.py "a slice of pizza"')
@@ -317,7 +322,10 @@ def main(args: Namespace) -> None:
     for path in [args.out] + ([args.sheet] if args.sheet else []):  # a wrong path costs no work
         if is_png(path) and Path(path).exists():
             raise ValueError(f"{path}: exists, and is kept; give another name")
-        (Path(path).parent if is_png(path) else Path(path)).mkdir(parents=True, exist_ok=True)
+        folder = Path(path).parent if is_png(path) else Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder}: no permission to write there; give another folder")
     recipe = recipe_of(args, loras)
     if args.again:
         check_same_files(args.again, recipe)
@@ -341,7 +349,11 @@ def main(args: Namespace) -> None:
     latents = draw_all(args, unet, conds, neg_cond, how)
     decode = vae.decode if args.size[0] * args.size[1] <= 1024 * 1024 else vae.decode_tiled
     with resident(vae, args.device):
-        images = [to_images(decode(z0.to(args.device)))[0] for z0 in latents]
+        pixels = [decode(z0.to(args.device)) for z0 in latents]
+    for seed in [seed for seed, x in enumerate(pixels, args.seed) if not all_finite(x)]:
+        more = "give lower --guidance or LAMBDA of --lora, or --dtype float32"
+        print(f"seed {seed}: numbers too large for {args.dtype}, so the picture is black; {more}")
+    images = [to_images(x)[0] for x in pixels]
     write_pictures(args, images, recipe)
 
 
