@@ -30,11 +30,13 @@ from tqdm import tqdm
 from minilcm.cli.advice import advise, list_names, lora_tags
 from minilcm.cli.output import run_script
 from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
-from minilcm.data.pictures import contact_sheet, read_image, save_new_png, save_numbered, to_images
+from minilcm.data import pictures
+from minilcm.data.folders import one_line
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, is_large, open_checkpoint
 from minilcm.files.lora_file import Lora, check_lora, parse_lora, read_tau, speeds_up
 from minilcm.files.names import split_parts
+from minilcm.files.safetensors_file import all_finite
 from minilcm.generate import SAMPLERS, generate, timesteps
 from minilcm.lcm import GRID, guidance_embedding
 from minilcm.lora import Tau
@@ -114,10 +116,6 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--strength", type=float, help="of --image, 0.02-1: how much to redraw (default 0.5)")
 
 
-def is_png(out: str | Path) -> bool:
-    return str(out).lower().endswith(".png")
-
-
 def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     """Call `error` for the first senseless value; fill in what depends on other flags."""
     if args.timesteps is not None:
@@ -128,8 +126,10 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         args.timesteps = [int(t) for t in args.timesteps.split(",")]
         args.steps = len(args.timesteps)
     args.steps = SAMPLERS[args.sampler].default_steps if args.steps is None else args.steps
-    args.prompts = [" ".join(prompt.split()) for prompt in args.prompts]  # one line each
-    args.negative = " ".join(args.negative.split())
+    try:
+        *args.prompts, args.negative = map(one_line, (*args.prompts, args.negative))
+    except UnicodeEncodeError as wrong:
+        error(f"{wrong.object!a} is not UTF-8 ({wrong.reason}); type it anew")
     count = len(args.prompts) * args.count
     if not args.prompts and not args.list:
         error('no prompt; try: python sample.py "a slice of pizza"')
@@ -143,12 +143,12 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--seed is {args.seed}; give 0 to {SEEDS - 1}, or -1 for a random one")
     if args.seed + count > SEEDS:
         error(f"--seed {args.seed} leaves no seeds for {count} pictures; the last is {SEEDS - 1}")
-    if is_png(args.out) and count > 1:
+    png, suffix = pictures.is_png(args.out), Path(args.out).suffix.lower()
+    if png and count > 1:
         error(f"--out {args.out} is one file for {count} pictures; give a folder: DIR/")
-    suffix = Path(args.out).suffix.lower()
-    if not is_png(args.out) and args.out[-1:] != "/" and suffix in Image.registered_extensions():
+    if not png and args.out[-1:] != "/" and suffix in Image.registered_extensions():
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
-    if args.sheet and (not is_png(args.sheet) or args.sheet == Path(args.out)):
+    if args.sheet and (not pictures.is_png(args.sheet) or args.sheet == Path(args.out)):
         error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
     for flag in ("image", "timesteps", "gamma"):
         if getattr(args, flag) is not None and not SAMPLERS[args.sampler].stochastic:
@@ -285,19 +285,19 @@ def write_pictures(args: Namespace, images: list[Image.Image], recipe: dict[str,
         text = parameters(prompt, args.negative, recipe | {"Seed": seed})
         what = picture, text, command_line(args, prompt, seed, model)
         path = Path(args.out)
-        if is_png(args.out):
-            save_new_png(path, *what)
+        if pictures.is_png(args.out):
+            pictures.save_new_png(path, *what)
         else:
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-            path = save_numbered(path, f"{slug}_seed{seed}", *what)
+            path = pictures.save_numbered(path, f"{slug}_seed{seed}", *what)
         print(path)
     if args.sheet and images:
         zoom = max(1, 256 // max(images[0].size))  # whole-number: pixels stay pixels
         large = [x.resize((zoom * x.width, zoom * x.height), Image.NEAREST) for x in images]
         labels = [f"{prompt} ({seed})" for seed, prompt in enumerate(jobs, args.seed)]
         columns = args.count if args.count > 1 else min(6, len(images))
-        sheet = contact_sheet(large, labels[: len(images)], columns)
-        save_new_png(args.sheet, sheet, shlex.join(["python", "sample.py", *args.argv]))
+        sheet = pictures.contact_sheet(large, labels[: len(images)], columns)
+        pictures.save_new_png(args.sheet, sheet, shlex.join(["python", "sample.py", *args.argv]))
         print(args.sheet)
 
 
@@ -311,12 +311,10 @@ def main(args: Namespace) -> None:
     height, width = settle(args, config)
     how = dict(sampler=args.sampler, steps=args.timesteps or args.steps, strength=args.strength)
     grid = timesteps(**how)
-    pixels = read_image(args.image, args.size) if args.image else None
+    pixels = pictures.read_image(args.image, args.size) if args.image else None
     loras, taus = read_loras(args.lora, weight_shapes(checkpoint.header))
-    for path in [args.out] + ([args.sheet] if args.sheet else []):  # a wrong path costs no work
-        if is_png(path) and Path(path).exists():
-            raise ValueError(f"{path}: exists, and is kept; give another name")
-        (Path(path).parent if is_png(path) else Path(path)).mkdir(parents=True, exist_ok=True)
+    for path in [args.out] + ([args.sheet] if args.sheet else []):
+        pictures.make_place(path)
     recipe = recipe_of(args, loras)
     if args.again:
         check_same_files(args.again, recipe)
@@ -340,7 +338,11 @@ def main(args: Namespace) -> None:
     latents = draw_all(args, unet, conds, neg_cond, how)
     decode = vae.decode if args.size[0] * args.size[1] <= 1024 * 1024 else vae.decode_tiled
     with resident(vae, args.device):
-        images = [to_images(decode(z0.to(args.device)))[0] for z0 in latents]
+        pixels = [decode(z0.to(args.device)) for z0 in latents]
+    for seed in [seed for seed, x in enumerate(pixels, args.seed) if not all_finite(x)]:
+        more = "give lower --guidance or LAMBDA of --lora, or --dtype float32"
+        print(f"seed {seed}: numbers too large for {args.dtype}, so the picture is black; {more}")
+    images = [pictures.to_images(x)[0] for x in pixels]
     write_pictures(args, images, recipe)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import os
 import re
 import runpy
 import shlex
@@ -696,6 +697,32 @@ def test_unknown_name_gets_a_line_and_a_picture(draw, capsys):
     )
 
 
+def test_numbers_too_large_are_said(draw, capsys):
+    """A black picture is not drawn in silence."""
+    data = only(draw("rocket", "--steps", "1", "--seed", "3", loras=("lcm.safetensors:1e30",)))
+    assert levels(data).max() == 0
+    assert "seed 3: numbers too large for " in capsys.readouterr().out
+    draw("rocket", "--steps", "1")
+    assert "too large" not in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf_8(files, draw, tmp_path):
+    """Bytes of a file name that are no letters cost no picture: the recipe has their number."""
+    name = os.fsdecode(bytes(tmp_path) + b"/b\x94L")
+    Path(name).write_bytes((files / "picture.png").read_bytes())
+    more = "--image", name, "--sheet", f"{tmp_path}/sheet.png"
+    data = only(draw("rocket", "--steps", "1", *more))
+    text = Image.open(io.BytesIO(data)).text
+    assert r"Init image: b\udc94L" in text["parameters"] and r"/b\udc94L" in text["command"]
+
+
+def test_a_folder_that_may_not_be_written_to_costs_no_work(draw, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(ValueError, match="/out0: no permission to write there"):
+        draw("rocket")
+    assert "evaluation" not in capsys.readouterr().out
+
+
 # ---- mistakes
 
 
@@ -820,7 +847,7 @@ MISTAKES = [
     ("pizza --sheet {t}/sheet.jpg", "give a file that ends in .png"),
     ("pizza --sheet {t}/x.png --out {t}/x.png", "in .png, other than --out"),
     ("pizza --stepz 4", "unrecognized arguments: --stepz"),
-    ("'pizza \udcff'", "surrogates not allowed"),
+    ("'pizza \udcff'", r"'pizza \udcff' is not UTF-8 (surrogates not allowed); type it anew"),
 ]
 
 

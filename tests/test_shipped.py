@@ -6,6 +6,7 @@ from tiny import ROOT
 
 import sample
 from minilcm.cli.advice import nearest_names
+from minilcm.data.pictures import read_image
 from minilcm.files.checkpoint import load_judge, load_model
 from minilcm.files.identify import identify
 from minilcm.files.lora_file import read_recipe, read_tau
@@ -65,7 +66,7 @@ def test_the_first_command_draws_what_it_says(tmp_path):
     ]
     sample.main(sample.parse([*chosen, "--out", f"{tmp_path}/"]))
     pictures = sorted(tmp_path.iterdir())
-    pixels = torch.cat([sample.read_image(p, (128, 128)) for p in pictures])
+    pixels = torch.cat([read_image(p, (128, 128)) for p in pictures])
     assert accuracy(judge, pixels, chosen)[0].sum() >= 6
 
 

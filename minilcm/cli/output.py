@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -49,3 +50,8 @@ def run_script(
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: {stopped}")
+    except (RuntimeError, MemoryError) as error:  # torch's, on a GPU or a CPU; Python's
+        what = str(error).split("\n")[0][:200]
+        if type(error) is RuntimeError and not re.search("out of memory|allocate memory", what):
+            raise
+        sys.exit(f"{name}: out of memory; a smaller --size or --batch needs less ({what})")

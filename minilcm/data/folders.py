@@ -47,11 +47,16 @@ def read_pictures(path: str | Path) -> list[Picture]:
     kohya = {folder: named for folder in inner if (named := read_repeats(folder))}
     folders, suffixes = {path, *kohya, *(table.parent for table in tables)}, picture_suffixes()
     files, left = set(listed), Counter()
-    for file in path.rglob("*"):
+    # rglob does not go into folders behind links, and passes over those that it may not read
+    for file in {*path.rglob("*"), *(file for folder in folders for file in folder.iterdir())}:
         inside, suffix = file.relative_to(path), file.suffix.lower()
-        if any(part.startswith(".") for part in inside.parts) or not file.is_file():
+        if any(part.startswith(".") for part in inside.parts) or file in folders:
             continue
-        if file.parent in folders and suffix in suffixes:
+        if file.is_symlink() and not file.is_file():
+            left["broken links, or links to folders"] += 1
+        elif not file.is_file():
+            continue
+        elif file.parent in folders and suffix in suffixes:
             files.add(file)
         elif file not in listed and file.parent in folders and suffix not in BESIDE:
             left[suffix or "without a suffix"] += 1
@@ -106,9 +111,9 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
 
 
 def decoded(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError if it is no text."""
+    """UTF-8, or UTF-16 with a byte order mark, with any line ends. Raises ValueError if no text."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if wide else "utf-8-sig")
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-16" if wide else "utf-8-sig").read()
     if text.startswith("version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer; run: git lfs pull")
     # without the mark, most UTF-16 would be read as letters with zero bytes between them
@@ -121,7 +126,7 @@ def read_text(path: Path) -> str:
     """`decoded` for a file whose owner should hear what is wrong with it."""
     try:
         return decoded(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8") from None
 
 
@@ -146,7 +151,7 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
 
 def read_caption(file: Path, name: str | None) -> str:
     """The text beside a picture, in one line, or else `name`."""
-    for beside in (file.with_suffix(".txt"), file.with_suffix(".caption")):
+    for beside in map(file.with_suffix, (".txt", ".caption", ".TXT")):
         if beside.exists():
             return one_line(read_text(beside))
     if name is None:

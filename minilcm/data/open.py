@@ -85,10 +85,11 @@ class Data(NamedTuple):
 
 def find_data(path: Path) -> Source:
     """Find out what `path` is. Raises ValueError as `read_pictures`, or if it holds both kinds."""
-    if path.suffix in (".tar", ".txt"):
+    suffix = path.suffix.lower()
+    if suffix in (".tar", ".txt"):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        if path.suffix == ".txt":
+        if suffix == ".txt":
             return Source(path, [], [], read_prompts(path))
         return Source(path, [path], [])
     if not (shards := sorted(path.glob("*.tar"))):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import os
 import random
 import re
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -51,7 +52,9 @@ def open_picture(data: bytes) -> Image.Image:
             image = Image.fromarray(levels.round().astype(np.uint8))
         image = image if image.mode in ("I", "F") else image.convert("RGBA")
     except Exception as error:  # each of Pillow's decoders has its own
-        what = what_instead(data[:200]) or f" ({type(error).__name__})"
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = "no kind that Pillow knows" if unknown else " ".join(str(error).split())[:100]
+        what = what_instead(data[:200]) or f" ({said})"
         raise ValueError(f"not a readable picture{what}") from None
     if image.mode != "RGBA":
         what = "32-bit integers" if image.mode == "I" else "floats"
@@ -113,11 +116,28 @@ def crop(image: Image.Image, target: Target, rng: random.Random) -> tuple[Tensor
 def save_png(path: str | Path, image: Image.Image, parameters: str, command: str = "") -> None:
     """Write a PNG, atomically, with A1111's text chunk `parameters` and the chunk `command`."""
     info = PngInfo()
-    info.add_text("parameters", parameters)
-    if command:
-        info.add_text("command", command)
+    for key, text in {"parameters": parameters, "command": command}.items():
+        if text:  # which may name a file whose name is not UTF-8
+            info.add_text(key, text.encode(errors="backslashreplace").decode())
     with atomic(path) as part:
         image.save(part, "PNG", pnginfo=info)
+
+
+def is_png(out: str | Path) -> bool:
+    return str(out).lower().endswith(".png")
+
+
+def make_place(out: str | Path) -> None:
+    """Make the folder `out`, or that of the file, before the work: a wrong path costs none. Raises
+    ValueError for a PNG that exists, or a folder that cannot be written to.
+    """
+    out = Path(out)
+    if is_png(out) and out.exists():
+        raise ValueError(f"{out}: exists, and is kept; give another name")
+    folder = out.parent if is_png(out) else out
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: no permission to write there; give another folder")
 
 
 def save_new_png(path: Path, image: Image.Image, parameters: str, command: str = "") -> None:

@@ -155,16 +155,16 @@ def identify(path: str | Path) -> Config:
     return open_checkpoint(path).config
 
 
-def is_lora(header: Header) -> bool:
-    return any(map(of_lora, header))
+def of_adapter(key: str) -> bool:
+    """Whether a key is of a LoRA file, or of a relative that `read_tau` refuses by name."""
+    return of_lora(key) or bool(re.search(r"^lora_|\.hada_|\.lokr_|\.processor\.", key))
 
 
 def identify_header(
     path: str | Path, header: Header, metadata: dict[str, str], prediction: str | None = None
 ) -> Config:
     """`open_checkpoint` for a header that has been read; `path` is for messages."""
-    others = re.compile(r"^lora_|\.hada_|\.lokr_|\.processor\.")  # which are refused there, too
-    if lora := [k for k in header if others.search(k) or of_lora(k)]:
+    if lora := [key for key in header if of_adapter(key)]:
         what = "this is a LoRA file; pass it with --lora, not as the checkpoint"
         raise ValueError(f"{path}: {what} ({min(lora)})")
     unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # no prefix

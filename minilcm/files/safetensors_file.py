@@ -20,7 +20,7 @@ from tqdm import tqdm
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` if the block succeeds, else removed."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")  # 255 bytes at most
     try:
         yield part
         with open(part, "r+b") as f:
@@ -36,18 +36,26 @@ def atomic(path: str | Path) -> Iterator[Path]:
                 os.fsync(folder)  # the new name, too
             finally:
                 os.close(folder)
+    except (OSError, SafetensorError) as error:  # for example a full disk, which names no file
+        raise OSError(f"{path}: cannot be written ({error})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def check_name(path: Path) -> None:
+    """Raises ValueError for a name that the safetensors library does not take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: its name, or a folder's, is not UTF-8; rename it") from None
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, atomically; the same tensors and metadata are the same bytes."""
+    check_name(path)
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     with atomic(path) as part:
-        try:
-            save_file(tensors, part, {"format": "pt", **metadata})  # which others expect
-        except SafetensorError as error:  # for example a full disk
-            raise OSError(f"{path}: cannot be written ({error})") from None
+        save_file(tensors, part, {"format": "pt", **metadata})  # which others expect
         sort_metadata(part)
 
 
@@ -102,6 +110,7 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
         raise ValueError(f"{path}: is a folder; give the single file")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    check_name(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(9)

@@ -25,17 +25,27 @@ from ..merge import (
     reduce_rank,
 )
 from .checkpoint import places, weight_shapes
-from .identify import FAMILIES, identify_header, is_lora, open_checkpoint, refuse_quantised
+from .identify import FAMILIES, identify_header, of_adapter, open_checkpoint, refuse_quantised
 from .lora_file import Lora, check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
+from .lora_keys import of_lora
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
-from .safetensors_file import MALFORMED, Header, all_finite, read_header, rewrite, sha256
+from .safetensors_file import (
+    MALFORMED,
+    Header,
+    all_finite,
+    check_name,
+    read_header,
+    rewrite,
+    sha256,
+)
 
 BLOCK = 1 << 19  # values merged at a time: as many as a processor's cache holds
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
     """Refuse an `out` that is an input, a folder, or there without `force`; make its folder."""
+    check_name(out)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; give a file, for example {out}/new.safetensors")
     if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):  # which other programs open as pickles
@@ -130,7 +140,7 @@ def info(path: Path) -> None:
     counts = Counter(entry.dtype for entry in header.values()).most_common()
     dtypes = ", ".join(f"{n} {dtype}" for dtype, n in counts)
     print(f"{path}: {path.stat().st_size:,} bytes, {len(header)} tensors: {dtypes}")
-    if is_lora(header):
+    if any(map(of_adapter, header)):
         lora_info(read_tau(path), recipe_in(metadata))
     else:
         checkpoint_info(path, header, metadata)
@@ -285,7 +295,8 @@ def extract_file(
         held = {there[path].key for path in tau}
         left_out = [key for key in differing(a, b, *headers) if key not in held]
     if not tau:
-        raise ValueError(f"{base} and {tuned} do not differ in any weight that a LoRA can change")
+        what = "no weight that a LoRA can change has one shape in both and other values"
+        raise ValueError(f"{base} and {tuned}: {what}; give a model and its fine-tune")
     if left_out:
         first = ", ".join(left_out[:5])
         print(f"{len(left_out)} tensors differ that a LoRA cannot change; left out, first: {first}")
@@ -320,6 +331,6 @@ def diff(path_a: Path, path_b: Path) -> None:
             far = ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
             print(f"  {far:.3e} of the norm, at most {(x - y).abs().max().item():.3e}  {key}")
     print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal")
-    if is_lora(a) and is_lora(b):  # B R and R^-1 A are the same LoRA as B and A
+    if any(map(of_lora, a)) and any(map(of_lora, b)):  # B R and R^-1 A are the same LoRA as B and A
         far = distance(read_tau(path_a), read_tau(path_b))
         print(f"their changes of the weights differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")

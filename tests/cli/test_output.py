@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import ROOT
 
 PROGRAM = """
@@ -50,6 +51,27 @@ def test_without_standard_output_and_error(tmp_path):
     closed = ["bash", "-c", 'exec "$@" >&- 2>&-', "-", sys.executable, "-c", f"{PROGRAM}\n{bar}"]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     assert subprocess.run([*closed, tmp_path / "work"], env=environment).returncode == 0
+
+
+FAIL = "from minilcm.cli.output import run_script as r; r('x', lambda _: exec({!r}), dict, '')"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_no_memory_is_one_line(cuda):
+    """Of a GPU or a processor, in torch's words; any other RuntimeError is a fault of ours."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB." if cuda else str(error.value)
+    for words, line in {
+        words: "x: out of memory; a smaller --size or",
+        "sizes": "Traceback",
+    }.items():
+        run = start(
+            FAIL.format(f"raise RuntimeError({words!r})"), stderr=subprocess.PIPE, text=True
+        )
+        said = run.communicate()[1].splitlines()
+        assert said[0].startswith(line) and run.returncode == 1
+        assert len(said) == 1 or line == "Traceback"
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])

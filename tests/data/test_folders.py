@@ -2,6 +2,7 @@
 every batch is a function of (seed, step) that any number of ranks can share.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import math
 import random
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,41 @@ def test_what_pillow_opens_is_read_and_the_rest_is_told(tmp_path, capsys):
     assert len(read(tmp_path)) == len(KINDS)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path}: left out: 2 .heic, 1 .mpg, 1 in cats/; ")
+
+
+def test_links(tmp_path, capsys):
+    """Followed to a picture and to a folder 10_NAME; one line counts the others."""
+    put(tmp_path / "away", {"1.png": None, "1.txt": "a cat", "2.png": None})
+    put(tmp_path / "data", {"3.png": None, "3.TXT": "a dog"})
+    for name, target in {"1.png": "1.png", "1.txt": "1.txt", "10_cup": "", "more": ""}.items():
+        (tmp_path / "data" / name).symlink_to(tmp_path / "away" / target)
+    (tmp_path / "data/4.png").symlink_to(tmp_path / "none.png")
+    (tmp_path / "data/self").symlink_to(tmp_path / "data")
+    cats, cups = (
+        [("1.png", "a cat", 1)],
+        [("10_cup/1.png", "a cat", 10), ("10_cup/2.png", "cup", 10)],
+    )
+    assert read(tmp_path / "data") == [*cats, *cups, ("3.png", "a dog", 1)]
+    told = f"{tmp_path}/data: left out: 3 broken links, or links to folders; "
+    assert capsys.readouterr().out.startswith(told)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """A folder 10_NAME of another user's is not left out in silence, nor is a caption."""
+    put(tmp_path, {"10_cup/1.png": None, "1.png": None})
+    (tmp_path / "1.txt").mkdir()
+    with pytest.raises(OSError, match="Is a directory: '.*/1.txt'$"):
+        read(tmp_path)
+    iterdir = Path.iterdir
+
+    def refusing(path):
+        if path.name == "10_cup":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(PermissionError, match="10_cup"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])

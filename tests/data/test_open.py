@@ -38,6 +38,12 @@ def test_a_tar_does_not_hide_pictures(tmp_path):
     assert find_data(tmp_path).shards == [tmp_path / "0.tar"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_with_the_line_ends_of_any_system(tmp_path, end):
+    (tmp_path / "P.TXT").write_bytes(f"a cat{end}{end}a dog{end}".encode())
+    assert find_data(tmp_path / "P.TXT").prompts == ["a cat", "a dog"]
+
+
 def test_what_stands_in_for_a_file_is_named(tmp_path):
     """A clone without Git LFS has pointers in place of its files; a pointer is no prompt."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 42\n"

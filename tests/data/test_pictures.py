@@ -233,6 +233,14 @@ def test_numbers_of_no_known_white_are_refused(tmp_path, kind, what):
         read_image(tmp_path / "x.tiff", (8, 8))
 
 
+def test_read_image_of_a_thread(tmp_path):
+    """A picture of 5000 x 1 to cover 512 x 512 is cut before it is scaled: the middle third."""
+    image = Image.new("RGB", (5000, 1), "red")
+    image.paste("white", (2400, 0, 2600, 1))
+    image.save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", (512, 512)).min() == 1
+
+
 def test_read_image_shows_transparency_as_white(tmp_path):
     """Fully transparent black is white: not what the pixel says, but what a viewer shows."""
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "x.png")
@@ -248,6 +256,9 @@ def test_read_image_errors(tmp_path):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="bad.png: not a readable picture"):
             read_image(bad, (16, 16))
+    bad.write_bytes(cuts[-2])
+    with pytest.raises(ValueError, match=r"picture \(.*truncated"):
+        read_image(bad, (16, 16))
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(ValueError) as caught:
             read_image(path, (16, 16))

@@ -29,6 +29,33 @@ def test_atomic_replaces_only_on_success(tmp_path):
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_of_writing_names_the_file(tmp_path):
+    """A full disk does not: its error has no name. The old file stays."""
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="file.txt: cannot be written .*No space"), atomic(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "寿" * 85])
+def test_names_as_long_as_they_may_be(tmp_path, name):
+    """255 bytes: the temporary name is no longer."""
+    with atomic(tmp_path / name) as part:
+        part.write_text("one")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    """The safetensors library takes none, whole as the file is."""
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/b\x94L.safetensors"))
+    (tmp_path / "x.safetensors").rename(path)
+    for use in (read_header, read_tensors, lambda path: write_tensors(path, {}, {})):
+        with pytest.raises(ValueError, match="is not UTF-8; rename it"):
+            use(path)
+
+
 def test_tensors_round_trip(tmp_path):
     """Values, dtypes and metadata come back; a view that isn't contiguous, as what it shows."""
     square = torch.arange(9.0).reshape(3, 3)

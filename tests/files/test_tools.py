@@ -345,6 +345,16 @@ def test_names_of_outputs(files, tmp_path):
                 run("combine", a, "-o", tmp_path / name, *force)
 
 
+@pytest.mark.parametrize(
+    "kind, key", [("LoHa", "hada_w1_a"), ("LoKr", "lokr_w1"), ("OFT", "oft_blocks")]
+)
+def test_info_of_other_adapters(tmp_path, kind, key):
+    """What it is and how to use it; no word of --lora, which refuses it."""
+    save_file({f"lora_unet_x.{key}": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"{kind} is not LoRA .*then python -m minilcm extract"):
+        run("info", tmp_path / "x.safetensors")
+
+
 def test_info_goes_on(files, tmp_path, capsys):
     """Files that are no model get a line each, the others their lines."""
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
@@ -389,7 +399,11 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
         ("resize {f}/a.safetensors --rank 0 -o {t}/o", "--rank is 0; give 1 or more"),
         ("resize {f}/a.safetensors --energy 1.5 -o {t}/o", "--energy is 1.5"),
         ("resize {f}/a.safetensors -o {t}/o", "one of the arguments --rank --energy is required"),
-        ("extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o", "do not differ"),
+        (
+            "extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o",
+            "and other values",
+        ),
+        ("extract {f}/model.safetensors {f}/a.safetensors --rank 2 -o {t}/o", "and its fine-tune"),
         ("unknown", "invalid choice: 'unknown'"),
     ],
 )
