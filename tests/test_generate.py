@@ -28,6 +28,15 @@ def test_each_sampler_is_its_own_function(schedule):
     assert timesteps("ddim", 4) == [999, 749, 499, 249]
 
 
+def test_noise_is_each_seeds_own():
+    """PyTorch's own draw of that seed, and the generator stands behind it."""
+    z_T, generators = noise(SEEDS, SHAPE)
+    for x, g, seed in zip(z_T, generators, SEEDS):
+        own = torch.Generator().manual_seed(seed)
+        assert torch.equal(x, torch.randn(SHAPE, generator=own))
+        assert torch.equal(torch.randn(2, generator=g), torch.randn(2, generator=own))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_depends_on_its_seed_alone(sampler):
     both = generate(toy_eps, SEEDS, SHAPE, sampler, 3)
