@@ -104,7 +104,9 @@ def figure(n: dict) -> Figure:
     tuned = [r for label, r in n["bases"].items() if label != "0"]
     worst = min(r["shipped - teacher"]["right"][0] for r in tuned)
     title = f"On fine-tunes 4 steps against 25 guided ones: at worst {worst:+.2f} of names found"
-    fig, (right, sharp, own) = panels(3, title)
+    titles = ["name found, 4 steps", "sharpness, of 25 guided steps'"]
+    titles.append("nearer to its own base's 25 guided steps than to the other's")
+    fig, (right, sharp, own) = panels(titles, title, "distance of the base, |dW| / |W|")
     looks = {THERE: (GREEN, "^-"), SHIPPED: (BLUE, "o-"), OLD: (LIGHT, "o--"), NONE: (GREY, "s-")}
     for way, look in (looks | {"teacher": (ORANGE, "v:")}).items():
         label = "25 guided steps" if way == "teacher" else way
@@ -115,9 +117,4 @@ def figure(n: dict) -> Figure:
         label = "shipped, on the old base" if way == "home" else way
         mine = [r[way] for r in n["own"].values()]
         line(own, [r["distance"] for r in tuned], mine, label, *look)
-    right.set(title="name found, 4 steps")
-    sharp.set(title="sharpness, of 25 guided steps'")
-    own.set(title="nearer to its own base's 25 guided steps than to the other's")
-    for ax in (right, sharp, own):
-        ax.set(xlabel="distance of the base, |dW| / |W|")
     return fig

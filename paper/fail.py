@@ -36,8 +36,7 @@ def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
     four, own = Draw("lcm", 4), [(lcm, 1.0)]
     for lam in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 8.0):
         rows[f"lambda2 {lam:g}"] = (four, [(lcm, lam)], None)
-    for n in (1, 2, 8):
-        rows[f"{n} steps"] = (Draw("lcm", n), own, None)
+    rows |= {f"{n} steps": (Draw("lcm", n), own, None) for n in (1, 2, 8)}
     for w in (0.5, 1.0, 2.0, 3.0, 6.0):
         rows[f"guidance {1 + w:g} beside it"] = (Draw("lcm", 4, w), own, None)
     for sampler, n in (("ddim", 2), ("ddim", 4), ("dpmpp", 4), ("ddim", 25)):
@@ -109,11 +108,9 @@ def with_labels(rows: dict[str, dict], shown: list[str]) -> dict[str, list[float
     return {k: area([row[k] for row in rows.values()], bad, families) for k in detectors}
 
 
-def area(
-    score: list[float], bad: list[bool], families: list[str], draws: int = 2000
-) -> list[float]:
-    """[area under the ROC, low, high]: how often a bad setting's score is above a good one's; 95 %
-    bootstrap over the families of settings.
+def area(score: list[float], bad: list[bool], families: list[str]) -> list[float]:
+    """How often a bad setting's score is above a good one's, the area under the ROC: [mean, low,
+    high], 95 % bootstrap over the families of settings.
     """
     score, bad, g = torch.tensor(score), torch.tensor(bad), torch.Generator().manual_seed(0)
     above = (score[:, None] > score).double() + (score[:, None] == score).double() / 2
@@ -121,7 +118,7 @@ def area(
     known = sorted(set(families))
     which = torch.tensor([known.index(f) for f in families])
     drawn = []
-    for _ in range(draws):
+    for _ in range(2000):
         picked = torch.randint(0, len(known), (len(known),), generator=g)
         often = torch.bincount(picked, minlength=len(known))[which].double()  # each setting
         weight = often[bad][:, None] * often[~bad]
@@ -153,11 +150,12 @@ def figure(n: dict) -> Figure:
     rows, found = n["settings"], n["detectors"]
     best = max(found, key=lambda k: found[k][0]) if found else "distance"
     said = f"{best} {found[best][0]:.2f} of the area under its ROC" if found else "no labels yet"
-    fig, (a, b) = panels(2, f"{len(rows)} settings, good and bad: {said}", width=5, height=7)
+    titles = [f"{best}; red: visibly bad", "ROC"]
+    fig, (a, b) = panels(titles, f"{len(rows)} settings, good and bad: {said}", width=5, height=7)
     y, colors = range(len(rows))[::-1], [RED if r.get("bad") else BLUE for r in rows.values()]
     a.barh(y, [row[best] for row in rows.values()], color=colors)
     a.set_yticks(y, list(rows), fontsize=6)
-    a.set(title=f"{best}; red: visibly bad", ylim=(-1, len(rows)))
+    a.set(ylim=(-1, len(rows)))
     for key, color in zip(found, (BLUE, ORANGE, GREEN, GREY, RED)):
         ordered = sorted(rows.values(), key=lambda row: -row[key])
         bad = torch.tensor([row["bad"] for row in ordered]).double()
@@ -165,5 +163,5 @@ def figure(n: dict) -> Figure:
         b.step(alarms, hits, where="post", color=color)
         at, i = f"{key}: {found[key][0]:.2f}", len(bad) // 3
         b.annotate(at, (alarms[i], hits[i]), fontsize=8, color=color)
-    b.set(title="ROC", xlabel="good ones flagged", ylabel="bad ones flagged")
+    b.set(xlabel="good ones flagged", ylabel="bad ones flagged")
     return fig
