@@ -18,10 +18,8 @@ ABOUT = {"distance": "RMS to 50 guided steps' end", "right": "right: name and st
 ABOUT["sharpness"] = "sharpness, of 50 guided steps'"
 
 
-def panels(
-    titles: Collection[str], finding: str, xlabel="", width=4.6, height=3.9, sharey=False
-) -> tuple[Figure, list]:
-    """A figure with the finding as its title, and a panel for each of `titles`, side by side."""
+def panels(titles: Collection[str], finding: str, xlabel="", width=4.6, height=3.9, sharey=False):
+    """A figure with the finding as its title, and its panels, one of each title, side by side."""
     figure = Figure(figsize=(width * len(titles), height), layout="constrained")
     figure.suptitle(finding, fontsize=12)
     axes = list(figure.subplots(1, len(titles), squeeze=False, sharey=sharey)[0])

@@ -12,6 +12,7 @@ import re
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from minilcm.lora import ATTENTION
@@ -29,9 +30,7 @@ EACH, SHEET = 4, 60  # pictures of a setting that are judged, and on a sheet
 
 
 def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
-    """{label: how it draws}: of one UNet, one LoRA, one prompt, what people get wrong. Labels that
-    differ in their numbers only are a family.
-    """
+    """{label: how it draws}. Labels that differ in their numbers only are a family."""
     lcm, rows = shipped_lora(), {}
     four, own = Draw("lcm", 4), [(lcm, 1.0)]
     for lam in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 8.0):
@@ -49,10 +48,9 @@ def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
     attention = {k: x for k, x in lcm.tau.items() if k.endswith(ATTENTION)}
     others = {k: x for k, x in lcm.tau.items() if k not in attention}
     parts = {"attention only": attention, "attention left out": others, "rows shuffled": shuffled}
-    for label, tau in parts.items():
-        rows[label] = (four, [(Vector([label, lcm.key], tau), 1.0)], None)
-    for step, vector in train(long(budget)).at.items():
-        rows[f"short recipe, step {step}"] = (four, [(vector, 1.0)], None)
+    alone = {label: Vector([label, lcm.key], tau) for label, tau in parts.items()}
+    alone |= {f"short recipe, step {step}": v for step, v in train(long(budget)).at.items()}
+    rows |= {label: (four, [(vector, 1.0)], None) for label, vector in alone.items()}
     for style in ("blob", "blueprint"):
         vector = style_vector(budget, style, *STYLES[style])
         for lam in (0.8, 1.5, 2.5):  # the style comes first, see `measure`
@@ -113,17 +111,15 @@ def area(score: list[float], bad: list[bool], families: list[str]) -> list[float
     high], 95 % bootstrap over the families of settings.
     """
     score, bad, g = torch.tensor(score), torch.tensor(bad), torch.Generator().manual_seed(0)
-    above = (score[:, None] > score).double() + (score[:, None] == score).double() / 2
-    above = above[bad][:, ~bad]  # (bad, good)
+    difference = score[bad][:, None] - score[~bad]  # (bad, good)
+    above = (difference.sign().double() + 1) / 2
     known = sorted(set(families))
-    which = torch.tensor([known.index(f) for f in families])
-    drawn = []
-    for _ in range(2000):
-        picked = torch.randint(0, len(known), (len(known),), generator=g)
-        often = torch.bincount(picked, minlength=len(known))[which].double()  # each setting
-        weight = often[bad][:, None] * often[~bad]
-        drawn += [(weight * above).sum() / weight.sum()] if weight.any() else []
-    drawn = torch.stack(drawn)
+    which, n = torch.tensor([known.index(f) for f in families]), len(known)
+    picked = torch.randint(0, n, (2000, n), generator=g)
+    often = F.one_hot(picked, n).sum(dim=1)[:, which].double()  # (draws, settings)
+    weight = often[:, bad, None] * often[:, None, ~bad]  # (draws, bad, good)
+    total = weight.sum(dim=(1, 2))
+    drawn = ((weight * above).sum(dim=(1, 2)) / total)[total > 0]
     return [above.mean().item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item()]
 
 

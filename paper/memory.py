@@ -28,13 +28,9 @@ def measure(budget: Budget) -> dict:
     for family, (config, side, report) in list(FAMILIES.items())[: 1 if budget.quick else 3]:
         for batch in (1, OFFICIAL):
             lora, full = (planned_step(config, side, rank, batch) for rank in (64, None))
-            planned[f"{family}, batch {batch}"] = {
-                "LCM-LoRA": lora,
-                "full LCM": full,
-                "pixels": side,
-                "off": lora["trained"] / report - 1,
-                "times": full["total"] / lora["total"],
-            }
+            row = {"LCM-LoRA": lora, "full LCM": full, "pixels": side}
+            row |= {"off": lora["trained"] / report - 1, "times": full["total"] / lora["total"]}
+            planned[f"{family}, batch {batch}"] = row
     return {"planned": planned}
 
 

@@ -35,11 +35,11 @@ SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 W = 3.0  # the paper's w: the guidance distilled into the shipped LCM-LoRA, and the model's own
 NAMES = 64  # that prompts ask for
 
-# seconds that each kept part took that this section used, whenever it was made
-spent: dict[Path, float] = {}
-spent_now: list[float] = []  # of those made by this section
-used: dict[str, str] = {}  # {shipped file: content} of those that this section used
-commits: set[str] = set()  # by which the kept parts that this section used were made
+# of what the section that is being measured uses
+spent: dict[Path, float] = {}  # seconds that each kept part took, whenever it was made
+spent_now: list[float] = []  # of those that this section made
+used: dict[str, str] = {}  # {shipped file: content}
+commits: set[str] = set()  # by which the kept parts were made
 
 
 # ---- how much

@@ -138,10 +138,8 @@ def figure(n: dict) -> Figure:
     c.annotate("DDIM 50", (1, rows["DDIM 50"]["right"][0]), fontsize=8)
     for ax in (a, b, c):
         ax.axhline(rows["DDIM 50"]["right"][0], color="0.3", linestyle=":")
-    few = {"LCM-LoRA 1": LIGHT, "LCM-LoRA 4": BLUE, "DDIM 50": "black"}
-    for label, color in few.items():
-        if label in rows:
-            line(d, range(len(CONTENT)), list(rows[label]["content"].values()), label, color)
+    for label, color in (("LCM-LoRA 1", LIGHT), ("LCM-LoRA 4", BLUE), ("DDIM 50", "black")):
+        line(d, range(len(CONTENT)), list(rows[label]["content"].values()), label, color)
     d.set_xticks(range(len(CONTENT)), [c.replace(" and ", "\nand ") for c in CONTENT], fontsize=8)
     ticks(a, [1, 2, 4, 8, 16])
     a.set(xlabel="network evaluations", ylabel="right: name and style")

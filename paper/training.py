@@ -74,9 +74,6 @@ def style_vector(budget: Budget, style: str, rank: int, lora_alpha: float) -> Ve
     return train(few._replace(steps=budget.style_steps)).end
 
 
-# ---- a run
-
-
 class Trained(NamedTuple):
     at: dict[int, Vector | Base]  # {step: what was trained}, at the recipe's marks and its end
     loss: Tensor  # (steps,)
@@ -226,9 +223,6 @@ def training_data(data: str, drawings: int) -> Cache:
         mine = slice(1, None, 2) if data == "half" else slice(None)
         mean[mine], std[mine] = z0[mine], 0.0
     return Cache(mean, std, art, color, size)
-
-
-# ---- what is trained, as tensors
 
 
 def trained_weights(unet: UNet) -> dict[str, Tensor]:
