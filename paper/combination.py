@@ -12,8 +12,8 @@ from minilcm.metrics import decide, holm, interval, together
 from weights.emoji.styles import KINDS, REAL
 
 from .charts import BLUE, GREY, ORANGE, RED, forest, panels
-from .pictures import FOUR, Draw, Found, held_out_art, in_style, pictures, save_sheet
-from .setup import TUNE, Budget, W, names_of, prompts_of, shipped_lora, spread
+from .pictures import FOUR, SLOW, Found, held_out_art, in_style, pictures, save_sheet
+from .setup import TUNE, Budget, names_of, prompts_of, shipped_lora, spread
 from .training import style_vector
 
 # style: rank and alpha of its LoRA. Four real emoji sets, two image filters, two bent shapes
@@ -21,7 +21,6 @@ SIZES = ((8, 8.0), (32, 8.0), (8, 16.0), (32, 16.0)) * 2
 STYLES = dict(zip((*REAL, "blueprint", "halftone", "slim", "swirl"), SIZES))
 LAMBDA_STYLE, LAMBDA_LCM = 0.8, 1.0  # of the report's Fig. 3
 ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
-SLOW = Draw("ddim", 25, W)
 
 
 def measure(budget: Budget) -> dict:
@@ -40,11 +39,9 @@ def measure(budget: Budget) -> dict:
         numbers["styles"][style] = row | {"rank, alpha": f"{rank}, {alpha:g}"}
         if row["measurable"]:
             lost.append([seen_in(found[way], style) for way in ("alone", "both")])
-        numbers["reader"][style] = {
-            "lcm": row["style"]["lcm"],
-            "names": art["name"].mean().item(),
-            "style": in_style(art, [style]).mean().item(),
-        }
+        reader = {"names": art["name"], "style": in_style(art, [style])}
+        numbers["reader"][style] = {what: x.mean().item() for what, x in reader.items()}
+        numbers["reader"][style]["lcm"] = row["style"]["lcm"]
         for way, label in (("alone", f"{style} 25 steps"), ("both", f"{style} + lcm, 4 steps")):
             some = spread(list(found[way]["z0"][:, 0]), 5)
             sheet += [(label, z) for z in some]

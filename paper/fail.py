@@ -21,7 +21,7 @@ from minilcm.metrics import decide, holm
 
 from .charts import BLUE, GREEN, GREY, ORANGE, RED, panels
 from .combination import STYLES
-from .pictures import TEACHER, Base, Draw, Vectors, pictures, rms, save_sheet
+from .pictures import FOUR, TEACHER, Base, Draw, Vectors, pictures, rms, save_sheet
 from .setup import HERE, Budget, Vector, W, prompts_of, shipped_lora, spread
 from .training import far, long, short, style_vector, train
 
@@ -32,9 +32,9 @@ EACH, SHEET = 4, 60  # pictures of a setting that are judged, and on a sheet
 def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
     """{label: how it draws}. Labels that differ in their numbers only are a family."""
     lcm, rows = shipped_lora(), {}
-    four, own = Draw("lcm", 4), [(lcm, 1.0)]
+    own = [(lcm, 1.0)]
     for lam in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 8.0):
-        rows[f"lambda2 {lam:g}"] = (four, [(lcm, lam)], None)
+        rows[f"lambda2 {lam:g}"] = (FOUR, [(lcm, lam)], None)
     rows |= {f"{n} steps": (Draw("lcm", n), own, None) for n in (1, 2, 8)}
     for w in (0.5, 1.0, 2.0, 3.0, 6.0):
         rows[f"guidance {1 + w:g} beside it"] = (Draw("lcm", 4, w), own, None)
@@ -50,16 +50,16 @@ def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
     parts = {"attention only": attention, "attention left out": others, "rows shuffled": shuffled}
     alone = {label: Vector([label, lcm.key], tau) for label, tau in parts.items()}
     alone |= {f"short recipe, step {step}": v for step, v in train(long(budget)).at.items()}
-    rows |= {label: (four, [(vector, 1.0)], None) for label, vector in alone.items()}
+    rows |= {label: (FOUR, [(vector, 1.0)], None) for label, vector in alone.items()}
     for style in ("blob", "blueprint"):
         vector = style_vector(budget, style, *STYLES[style])
         for lam in (0.8, 1.5, 2.5):  # the style comes first, see `measure`
-            rows[f"{lam:g} {style} beside it"] = (four, [(vector, lam), *own], None)
+            rows[f"{lam:g} {style} beside it"] = (FOUR, [(vector, lam), *own], None)
     base = train(far(budget)).end
     there = train(short(budget)._replace(data="styles"), base).end
-    rows["far base, the shipped vector"] = (four, own, base)
-    rows["far base, its own vector"] = (four, [(there, 1.0)], base)
-    rows["far base's vector on the old"] = (four, [(there, 1.0)], None)
+    rows["far base, the shipped vector"] = (FOUR, own, base)
+    rows["far base, its own vector"] = (FOUR, [(there, 1.0)], base)
+    rows["far base's vector on the old"] = (FOUR, [(there, 1.0)], None)
     return dict(list(rows.items())[:: 8 if budget.quick else 1])
 
 
@@ -107,12 +107,10 @@ def with_labels(rows: dict[str, dict], shown: list[str]) -> dict[str, list[float
 
 
 def area(score: list[float], bad: list[bool], families: list[str]) -> list[float]:
-    """How often a bad setting's score is above a good one's, the area under the ROC: [mean, low,
-    high], 95 % bootstrap over the families of settings.
-    """
+    """[area under the ROC, low, high], by a 95 % bootstrap over the families of settings."""
     score, bad, g = torch.tensor(score), torch.tensor(bad), torch.Generator().manual_seed(0)
     difference = score[bad][:, None] - score[~bad]  # (bad, good)
-    above = (difference.sign().double() + 1) / 2
+    above = (difference.sign().double() + 1) / 2  # is the bad one's score above? 0.5 if it is equal
     known = sorted(set(families))
     which, n = torch.tensor([known.index(f) for f in families]), len(known)
     picked = torch.randint(0, n, (2000, n), generator=g)

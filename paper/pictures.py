@@ -37,7 +37,7 @@ class Draw(NamedTuple):
         return self.steps * (2 if self.w else 1)
 
 
-TEACHER, FOUR = Draw("ddim", 50, W), Draw("lcm", 4)
+TEACHER, SLOW, FOUR = Draw("ddim", 50, W), Draw("ddim", 25, W), Draw("lcm", 4)
 SOLVERS = {"ddim": "DDIM", "dpmpp": "DPM-Solver++"}
 
 Vectors = Sequence[tuple[Vector, float]]  # tau_i and lambda_i, added up
@@ -82,15 +82,15 @@ def drawn(prompts: list[Prompt], seeds, draw: Draw, vectors: Vectors = (), base=
 
     def make() -> dict[str, Tensor]:
         unet, z0 = shipped().unet, []
+        way = dict(steps=draw.steps, schedule=SCHEDULE, gamma=draw.gamma)
         with changed(unet, base, vectors):
             for i in range(0, len(prompts), 64):
-                part, at = prompts[i : i + 64], (shipped().shape, draw.sampler, draw.steps)
+                part = prompts[i : i + 64]
                 eps_fn = guided(without_w(unet, HALF), *conds_of(part), draw.w)
                 # a seed for each picture: the same for every sampler
-                firsts = [100_003 * seed + i for seed in seeds]
-                numbers = [range(first, first + len(part)) for first in firsts]
-                how = dict(schedule=SCHEDULE, gamma=draw.gamma)
-                z0.append(torch.stack([generate(eps_fn, n, *at, **how) for n in numbers], dim=1))
+                numbers = [[100_003 * seed + i + j for j in range(len(part))] for seed in seeds]
+                each = [generate(eps_fn, n, shipped().shape, draw.sampler, **way) for n in numbers]
+                z0.append(torch.stack(each, dim=1))
         return {"z0": torch.cat(z0)}
 
     return cached("drawn", made_by(prompts, seeds, draw, vectors, base), make)["z0"]
@@ -192,9 +192,7 @@ def in_style(found: Found, styles: Collection[str]) -> Tensor:
 
 
 def save_sheet(name: str, shown: list[tuple[str, Tensor]], columns: int, quick: bool) -> None:
-    """figures/NAME.png: latents (4, h, w) as pictures of 96 pixels, each above its label, in rows
-    of so many columns; in 64 colours, which is a fifth of the bytes.
-    """
+    """figures/NAME.png: labelled latents (4, h, w), in 64 colours for a fifth of the bytes."""
     labels, z0 = zip(*shown)
     pixels = F.interpolate(decode(torch.stack(z0)), 96, mode="bicubic", antialias=True)
     sheet = contact_sheet(to_images(pixels), list(labels), columns)

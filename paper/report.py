@@ -48,8 +48,7 @@ def read_results(folder: Path, claims: dict[str, ModuleType]) -> dict[str, dict]
 def assemble(template: str, claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
     """The report: the first part with its table, then a section for each question."""
     now = {name: {"now": UNKNOWN} for name in claims}
-    for name, result in results.items():
-        now[name]["now"] = next(iter(result["verdict"].values()))[0]
+    now |= {k: {"now": next(iter(r["verdict"].values()))[0]} for k, r in results.items()}
     hours = sum(r["seconds"] for r in results.values()) / 3600
     first, *parts = re.split(r"^## ", template, flags=re.MULTILINE)
     text = [fill(first, now | {"claims": table(claims, results), "hours": hours})]
@@ -89,8 +88,8 @@ def front_page(text: str, results: dict[str, dict]) -> str:
     rows = ["| claim | verdict | number |", "|---|---|---|"]
     for name, result in results.items():
         for statement, (verdict, number) in result["verdict"].items():
-            link = f"[{name}](paper/README.md#{name})"
-            rows.append(line([f"{link}: {statement}", verdict, form(number)]))
+            what = f"[{name}](paper/README.md#{name}): {statement}"
+            rows.append(line([what, verdict, form(number)]))
     start, end = "<!-- claims, by python -m paper report -->\n", "\n<!-- claims end -->"
     before, _, rest = text.partition(start)
     return before + start + "\n".join(rows) + end + rest.partition(end)[2]

@@ -18,7 +18,7 @@ from minilcm.metrics import decide, together
 from minilcm.model.unet import UNet
 from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, without_w
 
-from .pictures import TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
+from .pictures import SLOW, TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
 from .setup import HALF, Budget, Vector, W, cached, names_of, prompts_of, said, shipped, taught
 
 
@@ -107,10 +107,9 @@ def compare(rows: dict[str, list[Vectors]], budget: Budget, first: str) -> dict:
     groups, teacher = names_of(prompts), pictures(prompts, budget.seeds, TEACHER)
     out = {label: {"against": {}} for label in rows}
     for n in (1, 2, 4):
-        way = budget.seeds, Draw("lcm", n)
-        found = {
-            k: over_runs([pictures(prompts, *way, v) for v in runs]) for k, runs in rows.items()
-        }
+        how = budget.seeds, Draw("lcm", n)
+        each = [[pictures(prompts, *how, v) for v in runs] for runs in rows.values()]
+        found = dict(zip(rows, map(over_runs, each)))
         for label, x in found.items():
             out[label][str(n)] = about(x, teacher, groups)
             out[label]["against"][str(n)] = against(x, found[first], teacher, groups)
@@ -149,8 +148,8 @@ def turned(other: dict) -> dict:
 
 def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
     """{"step:name": tensor} of what is trained, at the recipe's marks, and {"loss": (steps,)}."""
-    model, data = shipped(), training_data(recipe.data, recipe.drawings)
-    unet = deepcopy(model.unet)
+    data, text = training_data(recipe.data, recipe.drawings), shipped().text
+    null_cond, unet = text.null_cond(recipe.batch), deepcopy(shipped().unet)
     if base is not None:
         unet.load_state_dict(base.weights)
     objective = objective_of(recipe)
@@ -159,8 +158,7 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
         nets = averaged_target(nets, unet)
     parameters = [x for x in unet.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, fused=True)
-    null_cond, kept, losses = model.text.null_cond(recipe.batch), {}, []
-    source = art_batches(data, recipe.batch, recipe.seed)
+    source, kept, losses = art_batches(data, recipe.batch, recipe.seed), {}, []
     label = f"{recipe.kind} {recipe.data} rank {recipe.rank}"
     for step in tqdm(range(recipe.steps), desc=label, disable=None, leave=False):
         if step in recipe.marks:
@@ -169,9 +167,8 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
             floor = 1.0 if recipe.constant else 0.0
             group["lr"] = learning_rate(recipe.lr, step, recipe.steps, warmup=20, floor=floor)
         z0, captions, _, generator = next(source)
-        batch = z0, model.text.encode(captions), null_cond, generator
         with as_asked(recipe):
-            loss = loss_of(objective, nets, *batch)
+            loss = loss_of(objective, nets, z0, text.encode(captions), null_cond, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -219,7 +216,7 @@ def training_data(data: str, drawings: int) -> Cache:
     kept = cached("latents", ["art" if own else data, drawings], encode)
     mean, std, color = kept["mean"], kept["std"], [table[i] for i in kept["color"]]
     if own:
-        z0 = drawn(said(art, color), (5,), Draw("ddim", 25, W))[:, 0]
+        z0 = drawn(said(art, color), (5,), SLOW)[:, 0]
         mine = slice(1, None, 2) if data == "half" else slice(None)
         mean[mine], std[mine] = z0[mine], 0.0
     return Cache(mean, std, art, color, size)
