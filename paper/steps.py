@@ -18,7 +18,6 @@ from .pictures import SOLVERS, TEACHER, Draw, about, against, pictures, save_she
 from .setup import HERE, TUNE, Budget, Prompt, names_of, prompts_of, shipped_lora
 
 CONTENT = json.loads((HERE / "content.json").read_text())
-CATEGORY = {name: category for category, names in CONTENT.items() for name in names}
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)  # w that solvers choose from
 MARGIN, FAR = 0.05, 0.2  # of accuracy, and of sharpness; of accuracy, whatever the sharpness
 BEST = "guidance distilled, at its best"
@@ -62,7 +61,7 @@ def measure(budget: Budget) -> dict:
     groups, rows = names_of(prompts), ways_of(budget, prompts)
     found = {label: pictures(prompts, budget.seeds, *how) for label, (_, *how) in rows.items()}
     teacher, four, seconds = found["DDIM 50"], found["LCM-LoRA 4"], seconds_of(prompts)
-    of = {c: torch.tensor([CATEGORY[p.name] == c for p in prompts]) for c in CONTENT}
+    of = {c: torch.tensor([p.name in few for p in prompts]) for c, few in CONTENT.items()}
     numbers = {"prompts": len(prompts), "rows": {}, "guidance": {}}
     for label, (sampler, draw, _) in rows.items():
         x = found[label]
