@@ -12,11 +12,10 @@ from minilcm.metrics import decide, interval, together
 from weights.emoji.styles import REAL
 
 from .charts import BLUE, GREEN, GREY, LIGHT, ORANGE, line, panels
-from .pictures import Base, Draw, Found, Vectors, about, against, over_runs, pictures, rms
-from .setup import Budget, W, names_of, prompts_of, shipped, shipped_lora
+from .pictures import FOUR, SLOW, Base, Found, Vectors, about, against, over_runs, pictures, rms
+from .setup import Budget, names_of, prompts_of, shipped, shipped_lora
 from .training import far, runs_of, short, train, tuning
 
-FOUR, TEACHER = Draw("lcm", 4), Draw("ddim", 25, W)
 SEEDS = (6, 7, 8)  # 2 and 3 were seen: a first rule asked for styles that the judge cannot read
 ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
 WHAT = {"right": "of names", "sharpness": "as sharp", "own": "as the new base draws"}
@@ -34,7 +33,7 @@ def measure(budget: Budget) -> dict:
     groups, before = names_of(prompts), dict(shipped().unet.named_parameters())
     numbers = {"prompts": len(prompts), "bases": {}, "own": {}}
 
-    def found(bases: list[Base | None], way: list[Vectors], draw: Draw = FOUR) -> Found:
+    def found(bases: list[Base | None], way: list[Vectors], draw=FOUR) -> Found:
         """By run, each with its base; vectors that have no runs are the same on all bases."""
         each = zip(bases, way * (len(bases) // len(way)))
         return over_runs([pictures(prompts, seeds, draw, v, b) for b, v in each])
@@ -43,13 +42,13 @@ def measure(budget: Budget) -> dict:
     old = runs_of(short(budget), budget)
     bases = {str(step): [at[step] for at in runs] for step in sorted(runs[0])}
     bases = {"0": [None]} | bases | {"far": [train(far(budget)).end]}
-    home, home_teacher = found([None], [[(shipped_lora(), 1.0)]]), found([None], [[]], TEACHER)
+    home, home_teacher = found([None], [[(shipped_lora(), 1.0)]]), found([None], [[]], SLOW)
     for label, mine in bases.items():
         ways = {NONE: [[]], SHIPPED: [[(shipped_lora(), 1.0)]], OLD: old[: len(mine)]}
         if label != "0":
             there = [short(budget, seed)._replace(data="styles") for seed in budget.runs]
             ways[THERE] = [[(train(r, base).end, 1.0)] for r, base in zip(there, mine)]
-        teacher = found(mine, [[]], TEACHER)
+        teacher = found(mine, [[]], SLOW)
         seen = {way: found(mine, v) for way, v in ways.items()} | {"teacher": teacher}
         row = {way: about(x, teacher, groups) for way, x in seen.items()}
         row |= {"distance": 0.0, "runs": len(mine)}
@@ -104,7 +103,9 @@ def figure(n: dict) -> Figure:
     tuned = [r for label, r in n["bases"].items() if label != "0"]
     worst = min(r["shipped - teacher"]["right"][0] for r in tuned)
     title = f"On fine-tunes 4 steps against 25 guided ones: at worst {worst:+.2f} of names found"
-    fig, (right, sharp, own) = panels(3, title)
+    titles = ["name found, 4 steps", "sharpness, of 25 guided steps'"]
+    titles.append("nearer to its own base's 25 guided steps than to the other's")
+    fig, (right, sharp, own) = panels(titles, title, "distance of the base, |dW| / |W|")
     looks = {THERE: (GREEN, "^-"), SHIPPED: (BLUE, "o-"), OLD: (LIGHT, "o--"), NONE: (GREY, "s-")}
     for way, look in (looks | {"teacher": (ORANGE, "v:")}).items():
         label = "25 guided steps" if way == "teacher" else way
@@ -115,9 +116,4 @@ def figure(n: dict) -> Figure:
         label = "shipped, on the old base" if way == "home" else way
         mine = [r[way] for r in n["own"].values()]
         line(own, [r["distance"] for r in tuned], mine, label, *look)
-    right.set(title="name found, 4 steps")
-    sharp.set(title="sharpness, of 25 guided steps'")
-    own.set(title="nearer to its own base's 25 guided steps than to the other's")
-    for ax in (right, sharp, own):
-        ax.set(xlabel="distance of the base, |dW| / |W|")
     return fig

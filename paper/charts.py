@@ -1,5 +1,7 @@
 """What the figures share: panels, intervals as bars, labels at the lines themselves."""
 
+from collections.abc import Collection, Iterator
+
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -11,14 +13,18 @@ GREEN, RED, GREY = "#2e8b57", "#c0392b", "0.45"
 LOOKS = {"LCM-LoRA": (BLUE, "o-"), "gamma 0": (BLUE, "o:"), "LCM sampler, no LoRA": (GREY, "s-")}
 LOOKS |= {"guidance distilled, at its best": (RED, "D-"), "DDIM": (ORANGE, "^-")}
 LOOKS["DPM-Solver++"] = GREEN, "v-"
+# what `pictures.about` says
+ABOUT = {"distance": "RMS to 50 guided steps' end", "right": "right: name and style"}
+ABOUT["sharpness"] = "sharpness, of 50 guided steps'"
 
 
-def panels(count: int, title: str, width=4.6, height=3.9, **how) -> tuple[Figure, list]:
-    """A figure with the finding as its title, and its panels side by side."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = list(figure.subplots(1, count, squeeze=False, **how)[0])
-    for ax in axes:
+def panels(titles: Collection[str], finding: str, xlabel="", width=4.6, height=3.9, sharey=False):
+    """A figure with the finding as its title, and its panels, one of each title, side by side."""
+    figure = Figure(figsize=(width * len(titles), height), layout="constrained")
+    figure.suptitle(finding, fontsize=12)
+    axes = list(figure.subplots(1, len(titles), squeeze=False, sharey=sharey)[0])
+    for ax, title in zip(axes, titles):
+        ax.set(title=title, xlabel=xlabel)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -40,12 +46,19 @@ def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-")
     ax.annotate(label, (x[-1], mean[-1]), color=color, annotation_clip=False, **beside)
 
 
-def forest(ax, rows: dict[str, list], bounds: tuple, colors=BLUE) -> None:
+def by_sampler(rows: dict[str, dict]) -> Iterator[tuple[list[dict], tuple]]:
+    """The rows of each sampler that has any, and its `line`'s label, color and mark."""
+    for sampler, look in LOOKS.items():
+        if mine := [row for row in rows.values() if row["sampler"] == sampler]:
+            yield mine, (sampler, *look)
+
+
+def forest(ax, rows: dict[str, list], bounds: tuple, color: str = BLUE, red=()) -> None:
     """A row for each interval, the first at the top, and dotted lines at the bounds."""
-    y, (mean, off) = list(range(len(rows)))[::-1], bars(list(rows.values()))
-    colors = [colors] * len(y) if isinstance(colors, str) else colors
-    for i, color in enumerate(colors):
-        ax.errorbar(mean[i], y[i], xerr=[[off[0][i]], [off[1][i]]], fmt="o", color=color, ms=4)
+    y = range(len(rows))[::-1]
+    for at, (label, interval) in zip(y, rows.items()):
+        mean, off = bars([interval])
+        ax.errorbar(mean, at, xerr=off, fmt="o", color=RED if label in red else color, ms=4)
     for at in bounds:
         ax.axvline(at, color="0.3", linestyle=":")
     ax.set_yticks(y, list(rows), fontsize=8)
@@ -60,13 +73,10 @@ def ticks(ax, values: list) -> None:
 
 def three(rows: dict[str, dict], title: str, red: list[str] = ()) -> Figure:
     """Rows of `training.compare`: distance of 1 step, right and sharp at 4; the first dotted."""
-    fig, axes = panels(3, title, height=0.3 * len(rows) + 1.7, sharey=True)
-    wanted = {("1", "distance"): "RMS to 50 guided steps' end, 1 step"}
-    wanted[("4", "right")] = "right: name and style, 4 steps"
-    wanted[("4", "sharpness")] = "sharpness, of 50 guided steps', 4 steps"
-    for ax, ((steps, what), label) in zip(axes, wanted.items()):
-        mine = {k: r[steps][what] for k, r in rows.items()}
-        colors = [RED if k in red and what == "distance" else BLUE for k in rows]
-        forest(ax, mine, (next(iter(mine.values()))[0],), colors)
-        ax.set(xlabel=label)
+    fig, axes = panels([""] * 3, title, height=0.3 * len(rows) + 1.7, sharey=True)
+    for ax, what, steps in zip(axes, ABOUT, ("1 step", "4 steps", "4 steps")):
+        mine = {k: r[steps[0]][what] for k, r in rows.items()}
+        first, *_ = next(iter(mine.values()))
+        forest(ax, mine, (first,), red=red if what == "distance" else ())
+        ax.set(xlabel=f"{ABOUT[what]}, {steps}")
     return fig

@@ -12,8 +12,8 @@ from minilcm.metrics import decide, holm, interval, together
 from weights.emoji.styles import KINDS, REAL
 
 from .charts import BLUE, GREY, ORANGE, RED, forest, panels
-from .pictures import FOUR, Draw, Found, held_out_art, in_style, pictures, save_sheet
-from .setup import TUNE, Budget, W, names_of, prompts_of, shipped_lora, spread
+from .pictures import FOUR, SLOW, Found, held_out_art, in_style, pictures, save_sheet
+from .setup import TUNE, Budget, names_of, prompts_of, shipped_lora, spread
 from .training import style_vector
 
 # style: rank and alpha of its LoRA. Four real emoji sets, two image filters, two bent shapes
@@ -21,7 +21,6 @@ SIZES = ((8, 8.0), (32, 8.0), (8, 16.0), (32, 16.0)) * 2
 STYLES = dict(zip((*REAL, "blueprint", "halftone", "slim", "swirl"), SIZES))
 LAMBDA_STYLE, LAMBDA_LCM = 0.8, 1.0  # of the report's Fig. 3
 ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
-SLOW = Draw("ddim", 25, W)
 
 
 def measure(budget: Budget) -> dict:
@@ -40,11 +39,9 @@ def measure(budget: Budget) -> dict:
         numbers["styles"][style] = row | {"rank, alpha": f"{rank}, {alpha:g}"}
         if row["measurable"]:
             lost.append([seen_in(found[way], style) for way in ("alone", "both")])
-        numbers["reader"][style] = {
-            "lcm": row["style"]["lcm"],
-            "names": art["name"].mean().item(),
-            "style": in_style(art, [style]).mean().item(),
-        }
+        reader = {"names": art["name"], "style": in_style(art, [style])}
+        numbers["reader"][style] = {what: x.mean().item() for what, x in reader.items()}
+        numbers["reader"][style]["lcm"] = row["style"]["lcm"]
         for way, label in (("alone", f"{style} 25 steps"), ("both", f"{style} + lcm, 4 steps")):
             some = spread(list(found[way]["z0"][:, 0]), 5)
             sheet += [(label, z) for z in some]
@@ -61,17 +58,14 @@ def seen_in(found: Found, style: str) -> dict[str, Tensor]:
 
 def about_style(style: str, found: dict[str, Found], groups: Tensor) -> dict:
     """What each way has of name and style, and where in the sum it is lost."""
-    seen = {way: seen_in(x, style) for way, x in found.items()}
-    row = {"kind": KINDS[style]}
+    both, alone = (found[way]["sharpness"] for way in ("both", "alone"))
+    row = {"kind": KINDS[style], "sharpness": interval(both, alone, True, groups)}
+    pairs = {"lost": ("alone", "both"), "lost to lambda1": ("alone", "alone, 0.8")}
+    pairs |= {"lost to the vector": ("alone, 0.8", "both"), "lost, equal": ("alone", "equal")}
     for what in ("name", "style"):
-        x = {way: each[what] for way, each in seen.items()}
+        x = {way: seen_in(each, style)[what] for way, each in found.items()}
         row[what] = {way: interval(each, groups=groups) for way, each in x.items()}
-        pairs = {"lost": ("alone", "both"), "lost to lambda1": ("alone", "alone, 0.8")}
-        pairs |= {"lost to the vector": ("alone, 0.8", "both"), "lost, equal": ("alone", "equal")}
-        for loss, (a, b) in pairs.items():
-            row[what][loss] = interval(x[a], x[b], groups=groups)
-    sharp = {way: x["sharpness"] for way, x in found.items()}
-    row["sharpness"] = interval(sharp["both"], sharp["alone"], True, groups)
+        row[what] |= {loss: interval(x[a], x[b], groups=groups) for loss, (a, b) in pairs.items()}
     return row
 
 
@@ -109,11 +103,10 @@ def figure(n: dict) -> Figure:
     to = ("lost to lambda1", "lost to the vector")
     mean = [sum(r["style"][loss][0] for r in rows.values()) / len(rows) for loss in to]
     title = "Of the style {:+.2f} is lost to lambda1 = 0.8, and {:+.2f} to the LCM-LoRA"
-    fig, axes = panels(4, title.format(*mean), width=4, height=4, sharey=True)
-    wanted = {"lost": RED, "lost to lambda1": ORANGE, "lost to the vector": BLUE}
-    for ax, (loss, color) in zip(axes, wanted.items()):
-        forest(ax, {k: r["style"][loss] for k, r in n["styles"].items()}, (0, ALLOWED), color)
-        ax.set(xlabel="share of pictures", title=f"style {loss}")
-    forest(axes[3], {k: r["name"]["lost"] for k, r in n["styles"].items()}, (0, ALLOWED), GREY)
-    axes[3].set(xlabel="share of pictures", title="name lost")
+    wanted = {("style", "lost"): RED, ("style", to[0]): ORANGE, ("style", to[1]): BLUE}
+    wanted["name", "lost"] = GREY
+    titles, said = [" ".join(loss) for loss in wanted], title.format(*mean)
+    fig, axes = panels(titles, said, "share of pictures", width=4, height=4, sharey=True)
+    for ax, ((what, loss), color) in zip(axes, wanted.items()):
+        forest(ax, {k: r[what][loss] for k, r in n["styles"].items()}, (0, ALLOWED), color)
     return fig

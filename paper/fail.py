@@ -12,6 +12,7 @@ import re
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from minilcm.lora import ATTENTION
@@ -20,7 +21,7 @@ from minilcm.metrics import decide, holm
 
 from .charts import BLUE, GREEN, GREY, ORANGE, RED, panels
 from .combination import STYLES
-from .pictures import TEACHER, Base, Draw, Vectors, pictures, rms, save_sheet
+from .pictures import FOUR, TEACHER, Base, Draw, Vectors, pictures, rms, save_sheet
 from .setup import HERE, Budget, Vector, W, prompts_of, shipped_lora, spread
 from .training import far, long, short, style_vector, train
 
@@ -29,15 +30,12 @@ EACH, SHEET = 4, 60  # pictures of a setting that are judged, and on a sheet
 
 
 def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
-    """{label: how it draws}: of one UNet, one LoRA, one prompt, what people get wrong. Labels that
-    differ in their numbers only are a family.
-    """
+    """{label: how it draws}. Labels that differ in their numbers only are a family."""
     lcm, rows = shipped_lora(), {}
-    four, own = Draw("lcm", 4), [(lcm, 1.0)]
+    own = [(lcm, 1.0)]
     for lam in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 8.0):
-        rows[f"lambda2 {lam:g}"] = (four, [(lcm, lam)], None)
-    for n in (1, 2, 8):
-        rows[f"{n} steps"] = (Draw("lcm", n), own, None)
+        rows[f"lambda2 {lam:g}"] = (FOUR, [(lcm, lam)], None)
+    rows |= {f"{n} steps": (Draw("lcm", n), own, None) for n in (1, 2, 8)}
     for w in (0.5, 1.0, 2.0, 3.0, 6.0):
         rows[f"guidance {1 + w:g} beside it"] = (Draw("lcm", 4, w), own, None)
     for sampler, n in (("ddim", 2), ("ddim", 4), ("dpmpp", 4), ("ddim", 25)):
@@ -50,19 +48,18 @@ def settings(budget: Budget) -> dict[str, tuple[Draw, Vectors, Base | None]]:
     attention = {k: x for k, x in lcm.tau.items() if k.endswith(ATTENTION)}
     others = {k: x for k, x in lcm.tau.items() if k not in attention}
     parts = {"attention only": attention, "attention left out": others, "rows shuffled": shuffled}
-    for label, tau in parts.items():
-        rows[label] = (four, [(Vector([label, lcm.key], tau), 1.0)], None)
-    for step, vector in train(long(budget)).at.items():
-        rows[f"short recipe, step {step}"] = (four, [(vector, 1.0)], None)
+    alone = {label: Vector([label, lcm.key], tau) for label, tau in parts.items()}
+    alone |= {f"short recipe, step {step}": v for step, v in train(long(budget)).at.items()}
+    rows |= {label: (FOUR, [(vector, 1.0)], None) for label, vector in alone.items()}
     for style in ("blob", "blueprint"):
         vector = style_vector(budget, style, *STYLES[style])
         for lam in (0.8, 1.5, 2.5):  # the style comes first, see `measure`
-            rows[f"{lam:g} {style} beside it"] = (four, [(vector, lam), *own], None)
+            rows[f"{lam:g} {style} beside it"] = (FOUR, [(vector, lam), *own], None)
     base = train(far(budget)).end
     there = train(short(budget)._replace(data="styles"), base).end
-    rows["far base, the shipped vector"] = (four, own, base)
-    rows["far base, its own vector"] = (four, [(there, 1.0)], base)
-    rows["far base's vector on the old"] = (four, [(there, 1.0)], None)
+    rows["far base, the shipped vector"] = (FOUR, own, base)
+    rows["far base, its own vector"] = (FOUR, [(there, 1.0)], base)
+    rows["far base's vector on the old"] = (FOUR, [(there, 1.0)], None)
     return dict(list(rows.items())[:: 8 if budget.quick else 1])
 
 
@@ -109,24 +106,18 @@ def with_labels(rows: dict[str, dict], shown: list[str]) -> dict[str, list[float
     return {k: area([row[k] for row in rows.values()], bad, families) for k in detectors}
 
 
-def area(
-    score: list[float], bad: list[bool], families: list[str], draws: int = 2000
-) -> list[float]:
-    """[area under the ROC, low, high]: how often a bad setting's score is above a good one's; 95 %
-    bootstrap over the families of settings.
-    """
+def area(score: list[float], bad: list[bool], families: list[str]) -> list[float]:
+    """[area under the ROC, low, high], by a 95 % bootstrap over the families of settings."""
     score, bad, g = torch.tensor(score), torch.tensor(bad), torch.Generator().manual_seed(0)
-    above = (score[:, None] > score).double() + (score[:, None] == score).double() / 2
-    above = above[bad][:, ~bad]  # (bad, good)
+    difference = score[bad][:, None] - score[~bad]  # (bad, good)
+    above = (difference.sign().double() + 1) / 2  # is the bad one's score above? 0.5 if it is equal
     known = sorted(set(families))
-    which = torch.tensor([known.index(f) for f in families])
-    drawn = []
-    for _ in range(draws):
-        picked = torch.randint(0, len(known), (len(known),), generator=g)
-        often = torch.bincount(picked, minlength=len(known))[which].double()  # each setting
-        weight = often[bad][:, None] * often[~bad]
-        drawn += [(weight * above).sum() / weight.sum()] if weight.any() else []
-    drawn = torch.stack(drawn)
+    which, n = torch.tensor([known.index(f) for f in families]), len(known)
+    picked = torch.randint(0, n, (2000, n), generator=g)
+    often = F.one_hot(picked, n).sum(dim=1)[:, which].double()  # (draws, settings)
+    weight = often[:, bad, None] * often[:, None, ~bad]  # (draws, bad, good)
+    total = weight.sum(dim=(1, 2))
+    drawn = ((weight * above).sum(dim=(1, 2)) / total)[total > 0]
     return [above.mean().item(), drawn.quantile(0.025).item(), drawn.quantile(0.975).item()]
 
 
@@ -153,11 +144,12 @@ def figure(n: dict) -> Figure:
     rows, found = n["settings"], n["detectors"]
     best = max(found, key=lambda k: found[k][0]) if found else "distance"
     said = f"{best} {found[best][0]:.2f} of the area under its ROC" if found else "no labels yet"
-    fig, (a, b) = panels(2, f"{len(rows)} settings, good and bad: {said}", width=5, height=7)
+    titles = [f"{best}; red: visibly bad", "ROC"]
+    fig, (a, b) = panels(titles, f"{len(rows)} settings, good and bad: {said}", width=5, height=7)
     y, colors = range(len(rows))[::-1], [RED if r.get("bad") else BLUE for r in rows.values()]
     a.barh(y, [row[best] for row in rows.values()], color=colors)
     a.set_yticks(y, list(rows), fontsize=6)
-    a.set(title=f"{best}; red: visibly bad", ylim=(-1, len(rows)))
+    a.set(ylim=(-1, len(rows)))
     for key, color in zip(found, (BLUE, ORANGE, GREEN, GREY, RED)):
         ordered = sorted(rows.values(), key=lambda row: -row[key])
         bad = torch.tensor([row["bad"] for row in ordered]).double()
@@ -165,5 +157,5 @@ def figure(n: dict) -> Figure:
         b.step(alarms, hits, where="post", color=color)
         at, i = f"{key}: {found[key][0]:.2f}", len(bad) // 3
         b.annotate(at, (alarms[i], hits[i]), fontsize=8, color=color)
-    b.set(title="ROC", xlabel="good ones flagged", ylabel="bad ones flagged")
+    b.set(xlabel="good ones flagged", ylabel="bad ones flagged")
     return fig

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, together
 
-from .charts import BLUE, GREY, LIGHT, ORANGE, line, panels
+from .charts import ABOUT, BLUE, GREY, LIGHT, ORANGE, line, panels
 from .pictures import TEACHER, Draw, about, against, pictures
 from .setup import Budget, names_of, prompts_of, shipped_lora
 
@@ -21,13 +21,12 @@ def measure(budget: Budget) -> dict:
     teacher = pictures(prompts, budget.seeds, TEACHER)
     numbers = {"rows": {}, "fresh": {}, "teacher": about(teacher, teacher, groups)}
     for n in STEPS:
-        found = {g: pictures(prompts, budget.seeds, Draw("lcm", n, 0.0, g), lora) for g in GAMMAS}
-        found[None] = pictures(prompts, budget.seeds, Draw("lcm", n), lora)
+        ways = {f"{g:g}": Draw("lcm", n, gamma=g) for g in GAMMAS} | {"the paper's": Draw("lcm", n)}
+        found = {g: pictures(prompts, budget.seeds, draw, lora) for g, draw in ways.items()}
         for g, x in found.items():
-            word = "the paper's" if g is None else f"{g:g}"
-            row = {"steps": n, "gamma": word} | about(x, teacher, groups)
-            numbers["rows"][f"{n} steps, gamma {word}"] = row
-        numbers["fresh"][str(n)] = against(found[1.0], found[0.0], teacher, groups)
+            row = {"steps": n, "gamma": g} | about(x, teacher, groups)
+            numbers["rows"][f"{n} steps, gamma {g}"] = row
+        numbers["fresh"][str(n)] = against(found["1"], found["0"], teacher, groups)
     return numbers
 
 
@@ -36,13 +35,10 @@ def verdict(n: dict) -> dict:
     away: its end is further from the teacher's than with gamma 0. It mends: 8 steps are more often
     right.
     """
-    far = [n["fresh"][k]["distance"] for k in ("4", "8")]
-    right = n["fresh"]["8"]["right"]
+    far, right = [n["fresh"][k]["distance"] for k in ("4", "8")], n["fresh"]["8"]["right"]
+    away = together(decide(x, above=1.0) for x in far)
     return {
-        "fresh noise carries the picture away from the teacher's": [
-            together(decide(x, above=1.0) for x in far),
-            far[1],
-        ],
+        "fresh noise carries the picture away from the teacher's": [away, far[1]],
         "fresh noise makes 8 steps right more often": [decide(right, above=0.0), right],
     }
 
@@ -50,17 +46,13 @@ def verdict(n: dict) -> dict:
 def figure(n: dict) -> Figure:
     far, right = n["fresh"]["8"]["distance"][0], n["fresh"]["8"]["right"][0]
     title = f"With all noise fresh, 8 steps end {far:.2f} times as far from the teacher's end"
-    fig, axes = panels(3, f"{title}; {right:+.2f} in being right")
-    for ax, what in zip(axes, ("distance", "right", "sharpness")):
+    titles = ABOUT | {"right": f"{ABOUT['right']}; dotted: 50 guided steps"}
+    xlabel = "gamma, the share of the noise that is fresh"
+    fig, axes = panels(titles.values(), f"{title}; {right:+.2f} in being right", xlabel)
+    for ax, what in zip(axes, titles):
         for steps, color in zip(STEPS, (LIGHT, BLUE, ORANGE)):
-            mine = [r for r in n["rows"].values() if r["steps"] == steps]
-            mine = [r for r in mine if r["gamma"] != "the paper's"]
-            x = [float(r["gamma"]) for r in mine]
-            line(ax, x, [r[what] for r in mine], f"{steps} steps", color)
-        ax.set(xlabel="gamma, the share of the noise that is fresh")
+            mine = [n["rows"][f"{steps} steps, gamma {g:g}"][what] for g in GAMMAS]
+            line(ax, GAMMAS, mine, f"{steps} steps", color)
         if what != "distance":
             ax.axhline(n["teacher"][what][0], color=GREY, linestyle=":")
-    axes[0].set(title="RMS to 50 guided steps' end")
-    axes[1].set(title="right: name and style; dotted: 50 guided steps")
-    axes[2].set(title="sharpness, of 50 guided steps'")
     return fig

@@ -28,17 +28,13 @@ def measure(budget: Budget) -> dict:
     for family, (config, side, report) in list(FAMILIES.items())[: 1 if budget.quick else 3]:
         for batch in (1, OFFICIAL):
             lora, full = (planned_step(config, side, rank, batch) for rank in (64, None))
-            planned[f"{family}, batch {batch}"] = {
-                "LCM-LoRA": lora,
-                "full LCM": full,
-                "pixels": side,
-                "off": lora["trained"] / report - 1,
-                "times": full["total"] / lora["total"],
-            }
+            row = {"LCM-LoRA": lora, "full LCM": full, "pixels": side}
+            row |= {"off": lora["trained"] / report - 1, "times": full["total"] / lora["total"]}
+            planned[f"{family}, batch {batch}"] = row
     return {"planned": planned}
 
 
-def planned_step(config: Config, side: int, rank: int | None, batch: int = 1) -> dict:
+def planned_step(config: Config, side: int, rank: int | None, batch: int) -> dict:
     """GB of a training step, gradient checkpointing, by part; and trained parameters."""
     w_range = (2.0, 14.0) if rank is None else (7.5, 7.5)
     objective = Objective("lcm", rank, w_range=w_range, checkpointing=True)
@@ -67,7 +63,7 @@ def verdict(n: dict) -> dict:
 def figure(n: dict) -> Figure:
     times = [row["times"] for row in n["planned"].values()]
     title = f"Full LCM distillation takes {min(times):.1f} to {max(times):.1f} times the memory"
-    fig, (a,) = panels(1, f"{title} of an LCM-LoRA's, rank 64", width=10, height=4.4)
+    fig, (a,) = panels([""], f"{title} of an LCM-LoRA's, rank 64", width=10, height=4.4)
     steps = {}  # label of the bar: its step
     for label, row in n["planned"].items():
         for way in ("LCM-LoRA", "full LCM"):

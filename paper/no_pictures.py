@@ -16,7 +16,7 @@ ROWS = {"the art": "art", "half of each": "half", "the teacher's own pictures": 
 
 def measure(budget: Budget) -> dict:
     rows = {k: runs_of(short(budget)._replace(data=data), budget) for k, data in ROWS.items()}
-    return {"rows": compare(rows | {"no LoRA": [[]] * len(budget.runs)}, budget)}
+    return {"rows": compare(rows, budget, "the art")}
 
 
 def verdict(n: dict) -> dict:
@@ -24,12 +24,12 @@ def verdict(n: dict) -> dict:
     and at one step it ends nearer to the teacher's end than halfway from the art's to no LoRA.
     Nothing is compared unless the art's beats no LoRA in distance at one step.
     """
-    (_, half, own), rows = ROWS, n["rows"]
-    found = {
-        f"{label} in place of the art: as good": list(as_good(rows, rows[label]["against"]))
-        for label in (own, half)
+    rows, (_, half, own) = n["rows"], ROWS
+    return {
+        f"{own} in place of the art: as good": as_good(rows, rows[own]["against"]),
+        f"{half} in place of the art: as good": as_good(rows, rows[half]["against"]),
+        "on the art it beats no LoRA in distance at 1 step": learned(rows),
     }
-    return found | {"on the art it beats no LoRA in distance at 1 step": list(learned(rows))}
 
 
 def figure(n: dict) -> Figure:

@@ -1,7 +1,7 @@
 """Pictures, drawn by `minilcm.generate` from fixed seeds, and what is measured on them."""
 
 import random
-import time
+import timeit
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -14,12 +14,11 @@ from torch import Tensor
 from minilcm.data.emoji import STYLES, compose
 from minilcm.data.pictures import contact_sheet, save_png, to_images
 from minilcm.generate import generate
-from minilcm.lcm import Network
 from minilcm.merge import combine, merge_into
 from minilcm.metrics import interval, picked, sharpness
 from minilcm.model.precision import autocast
 from minilcm.model.unet import Cond, UNet
-from minilcm.objective import run
+from minilcm.objective import without_w
 from minilcm.run.diagnostics import guided
 
 from .setup import HALF, SCHEDULE, Prompt, Vector, W, art_of, cached, place, shipped
@@ -38,7 +37,7 @@ class Draw(NamedTuple):
         return self.steps * (2 if self.w else 1)
 
 
-TEACHER, FOUR = Draw("ddim", 50, W), Draw("lcm", 4)
+TEACHER, SLOW, FOUR = Draw("ddim", 50, W), Draw("ddim", 25, W), Draw("lcm", 4)
 SOLVERS = {"ddim": "DDIM", "dpmpp": "DPM-Solver++"}
 
 Vectors = Sequence[tuple[Vector, float]]  # tau_i and lambda_i, added up
@@ -68,39 +67,30 @@ def changed(unet: UNet, base: Base | None = None, vectors: Vectors = ()) -> Iter
         unet.load_state_dict(before)
 
 
-def network_of(unet: UNet) -> Network:
-    """(z_t, t, cond, w) -> eps_hat by the UNet's weights when called."""
-    return lambda z_t, t, cond, w=None: run(unet, HALF, z_t, t, cond)
-
-
 def conds_of(prompts: list[Prompt]) -> tuple[Cond, Cond]:
     text = shipped().text
     return text.encode([p.text for p in prompts]), text.null_cond(len(prompts))
 
 
-def made_by(
-    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base=None
-) -> list:
+def made_by(prompts, seeds, draw: Draw, vectors: Vectors = (), base: Base | None = None) -> list:
     """All that pictures depend on, besides what `cached` adds."""
     return [prompts, seeds, draw, [(v.key, lam) for v, lam in vectors], base and base.key]
 
 
-def drawn(
-    prompts: list[Prompt], seeds: Sequence[int], draw: Draw, vectors: Vectors = (), base=None
-) -> Tensor:
+def drawn(prompts: list[Prompt], seeds, draw: Draw, vectors: Vectors = (), base=None) -> Tensor:
     """z0 (prompts, seeds, 4, h, w), drawn 64 at a time; by another `Base`, if one is given."""
 
     def make() -> dict[str, Tensor]:
         unet, z0 = shipped().unet, []
+        way = dict(steps=draw.steps, schedule=SCHEDULE, gamma=draw.gamma)
         with changed(unet, base, vectors):
             for i in range(0, len(prompts), 64):
-                eps_fn = guided(network_of(unet), *conds_of(prompts[i : i + 64]), draw.w)
+                part = prompts[i : i + 64]
+                eps_fn = guided(without_w(unet, HALF), *conds_of(part), draw.w)
                 # a seed for each picture: the same for every sampler
-                last = min(i + 64, len(prompts))
-                numbers = [range(100_003 * seed + i, 100_003 * seed + last) for seed in seeds]
-                how = dict(schedule=SCHEDULE, gamma=draw.gamma)
-                at = shipped().shape, draw.sampler, draw.steps
-                z0.append(torch.stack([generate(eps_fn, n, *at, **how) for n in numbers], dim=1))
+                numbers = [[100_003 * seed + i + j for j in range(len(part))] for seed in seeds]
+                each = [generate(eps_fn, n, shipped().shape, draw.sampler, **way) for n in numbers]
+                z0.append(torch.stack(each, dim=1))
         return {"z0": torch.cat(z0)}
 
     return cached("drawn", made_by(prompts, seeds, draw, vectors, base), make)["z0"]
@@ -123,9 +113,8 @@ def decode(z0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(z0: Tensor, names: list[str], styles: list[str]) -> dict[str, Tensor]:
-    """Of latents (b, 4, h, w), each (b,): is it the name that was asked for; is it right, the name
-    in the style that was asked for, if that is one of the base's four; how sharp. And the judge's
-    features and style logits (b, ...).
+    """Of latents (b, 4, h, w), each (b, ...): has it the name that was asked for; is it "right",
+    that name in the asked style, if that is one of the base's four; how sharp; what the judge sees.
     """
     judge, pixels = shipped().judge, decode(z0)
     features = torch.cat([judge.features(part) for part in pixels.split(64)])
@@ -158,15 +147,10 @@ def over_runs(found: Sequence[Found], dim: int = 0) -> Found:
 @torch.no_grad()
 def seconds_of(prompts: list[Prompt]) -> tuple[float, float]:
     """Of an evaluation, and of decoding, a picture at a time on this processor; medians of nine."""
-    network, z, times = network_of(shipped().unet), torch.randn(1, *shipped().shape), []
+    network, z = without_w(shipped().unet, HALF), torch.randn(1, *shipped().shape)
     cond, t = conds_of(prompts[:1])[0], torch.tensor([499])
-    for _ in range(9):
-        start = time.perf_counter()
-        network(z, t, cond)
-        middle = time.perf_counter()
-        decode(z)
-        times.append((middle - start, time.perf_counter() - middle))
-    return tuple(map(median, zip(*times)))
+    both = (lambda: network(z, t, cond)), (lambda: decode(z))
+    return tuple(median(timeit.repeat(one, number=1, repeat=9)) for one in both)
 
 
 def about(x: Found, teacher: Found, groups: Tensor) -> dict[str, list[float]]:
@@ -208,9 +192,7 @@ def in_style(found: Found, styles: Collection[str]) -> Tensor:
 
 
 def save_sheet(name: str, shown: list[tuple[str, Tensor]], columns: int, quick: bool) -> None:
-    """figures/NAME.png: latents (4, h, w) as pictures of 96 pixels, each above its label, in rows
-    of so many columns; in 64 colours, which is a fifth of the bytes.
-    """
+    """figures/NAME.png: labelled latents (4, h, w), in 64 colours for a fifth of the bytes."""
     labels, z0 = zip(*shown)
     pixels = F.interpolate(decode(torch.stack(z0)), 96, mode="bicubic", antialias=True)
     sheet = contact_sheet(to_images(pixels), list(labels), columns)

@@ -25,8 +25,7 @@ def measure(budget: Budget) -> dict:
     for r in ranks:
         tried = {}
         for rate in RATES:
-            recipe = short(budget)._replace(rank=r, lr=rate)
-            one = [(train(recipe._replace(seed=TUNED_BY)).end, 1.0)]
+            one = [(train(short(budget, TUNED_BY)._replace(rank=r, lr=rate)).end, 1.0)]
             tried[rate] = rms(drawn(prompts, TUNE, Draw("lcm", 1), one), end).mean().item()
         best = min(tried, key=tried.get)
         numbers["rates"][str(r)] = {"best": best} | {f"{k:g}": x for k, x in tried.items()}
@@ -41,7 +40,7 @@ def measure(budget: Budget) -> dict:
             rows[f"cut to {r}"] = [[(Vector([v.key, r], small), 1.0)] for v, small, _ in cut]
             residual = sum(left for *_, left in cut) / len(cut)
             sizes[f"cut to {r}"] = sizes[f"rank {r}"] | {"residual": residual}
-    rows["no LoRA"], sizes["no LoRA"] = [[]] * len(budget.runs), {"rank": 0, "bytes": 0}
+    sizes["no LoRA"] = {"rank": 0, "bytes": 0}
     found = compare(rows, budget, high)
     return numbers | {"rows": {k: {"residual": 0.0} | sizes[k] | x for k, x in found.items()}}
 
@@ -68,7 +67,7 @@ def verdict(n: dict) -> dict:
         word, far = as_good(rows, rows[f"rank {r}"]["against"])
         inside = rates[str(high)]["best"] > RATES[0] and rates[str(r)]["best"] < RATES[-1]
         found[f"rank {r} is as good as {high}"] = [word if inside else "not shown", far]
-    return found | {f"rank {high} beats no LoRA in distance at 1 step": list(learned(rows))}
+    return found | {f"rank {high} beats no LoRA in distance at 1 step": learned(rows)}
 
 
 def figure(n: dict) -> Figure:
@@ -76,10 +75,10 @@ def figure(n: dict) -> Figure:
     cut = [r for k, r in n["rows"].items() if k.startswith("cut")]
     low, high, far = *(trained[i]["rank"] for i in (0, -1)), trained[0]["against"]["1"]["distance"]
     title = f"Rank {low} ends {far[0]:.2f} times as far from the teacher's end as rank {high}"
-    fig, axes = panels(3, f"{title}, at 1 step")
     titles = {"1": "RMS to 50 guided steps' end, 1 step", "2": "the same, 2 steps; dotted: no LoRA"}
     titles["4"] = "right: name and style, 4 steps"
-    for ax, (steps, title) in zip(axes, titles.items()):
+    fig, axes = panels(titles.values(), f"{title}, at 1 step", "megabytes of the file")
+    for ax, steps in zip(axes, titles):
         what = "right" if steps == "4" else "distance"
         for rows, look in ((trained, ("trained", BLUE)), (cut, (f"{high}, truncated", ORANGE))):
             line(ax, [r["bytes"] / 1e6 for r in rows], [r[steps][what] for r in rows], *look)
@@ -87,5 +86,4 @@ def figure(n: dict) -> Figure:
             ax.annotate(f"rank {r['rank']}", (r["bytes"] / 1e6, r[steps][what][1]), fontsize=7)
         ax.axhline(n["rows"]["no LoRA"][steps][what][0], color=GREY, linestyle=":")
         ticks(ax, [0.2, 0.5, 1, 2, 5, 10])
-        ax.set(title=title, xlabel="megabytes of the file")
     return fig

@@ -34,9 +34,9 @@ def choices(start: Recipe) -> dict[str, Recipe]:
 def measure(budget: Budget) -> dict:
     some = list(choices(short(budget)).items())[: 5 if budget.quick else None]
     rows = {label: runs_of(recipe, budget) for label, recipe in some}
-    numbers = {"rows": compare(rows | {NONE: [[]] * len(budget.runs)}, budget)}
-    others = {k: r["against"] for k, r in numbers["rows"].items() if k not in (START, NONE)}
-    numbers["comparisons"] = len(others)
+    found = compare(rows, budget, START)
+    others = {k: r["against"] for k, r in found.items() if k not in (START, NONE)}
+    numbers = {"rows": found, "comparisons": len(others)}
     numbers["differ"] = holm({k: x["1"]["distance"] for k, x in others.items()}, 1.0)
     return numbers | {"differ in right": holm({k: x["4"]["right"] for k, x in others.items()})}
 
@@ -50,8 +50,8 @@ def verdict(n: dict) -> dict:
     """
     rows = n["rows"]
     needless = {"no averaged target is needed": AVERAGED, "one w is as good as a mixture": MIXED}
-    found = {k: list(as_good(rows, turned(rows[v]["against"]))) for k, v in needless.items()}
-    return found | {"the short recipe beats no LoRA in distance at 1 step": list(learned(rows))}
+    found = {k: as_good(rows, turned(rows[v]["against"])) for k, v in needless.items()}
+    return found | {"the short recipe beats no LoRA in distance at 1 step": learned(rows)}
 
 
 def figure(n: dict) -> Figure:

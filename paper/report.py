@@ -9,6 +9,7 @@ other weights, says so.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,20 +39,16 @@ def write_report(claims: dict[str, ModuleType], quick: bool) -> None:
 def read_results(folder: Path, claims: dict[str, ModuleType]) -> dict[str, dict]:
     """{section: its JSON} of those that were measured on the files that are shipped now."""
     files = {"model": setup.MODEL, "judge": setup.JUDGE, "lcm_lora": setup.LORA}
-    results = {}
-    for name in claims:
-        path = folder / f"{name}.json"
-        result = json.loads(path.read_text()) if path.exists() else {"weights": {"": None}}
-        if all(k in files and content_of(files[k]) == v for k, v in result["weights"].items()):
-            results[name] = result
-    return results
+    now = {name: content_of(path) for name, path in files.items()}.items()
+    paths = {name: folder / f"{name}.json" for name in claims}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {name: result for name, result in results.items() if result["weights"].items() <= now}
 
 
 def assemble(template: str, claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
     """The report: the first part with its table, then a section for each question."""
     now = {name: {"now": UNKNOWN} for name in claims}
-    for name, result in results.items():
-        now[name]["now"] = next(iter(result["verdict"].values()))[0]
+    now |= {k: {"now": next(iter(r["verdict"].values()))[0]} for k, r in results.items()}
     hours = sum(r["seconds"] for r in results.values()) / 3600
     first, *parts = re.split(r"^## ", template, flags=re.MULTILINE)
     text = [fill(first, now | {"claims": table(claims, results), "hours": hours})]
@@ -77,9 +74,13 @@ def table(claims: dict[str, ModuleType], results: dict[str, dict]) -> str:
         if name in results:
             statement, (verdict, number) = next(iter(results[name]["verdict"].items()))
             picture = f'<img src="figures/{name}.svg" width="220" alt="{name}">'
-            cells = [statement, f"**{verdict}**", form(number, ""), picture]
-        rows.append("| " + " | ".join([f"[{name}](#{name}): {question(claim)[0]}", *cells]) + " |")
+            cells = [statement, f"**{verdict}**", form(number), picture]
+        rows.append(line([f"[{name}](#{name}): {question(claim)[0]}", *cells]))
     return "\n".join(rows)
+
+
+def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def front_page(text: str, results: dict[str, dict]) -> str:
@@ -87,8 +88,8 @@ def front_page(text: str, results: dict[str, dict]) -> str:
     rows = ["| claim | verdict | number |", "|---|---|---|"]
     for name, result in results.items():
         for statement, (verdict, number) in result["verdict"].items():
-            rows.append(f"| [{name}](paper/README.md#{name}): {statement} | {verdict} | ")
-            rows[-1] += f"{form(number, '')} |"
+            what = f"[{name}](paper/README.md#{name}): {statement}"
+            rows.append(line([what, verdict, form(number)]))
     start, end = "<!-- claims, by python -m paper report -->\n", "\n<!-- claims end -->"
     before, _, rest = text.partition(start)
     return before + start + "\n".join(rows) + end + rest.partition(end)[2]
@@ -101,7 +102,7 @@ def section(name: str, claim: ModuleType, result: dict | None, body: str) -> str
     if result is None:
         return "\n\n".join([*parts, f"**{UNKNOWN.capitalize()}.**\n\n"])
     verdicts = result["verdict"].items()
-    parts.append("\n".join(f"- **{word}**: {what}: {form(n, '')}" for what, (word, n) in verdicts))
+    parts.append("\n".join(f"- **{word}**: {what}: {form(n)}" for what, (word, n) in verdicts))
     parts += [f"*Rule.* {result['rule']}", f"![{name}](figures/{name}.svg)", body.strip()]
     hours = f"{result['seconds'] / 3600:.2f} h on {result['processor']}"
     return "\n\n".join([*parts, f"Commit {result['commit']}, {hours}.\n\n"])
@@ -112,17 +113,14 @@ def fill(text: str, result: dict) -> str:
 
     def rows(match: re.Match) -> str:
         columns = [column.strip().partition("|") for column in match[2].split(";")]
-        lines = []
-        for key, row in field(result, match[1]).items():
-            row = {"row": row | {"key": key}}
-            cells = [form(field(row, f"row/{name}"), how) for name, _, how in columns]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        entries = [row | {"key": key} for key, row in field(result, match[1]).items()]
+        return "\n".join(line(form(field(x, k), how) for k, _, how in columns) for x in entries)
+
+    def number(match: re.Match) -> str:
+        return form(field(result, match[1]), match[2] or "")
 
     text = re.sub(r"\{\{table ([^:}]+): ([^}]+)\}\}", rows, text)
-    return re.sub(
-        r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", lambda m: form(field(result, m[1]), m[2] or ""), text
-    )
+    return re.sub(r"\{\{([^}|]+)(?:\|([^}]*))?\}\}", number, text)
 
 
 def field(result: dict, path: str):
@@ -134,7 +132,7 @@ def field(result: dict, path: str):
     return value
 
 
-def form(value, how: str) -> str:
+def form(value, how: str = "") -> str:
     if how == "v":
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, list):

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,10 @@ from torch import Tensor
 
 from minilcm.data.emoji import COLORS, Art, article
 from minilcm.files.checkpoint import load_judge, load_model
-from minilcm.files.identify import Config
 from minilcm.files.lora_file import read_tau
 from minilcm.files.safetensors_file import read_tensors, sha256, write_tensors
 from minilcm.lora import Tau
-from minilcm.metrics import Judge
 from minilcm.model.precision import default_dtype
-from minilcm.model.text import TextEncoder
-from minilcm.model.unet import UNet
-from minilcm.model.vae import VAE
 from minilcm.schedule import make_schedule
 from weights.emoji.styles import ART, REAL, split_style
 
@@ -39,11 +35,11 @@ SCHEDULE, HALF = make_schedule(), default_dtype("cpu")
 W = 3.0  # the paper's w: the guidance distilled into the shipped LCM-LoRA, and the model's own
 NAMES = 64  # that prompts ask for
 
-# seconds that each kept part took that this section used, whenever it was made
-spent: dict[Path, float] = {}
-spent_now: list[float] = []  # of those made by this section
-used: dict[str, str] = {}  # {shipped file: content} of those that this section used
-commits: set[str] = set()  # by which the kept parts that this section used were made
+# of what the section that is being measured uses
+spent: dict[Path, float] = {}  # seconds that each kept part took, whenever it was made
+spent_now: list[float] = []  # of those that this section made
+used: dict[str, str] = {}  # {shipped file: content}
+commits: set[str] = set()  # by which the kept parts were made
 
 
 # ---- how much
@@ -88,22 +84,12 @@ def commit() -> str:
 # ---- the model, and what it made before
 
 
-class Shipped(NamedTuple):
-    """The shipped model and its judge."""
-
-    unet: UNet
-    vae: VAE
-    text: TextEncoder
-    config: Config
-    judge: Judge
-    shape: tuple[int, int, int]  # of a picture's latents
-
-
 @functools.cache
-def shipped() -> Shipped:
+def shipped() -> SimpleNamespace:
+    """The shipped model: its unet, vae, text, config and judge, and the shape of its latents."""
     model = load_model(MODEL)
     side = model.config.size // model.vae.factor
-    return Shipped(*model, load_judge(JUDGE), (4, side, side))
+    return SimpleNamespace(**model._asdict(), judge=load_judge(JUDGE), shape=(4, side, side))
 
 
 class Vector(NamedTuple):
@@ -131,9 +117,9 @@ def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
     files += [EMOJI / "styles.py", EMOJI / "make_styles.py", ART / "held_out.txt"]
     files += [path for art in (ART, HERE / "art") for path in sorted(art.glob("*.tar"))]
     key = json.dumps([key, str(HALF), [content_of(path) for path in files]], sort_keys=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     path = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         tensors = {k: x.contiguous() for k, x in make().items()}
         spent_now.append(time.perf_counter() - start)
@@ -179,16 +165,13 @@ def taught(data: str, most: int) -> list[Art]:
 
 @functools.cache
 def prompts_of(style: str | None, names: int, each: int = 1) -> list[Prompt]:
-    """`said` prompts for so many of 64 names, which are spread over all that the model knows, or
-    over those that a real set draws. In a style that the base has not seen; None: in `each` of its
-    four, drawn at random among those that it saw the name in, first one of every name.
+    """For so many of 64 names, spread over all that the model knows, or that a real set draws: in a
+    style that the base has not seen; None: in `each` of those that it saw the name in, at random.
     """
     rng, known = random.Random(0), shipped().config.names
     if style is None:
-        styles = {}
-        for a in art_of(None)[0]:
-            styles.setdefault(a.name, []).append(a)
-        picked = [rng.sample(styles[name], 2) for name in spread(known, NAMES)]
+        seen = art_of(None)[0]
+        picked = [rng.sample([a for a in seen if a.name == x], 2) for x in spread(known, NAMES)]
         art = [row[i] for i in range(each) for row in spread(picked, names)]
         return said(art, rng.choices(list(COLORS), k=len(art)))
     if style in REAL:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, interval, together
 
-from .charts import BLUE, GREEN, LOOKS, line, panels, ticks
+from .charts import BLUE, GREEN, by_sampler, line, panels, ticks
 from .pictures import SOLVERS, Draw, drawn, rms
 from .setup import Budget, W, names_of, prompts_of, shipped_lora
 from .training import long, train
@@ -75,22 +75,19 @@ def verdict(n: dict) -> dict:
 def figure(n: dict) -> Figure:
     one = n["distance"]["LCM-LoRA 1"]["far"][0]
     title = f"One step ends {one:.2f} of two seeds' distance away from the teacher's end"
-    fig, (a, b) = panels(2, title, width=6)
+    titles = ["one step, while it trains; dotted: the shipped one"]
+    titles.append("samplers from the same noise; dotted: another seed, mean of all seeds")
+    fig, (a, b) = panels(titles, title, width=6)
     *run, last = n["training"].items()
     line(a, [int(k) for k, _ in run], [r["one step"] for _, r in run], "short recipe", GREEN)
     a.axhline(last[1]["one step"][0], color=BLUE, linestyle=":")
     a.set(xlabel="steps of training", ylabel="distance to the teacher's end, of two seeds'")
-    a.set_title("one step, while it trains; dotted: the shipped one", fontsize=10)
-    for sampler, (color, mark) in LOOKS.items():
-        if not (mine := [r for r in n["distance"].values() if r["sampler"] == sampler]):
-            continue
-        x, y = [r["evaluations"] for r in mine], [r["far"] for r in mine]
-        line(b, x, y, sampler, color, mark)
-    b.axhline(1, color="0.3", linestyle=":")
+    for mine, look in by_sampler(n["distance"]):
+        line(b, [r["evaluations"] for r in mine], [r["far"] for r in mine], *look)
+    for y in (1, 0.5**0.5):
+        b.axhline(y, color="0.3", linestyle=":")
     b.set(xlabel="network evaluations", ylabel="distance to the teacher's end", ylim=(0, 2))
-    b.axhline(0.5**0.5, color="0.3", linestyle=":")
-    b.set_title(
-        "samplers from the same noise; dotted: another seed, mean of all seeds", fontsize=10
-    )
     ticks(b, [1, 2, 4, 8, 20, 100])
+    for ax in (a, b):
+        ax.title.set_size(10)
     return fig

@@ -13,26 +13,22 @@ from matplotlib.figure import Figure
 
 from minilcm.metrics import decide, interval, together
 
-from .charts import BLUE, LIGHT, LOOKS, line, panels, ticks
+from .charts import BLUE, LIGHT, by_sampler, line, panels, ticks
 from .pictures import SOLVERS, TEACHER, Draw, about, against, pictures, save_sheet, seconds_of
 from .setup import HERE, TUNE, Budget, Prompt, names_of, prompts_of, shipped_lora
 
 CONTENT = json.loads((HERE / "content.json").read_text())
-CATEGORY = {name: category for category, names in CONTENT.items() for name in names}
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)  # w that solvers choose from
 MARGIN, FAR = 0.05, 0.2  # of accuracy, and of sharpness; of accuracy, whatever the sharpness
 BEST = "guidance distilled, at its best"
 
 
 def tuned(ways: list[Draw], prompts: list[Prompt]) -> Draw:
-    """The best way to draw, on pictures of a seed of its own: of those that are right within 0.02
-    as often as any, the sharpest.
-    """
+    """The sharpest of those that are right within 0.02 as often as any, on a seed of its own."""
     found = {draw: pictures(prompts, TUNE, draw) for draw in ways if draw.steps}
-    right, sharp = (
-        {d: x[k].mean().item() for d, x in found.items()} for k in ("right", "sharpness")
-    )
-    return max((d for d in found if right[d] >= max(right.values()) - 0.02), key=sharp.get)
+    right = {draw: x["right"].mean().item() for draw, x in found.items()}
+    good = [draw for draw in found if right[draw] >= max(right.values()) - 0.02]
+    return max(good, key=lambda draw: found[draw]["sharpness"].mean())
 
 
 def in_as_many(sampler: str, evaluations: int) -> list[Draw]:
@@ -65,8 +61,7 @@ def measure(budget: Budget) -> dict:
     groups, rows = names_of(prompts), ways_of(budget, prompts)
     found = {label: pictures(prompts, budget.seeds, *how) for label, (_, *how) in rows.items()}
     teacher, four, seconds = found["DDIM 50"], found["LCM-LoRA 4"], seconds_of(prompts)
-    content = [CATEGORY[p.name] for p in prompts]
-    which = {c: torch.tensor([c == other for other in content]) for c in CONTENT if c in content}
+    of = {c: torch.tensor([p.name in few for p in prompts]) for c, few in CONTENT.items()}
     numbers = {"prompts": len(prompts), "rows": {}, "guidance": {}}
     for label, (sampler, draw, _) in rows.items():
         x = found[label]
@@ -77,8 +72,10 @@ def measure(budget: Budget) -> dict:
             "name": interval(x["name"], groups=groups),
             "LCM-LoRA 4": against(four, x, teacher, groups),
             "diversity": interval(diversity(x), diversity(teacher), True, groups),
-            "content": dict.fromkeys(CONTENT, [math.nan] * 3)
-            | {c: interval(x["right"][i], groups=groups[i]) for c, i in which.items()},
+            "content": {
+                c: interval(x["right"][i], groups=groups[i]) if i.any() else [math.nan] * 3
+                for c, i in of.items()
+            },
         }
     numbers["two"] = against(found["LCM-LoRA 2"], teacher, teacher, groups)["right"]
     for w in (0.0, 0.25, 0.5, 1.0):
@@ -113,12 +110,10 @@ def verdict(n: dict) -> dict:
     before the run, on other seeds: section gamma.)
     """
     four, two = n["rows"]["DDIM 50"]["LCM-LoRA 4"]["right"], n["two"]
-    few = {
-        k: r for k, r in n["rows"].items() if r["evaluations"] <= 4 and r["sampler"] != "LCM-LoRA"
-    }
-    word = together(beats(r["LCM-LoRA 4"]) for r in few.values())
-    closest = min(few, key=lambda k: few[k]["LCM-LoRA 4"]["right"])
-    said = "{:+.2f} [{:.2f}, {:.2f}] right".format(*few[closest]["LCM-LoRA 4"]["right"])
+    few = {k: r for k, r in n["rows"].items() if r["evaluations"] <= 4}
+    few = {k: r["LCM-LoRA 4"] for k, r in few.items() if r["sampler"] != "LCM-LoRA"}
+    word, closest = together(map(beats, few.values())), min(few, key=lambda k: few[k]["right"])
+    said = "{:+.2f} [{:.2f}, {:.2f}] right".format(*few[closest]["right"])
     return {
         "4 steps are as often right as 50 guided ones": [decide(four, above=-MARGIN), four],
         "4 steps beat every rival at as many evaluations": [word, f"{said} against {closest}"],
@@ -129,30 +124,24 @@ def verdict(n: dict) -> dict:
 def figure(n: dict) -> Figure:
     rows, four = n["rows"], n["rows"]["DDIM 50"]["LCM-LoRA 4"]["right"]
     title = f"4 steps of LCM-LoRA against 50 guided ones of DDIM: {four[0]:+.2f} in being right"
-    fig, (a, b, c, d) = panels(4, title, width=4.4)
-    for sampler, (color, mark) in LOOKS.items():
-        if not (mine := [r for r in rows.values() if r["sampler"] == sampler]):
-            continue
-        right = [r["right"] for r in mine]
-        line(a, [r["evaluations"] for r in mine], right, sampler, color, mark)
+    titles = ["dotted: DDIM 50", "by time", "right and sharp, by evaluations", "by content"]
+    fig, (a, b, c, d) = panels(titles, title, width=4.4)
+    for mine, (sampler, color, mark) in by_sampler(rows):
+        right, cost = [r["right"] for r in mine], [r["evaluations"] for r in mine]
+        line(a, cost, right, sampler, color, mark)
         line(b, [1000 * r["seconds"] for r in mine], right, sampler, color, mark)
-        y = [r[0] for r in right]
-        c.plot([r["sharpness"][0] for r in mine], y, mark, color=color)
-        for r in mine:
-            at = r["sharpness"][0], r["right"][0]
-            c.annotate(r["evaluations"], at, fontsize=7, color=color)
+        x, y = [r["sharpness"][0] for r in mine], [mean for mean, *_ in right]
+        c.plot(x, y, mark, color=color)
+        for *at, evaluations in zip(x, y, cost):
+            c.annotate(evaluations, at, fontsize=7, color=color)
     c.annotate("DDIM 50", (1, rows["DDIM 50"]["right"][0]), fontsize=8)
     for ax in (a, b, c):
         ax.axhline(rows["DDIM 50"]["right"][0], color="0.3", linestyle=":")
-    few = {"LCM-LoRA 1": LIGHT, "LCM-LoRA 4": BLUE, "DDIM 50": "black"}
-    for label, color in few.items():
-        if label in rows:
-            right = list(rows[label]["content"].values())
-            line(d, list(range(len(right))), right, label, color, "o-")
+    for label, color in (("LCM-LoRA 1", LIGHT), ("LCM-LoRA 4", BLUE), ("DDIM 50", "black")):
+        line(d, range(len(CONTENT)), list(rows[label]["content"].values()), label, color)
     d.set_xticks(range(len(CONTENT)), [c.replace(" and ", "\nand ") for c in CONTENT], fontsize=8)
     ticks(a, [1, 2, 4, 8, 16])
-    a.set(xlabel="network evaluations", ylabel="right: name and style", title="dotted: DDIM 50")
-    b.set(xlabel="milliseconds a picture", title="by time")
-    c.set(xlabel="sharpness, of DDIM 50's", title="right and sharp, by evaluations")
-    d.set(title="by content")
+    a.set(xlabel="network evaluations", ylabel="right: name and style")
+    b.set(xlabel="milliseconds a picture")
+    c.set(xlabel="sharpness, of DDIM 50's")
     return fig

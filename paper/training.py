@@ -1,8 +1,7 @@
 """Short training runs: the LCM-LoRA that is trained many times, style LoRAs, fine-tuned bases."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import NamedTuple
 from unittest.mock import patch
@@ -14,12 +13,12 @@ from tqdm import tqdm
 
 from minilcm import lcm
 from minilcm.data.emoji import COLORS, Cache, art_batches, cache_art
-from minilcm.lora import Tau, get_tau, lora_layers
+from minilcm.lora import Tau, get_tau
 from minilcm.metrics import decide, together
 from minilcm.model.unet import UNet
-from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, run
+from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, without_w
 
-from .pictures import TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
+from .pictures import SLOW, TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
 from .setup import HALF, Budget, Vector, W, cached, names_of, prompts_of, said, shipped, taught
 
 
@@ -75,12 +74,8 @@ def style_vector(budget: Budget, style: str, rank: int, lora_alpha: float) -> Ve
     return train(few._replace(steps=budget.style_steps)).end
 
 
-# ---- a run
-
-
 class Trained(NamedTuple):
-    # {step: a LoRA's tau, or all weights}, at the recipe's marks and its end
-    at: dict[int, Vector | Base]
+    at: dict[int, Vector | Base]  # {step: what was trained}, at the recipe's marks and its end
     loss: Tensor  # (steps,)
 
     @property
@@ -91,9 +86,8 @@ class Trained(NamedTuple):
 def train(recipe: Recipe, base: Base | None = None) -> Trained:
     """What the recipe makes of the shipped model, or of a fine-tuned one."""
     key = [recipe, base and base.key]
-    kept = cached("trained", key, lambda: train_now(recipe, base))
-    at = {}
-    for step in sorted({int(k.partition(":")[0]) for k in kept if k != "loss"}):
+    kept, at = cached("trained", key, lambda: train_now(recipe, base)), {}
+    for step in (*recipe.marks, recipe.steps):
         tensors = {k.partition(":")[2]: x for k, x in kept.items() if k.startswith(f"{step}:")}
         by, full = [key, step], recipe.rank is None
         at[step] = Base(by, tensors) if full else Vector(by, to_tau(tensors))
@@ -105,44 +99,42 @@ def runs_of(recipe: Recipe, budget: Budget) -> list[Vectors]:
     return [[(train(recipe._replace(seed=seed)).end, 1.0)] for seed in budget.runs]
 
 
-def compare(rows: dict[str, list[Vectors]], budget: Budget, first: str | None = None) -> dict:
+def compare(rows: dict[str, list[Vectors]], budget: Budget, first: str) -> dict:
     """{row: {"1", "2" and "4" steps: `about` them, "against": {the same: `against` those of the
-    row `first`}}} for rows of several training runs' vectors. By default it is the first row.
+    row `first`}}} for rows of several training runs' vectors, and for "no LoRA".
     """
-    prompts = prompts_of(None, budget.names)
+    prompts, rows = prompts_of(None, budget.names), rows | {"no LoRA": [[]] * len(budget.runs)}
     groups, teacher = names_of(prompts), pictures(prompts, budget.seeds, TEACHER)
-    found = {
-        (label, n): over_runs([pictures(prompts, budget.seeds, Draw("lcm", n), v) for v in runs])
-        for label, runs in rows.items()
-        for n in (1, 2, 4)
-    }
-    out, first = {}, first or next(iter(rows))
-    for (label, n), x in found.items():
-        row = out.setdefault(label, {"against": {}})
-        row[str(n)] = about(x, teacher, groups)
-        row["against"][str(n)] = against(x, found[first, n], teacher, groups)
+    out = {label: {"against": {}} for label in rows}
+    for n in (1, 2, 4):
+        how = budget.seeds, Draw("lcm", n)
+        each = [[pictures(prompts, *how, v) for v in runs] for runs in rows.values()]
+        found = dict(zip(rows, map(over_runs, each)))
+        for label, x in found.items():
+            out[label][str(n)] = about(x, teacher, groups)
+            out[label]["against"][str(n)] = against(x, found[first], teacher, groups)
     return out
 
 
 MARGIN = 0.1  # of being right at 4 steps, and of how sharp
 
 
-def learned(rows: dict) -> tuple[str, list]:
-    """Does the first row beat "no LoRA" in distance at one step? (Verdict, its number.)"""
+def learned(rows: dict) -> list:
+    """[verdict, its number]: does the row `first` beat "no LoRA" in distance at one step?"""
     nothing = rows["no LoRA"]["against"]["1"]["distance"]
-    return decide(nothing, above=1.0), nothing
+    return [decide(nothing, above=1.0), nothing]
 
 
-def as_good(rows: dict, other: dict) -> tuple[str, list]:
-    """By a row's "against" the first one. At 4 steps less than MARGIN below in being right and in
-    sharpness, and at 1 step it keeps half of what training brought in distance. Nothing is compared
-    where training brought nothing: `learned`. (Verdict, its number.)
+def as_good(rows: dict, other: dict) -> list:
+    """[verdict, its number], by a row's "against". At 4 steps less than MARGIN below in being right
+    and in sharpness, and at 1 step it keeps half of what training brought in distance. Nothing is
+    compared where training brought nothing: `learned`.
     """
     word, (nothing, *_) = learned(rows)
     right, sharp, far = other["4"]["right"], other["4"]["sharpness"], other["1"]["distance"]
     found = decide(right, above=-MARGIN), decide(sharp, above=1 - MARGIN)
     found += (decide(far, below=(1 + nothing) / 2),)
-    return together(found) if word == "shown" else "not shown", far
+    return [together(found) if word == "shown" else "not shown", far]
 
 
 def turned(other: dict) -> dict:
@@ -156,8 +148,8 @@ def turned(other: dict) -> dict:
 
 def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
     """{"step:name": tensor} of what is trained, at the recipe's marks, and {"loss": (steps,)}."""
-    model, data = shipped(), training_data(recipe.data, recipe.drawings)
-    unet = deepcopy(model.unet)
+    data, text = training_data(recipe.data, recipe.drawings), shipped().text
+    null_cond, unet = text.null_cond(recipe.batch), deepcopy(shipped().unet)
     if base is not None:
         unet.load_state_dict(base.weights)
     objective = objective_of(recipe)
@@ -166,9 +158,7 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
         nets = averaged_target(nets, unet)
     parameters = [x for x in unet.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0, fused=True)
-    null_cond, kept, losses = model.text.null_cond(recipe.batch), {}, []
-
-    source = art_batches(data, recipe.batch, recipe.seed)
+    source, kept, losses = art_batches(data, recipe.batch, recipe.seed), {}, []
     label = f"{recipe.kind} {recipe.data} rank {recipe.rank}"
     for step in tqdm(range(recipe.steps), desc=label, disable=None, leave=False):
         if step in recipe.marks:
@@ -177,9 +167,8 @@ def train_now(recipe: Recipe, base: Base | None = None) -> dict[str, Tensor]:
             floor = 1.0 if recipe.constant else 0.0
             group["lr"] = learning_rate(recipe.lr, step, recipe.steps, warmup=20, floor=floor)
         z0, captions, _, generator = next(source)
-        batch = z0, model.text.encode(captions), null_cond, generator
         with as_asked(recipe):
-            loss = loss_of(objective, nets, *batch)
+            loss = loss_of(objective, nets, z0, text.encode(captions), null_cond, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -199,33 +188,26 @@ def objective_of(recipe: Recipe) -> Objective:
 def averaged_target(nets: Networks, unet: UNet) -> Networks:
     """A LoRA's networks with an average of the student as target, which LCM-LoRA does without."""
     average = deepcopy(unet).requires_grad_(False)
-
-    def target(z_t, t, cond, w=None):
-        return run(average, HALF, z_t, t, cond)
-
-    return nets._replace(target=target, target_unet=average)
+    return nets._replace(target=without_w(average, HALF), target_unet=average)
 
 
-@contextmanager
-def as_asked(recipe: Recipe) -> Iterator[None]:
-    """What train.py has no flags for, changed where the formula stands."""
+def as_asked(recipe: Recipe) -> AbstractContextManager:
+    """Inside the block: what train.py has no flags for, changed where the formula stands."""
 
     def no_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
         """f = x0 everywhere: c_skip = 0, c_out = 1."""
         return torch.zeros_like(t, dtype=torch.float32), torch.ones_like(t, dtype=torch.float32)
 
-    l2 = patch.object(lcm, "huber", F.mse_loss) if recipe.distance == "l2" else nullcontext()
-    skip = nullcontext() if recipe.c_skip else patch.object(lcm, "boundary_scalings", no_scalings)
-    with l2, skip:
-        yield
+    huber = F.mse_loss if recipe.distance == "l2" else lcm.huber
+    scalings = lcm.boundary_scalings if recipe.c_skip else no_scalings
+    return patch.multiple(lcm, huber=huber, boundary_scalings=scalings)
 
 
 @functools.cache
 def training_data(data: str, drawings: int) -> Cache:
     """Latents of drawings, one composition each, or of what the teacher draws in their place."""
-    own = data in ("teacher", "half")
+    own, size, table = data in ("teacher", "half"), shipped().config.size, list(COLORS)
     art = taught("art" if own else data, drawings)
-    size, table = shipped().config.size, list(COLORS)
 
     def encode() -> dict[str, Tensor]:
         mean, std, _, color, _ = cache_art(shipped().vae, art, size, looks=1, seed=0)
@@ -234,21 +216,16 @@ def training_data(data: str, drawings: int) -> Cache:
     kept = cached("latents", ["art" if own else data, drawings], encode)
     mean, std, color = kept["mean"], kept["std"], [table[i] for i in kept["color"]]
     if own:
-        z0 = drawn(said(art, color), (5,), Draw("ddim", 25, W))[:, 0]
-        drawing = slice(1 if data == "half" else 0, None, 2 if data == "half" else 1)
-        mean[drawing], std[drawing] = z0[drawing], 0.0
+        z0 = drawn(said(art, color), (5,), SLOW)[:, 0]
+        mine = slice(1, None, 2) if data == "half" else slice(None)
+        mean[mine], std[mine] = z0[mine], 0.0
     return Cache(mean, std, art, color, size)
 
 
-# ---- what is trained, as tensors
-
-
 def trained_weights(unet: UNet) -> dict[str, Tensor]:
-    """A copy of the tau that `to_tau` reads, or of all weights."""
-    if not lora_layers(unet):
-        return {name: x.detach().clone() for name, x in unet.named_parameters()}
-    flat = {}
-    for path, (up, down, lora_alpha) in get_tau(unet).items():
+    """A copy of the tau, as `to_tau` reads it, or of all weights where there is none."""
+    flat = {} if (tau := get_tau(unet)) else dict(unet.named_parameters())
+    for path, (up, down, lora_alpha) in tau.items():
         flat |= {f"{path}/up": up, f"{path}/down": down, f"{path}/alpha": torch.tensor(lora_alpha)}
     return {name: x.detach().clone() for name, x in flat.items()}
 

@@ -13,7 +13,7 @@ from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_recipe
 from minilcm.lora import add_lora, get_tau
 from minilcm.merge import merge_into
-from minilcm.objective import loss_of, make_networks
+from minilcm.objective import loss_of, make_networks, without_w
 from minilcm.solver import sample_ddim
 from paper import __main__ as command
 from paper import base, pictures, setup, solver, training
@@ -162,7 +162,7 @@ def test_what_a_drawing_costs():
 def by_hand(w: float, steps: int, seed: int) -> torch.Tensor:
     """z0 of PROMPTS by guided DDIM, one picture at a time."""
     model, z0 = setup.shipped(), []
-    network = pictures.network_of(model.unet)
+    network = without_w(model.unet, setup.HALF)
     for i, prompt in enumerate(PROMPTS):
         z_T = torch.randn(
             1, *model.shape, generator=torch.Generator().manual_seed(100_003 * seed + i)
