@@ -101,10 +101,10 @@ def verdict(n: dict) -> dict:
 
 def figure(n: dict) -> Figure:
     tuned = [r for label, r in n["bases"].items() if label != "0"]
-    worst = min(r["shipped - teacher"]["right"][0] for r in tuned)
-    title = f"On fine-tunes 4 steps against 25 guided ones: at worst {worst:+.2f} of names found"
-    titles = ["name found, 4 steps", "sharpness, of 25 guided steps'"]
-    titles.append("nearer to its own base's 25 guided steps than to the other's")
+    worst = [min(r["shipped - teacher"][what][0] for r in tuned) for what in ("right", "own")]
+    title = "Plugged into fine-tunes: at worst {:+.2f} of names, {:+.2f} as the new base draws"
+    title = title.format(*worst)
+    titles = ["name found, 4 steps", "sharpness, of 25 guided steps'", "nearer to its own base's"]
     fig, (right, sharp, own) = panels(titles, title, "distance of the base, |dW| / |W|")
     looks = {THERE: (GREEN, "^-"), SHIPPED: (BLUE, "o-"), OLD: (LIGHT, "o--"), NONE: (GREY, "s-")}
     for way, look in (looks | {"teacher": (ORANGE, "v:")}).items():
