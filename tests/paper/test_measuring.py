@@ -16,7 +16,7 @@ from minilcm.merge import merge_into
 from minilcm.objective import loss_of, make_networks, without_w
 from minilcm.solver import sample_ddim
 from paper import __main__ as command
-from paper import base, pictures, setup, solver, training
+from paper import pictures, setup, solver, training
 from weights.emoji import styles
 
 PROMPTS = [
@@ -35,12 +35,8 @@ def test_w_is_the_shipped_models():
     assert setup.W == float(read_recipe(setup.EMOJI / "lcm_lora.safetensors")["w"])
     assert setup.W == load_model(setup.EMOJI / "model.safetensors").config.guidance - 1
     assert pictures.TEACHER == ("ddim", 50, setup.W, None) and pictures.FOUR.w == 0
-    assert base.TEACHER == ("ddim", 25, setup.W, None) and solver.EXACT == (
-        "ddim",
-        100,
-        setup.W,
-        None,
-    )
+    assert pictures.SLOW == ("ddim", 25, setup.W, None)
+    assert solver.EXACT == ("ddim", 100, setup.W, None)
     for budget in (setup.QUICK, setup.FULL):
         objective = training.objective_of(training.short(budget))
         assert objective.kind == "lcm" and objective.w_range == (setup.W, setup.W)
