@@ -47,7 +47,8 @@ def f_theta(z_t: Tensor, output: Tensor, t: int | Tensor, schedule: Schedule) ->
 
     f is the identity at t = 0. t is an int or (b,).
     """
-    c_skip, c_out = boundary_scalings(torch.as_tensor(t, device=z_t.device).reshape(-1, 1, 1, 1))
+    t_column = torch.as_tensor(t, device=z_t.device).reshape(-1, *[1] * (z_t.ndim - 1))
+    c_skip, c_out = boundary_scalings(t_column)
     return c_skip * z_t + c_out * x0_and_eps(z_t, output, t, schedule)[0]
 
 
