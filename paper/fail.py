@@ -150,12 +150,12 @@ def figure(n: dict) -> Figure:
     a.barh(y, [row[best] for row in rows.values()], color=colors)
     a.set_yticks(y, list(rows), fontsize=6)
     a.set(ylim=(-1, len(rows)))
-    for key, color in zip(found, (BLUE, ORANGE, GREEN, GREY, RED)):
+    for place, (key, color) in enumerate(zip(found, (BLUE, ORANGE, GREEN, GREY, RED)), 2):
         ordered = sorted(rows.values(), key=lambda row: -row[key])
         bad = torch.tensor([row["bad"] for row in ordered]).double()
         hits, alarms = (v.cumsum(0) / v.sum() for v in (bad, 1 - bad))
         b.step(alarms, hits, where="post", color=color)
-        at, i = f"{key}: {found[key][0]:.2f}", len(bad) // 3
+        at, i = f"{key}: {found[key][0]:.2f}", place * len(bad) // 8
         b.annotate(at, (alarms[i], hits[i]), fontsize=8, color=color)
     b.set(xlabel="good ones flagged", ylabel="bad ones flagged")
     return fig
