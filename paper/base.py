@@ -18,7 +18,7 @@ from .training import far, runs_of, short, train, tuning
 
 SEEDS = (6, 7, 8)  # 2 and 3 were seen: a first rule asked for styles that the judge cannot read
 ALLOWED, FLOOR = 0.1, 0.5  # see `verdict`
-WHAT = {"right": "of names", "sharpness": "as sharp", "own": "as the new base draws"}
+WHAT = {"right": "of names", "sharpness": "times as sharp", "own": "of pictures nearer to its base"}
 SHIPPED, OLD, THERE, NONE = "shipped", "short, old base", "short, trained there", "none"
 
 
@@ -90,7 +90,8 @@ def verdict(n: dict) -> dict:
             return [word, "no fine-tune draws its names"]
         numbers, _, what, label = min(found, key=lambda one: one[0][0] - one[1])
         said = "{:.2f} [{:.2f}, {:.2f}]".format(*numbers)
-        return [word, f"{said} {WHAT[what]}, tuning: {label}"]
+        where = "far base" if label == "far" else f"base after {label} steps"
+        return [word, f"{said} {WHAT[what]}, {where}"]
 
     home = {what: at_home[what][0] for what in alike}
     return {
