@@ -73,7 +73,7 @@ def compare(path: Path, loras: list[Path], prediction: str | None = None) -> dic
     """
     for package in ("diffusers", "transformers", "peft"):  # before the minutes our half takes
         if find_spec(package) is None:
-            how = 'pip install "minilcm[reference]"'
+            how = 'pip install -e ".[reference]"'
             raise ValueError(f"check needs the reference extra ({package}); {how}")
     model = load_checkpoint(open_checkpoint(path, prediction))
     config = model.config
