@@ -257,8 +257,8 @@ def draw_all(args: Namespace, unet: UNet, conds: Cond, neg_cond: Cond, how: dict
         n = args.batch = args.batch or batch_that_fits(unet, how["shape"], passes, count)
         start = time.perf_counter()
         for first in tqdm(range(0, count, n), "pictures", unit_scale=n, disable=count == 1 or None):
-            # always n rows, a seed in row seed mod n (both change last bits): a picture never
-            # depends on its neighbours
+            # a picture's last bits depend on its row and on how many there are: always n rows, and
+            # a seed in row seed mod n
             rows = [first + (row - args.seed - first) % n for row in range(n)]
             cond = conds.rows([min(i, count - 1) // args.count for i in rows]).to(args.device)
             eps_fn, seeds = network(cond, n), [(args.seed + i) % SEEDS for i in rows]

@@ -246,6 +246,7 @@ def train(
         states.check_flags(flags, states.read_run(state)["flags"])
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
+    say(f"reading and encoding {args.data}, before the first step", flush=True)
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
     data = open_data(source, base, model_sha256, args.cache or args.out / "cache", reading)
     null_cond = text.null_cond(args.batch)

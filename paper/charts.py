@@ -43,7 +43,8 @@ def line(ax, x: list, intervals: list, label: str, color: str, mark: str = "o-")
     ax.errorbar(x, mean, off, fmt=mark, color=color, capsize=2, markersize=4)
     likes = [t for t in ax.texts if t.xy[0] == x[-1] and abs(t.xy[1] - mean[-1]) <= 0.03 * mean[-1]]
     beside = dict(xytext=(6, 3 - 9 * len(likes)), textcoords="offset points", fontsize=8)
-    ax.annotate(label, (x[-1], mean[-1]), color=color, annotation_clip=False, **beside)
+    at = likes[0].xy[1] if likes else mean[-1]
+    ax.annotate(label, (x[-1], at), color=color, annotation_clip=False, **beside)
 
 
 def by_sampler(rows: dict[str, dict]) -> Iterator[tuple[list[dict], tuple]]:

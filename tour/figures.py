@@ -148,12 +148,8 @@ def one_jump() -> dict:
         for i, n in enumerate((49, 39, 29, 19, 9, 0)):
             t, z_t = int(train_grid()[n]), path[49 - n]
             jump = f_theta(z_t, net(z_t, t, cond, W), t, SCHEDULE)[0]
-            show(
-                fig.add_subplot(grid[row, i]),
-                jump,
-                "" if row else f"f from t = {t}",
-                which * (i == 0),
-            )
+            top = "" if row else f"f from t = {t}"
+            show(fig.add_subplot(grid[row, i]), jump, top, which * (i == 0))
         end = consistency_along_trajectory(net, path, cond, SCHEDULE, W)[1]
         color = (GREY, BLUE, ORANGE)[row]
         ax.plot([20 * n + 19 for n in end], list(end.values()), "o-", color=color, markersize=3)

@@ -14,7 +14,7 @@ from tiny import random_tau, tiny_unet, write_model
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
-from minilcm.files.lora_file import read_recipe, read_tau, write_tau
+from minilcm.files.lora_file import read_recipe, read_tau, speeds_up, write_tau
 from minilcm.files.lora_keys import of_lora, split_key
 from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
 from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
@@ -119,6 +119,21 @@ def test_keys_are_kohyas(lora):
     )
     _, metadata = safefile.read_tensors(lora)
     assert metadata["ss_network_module"] == "networks.lora" and metadata["format"] == "pt"
+
+
+@pytest.mark.parametrize(
+    "name, recipe, expected",
+    [
+        ("fast", {"objective": "lcm"}, True),
+        ("sd15-LCM", {}, True),
+        ("style", {"objective": "diffusion"}, False),
+        ("mix", {"combined": "a + b", "loras": '[{"file": "a", "objective": "lcm"}]'}, True),
+        ("mix", {"combined": "a + b", "loras": '[{"file": "a", "objective": "diffusion"}]'}, False),
+    ],
+)
+def test_an_lcm_lora_is_told_by_recipe_or_name(tmp_path, name, recipe, expected):
+    write_tau(tmp_path / f"{name}.safetensors", mixed_tau(), recipe)
+    assert speeds_up(tmp_path / f"{name}.safetensors") == expected
 
 
 def test_recipe_is_in_the_header(tmp_path):

@@ -141,6 +141,12 @@ def test_verdict_base():
         return words(base.verdict({"bases": bases}))
 
     assert found() == ["shown", "shown"] and found(floor=0.49) == ["not shown"] * 2
+    # the number that is told is the one furthest below its bound
+    worst = {"0": {"shipped - teacher": home}, "100": {"teacher": {"right": [0.9, 0, 1]}}}
+    worst["100"] |= {p: {k: near(x, 1) for k, x in bound.items()} for p, bound in pairs.items()}
+    worst["100"]["shipped - teacher"] |= {"sharpness": [0.5, 0.4, 0.6], "own": [-0.2, -0.3, -0.1]}
+    told = base.verdict({"bases": worst})["the shipped vector plugs into fine-tunes"]
+    assert told == ["refuted", "0.50 [0.40, 0.60] times as sharp, base after 100 steps"]
     for i, (pair, bound) in enumerate(pairs.items()):
         for what in bound:
             for how, word in (((-1,), "refuted"), ((1, False), "not shown")):
@@ -156,6 +162,37 @@ def test_which_base_a_picture_is_nearer_to():
     # an old base's pictures, one run, beside those of three fine-tunes
     many = {"z0": own["z0"].expand(3, -1, -1, -1, -1, -1)}
     assert base.nearer(x, other, many).tolist() == [[[0, 1]]] * 3
+
+
+def test_whose_pictures_are_nearer_to_which_base(monkeypatch):
+    """Latents at 0 are the old base's, at 1 a fine-tune's. On each the shipped vector ends beside
+    its own, and four steps without it beside the old one's.
+    """
+    vector = setup.Vector("shipped", {})
+    tuned = pictures.Base("tuned", {k: x + 1 for k, x in setup.shipped().unet.named_parameters()})
+    short = setup.Vector("short", {})
+
+    def drawn(prompts, seeds, draw, vectors, at):
+        x = 0.2
+        if draw == pictures.SLOW:
+            x = float(at is not None)
+        elif vectors and vectors[0][0] == vector:
+            x = 0.1 if at is None else 0.9
+        shape = len(prompts), len(seeds)
+        return {"z0": torch.full((*shape, 4, 2, 2), x)} | dict.fromkeys(
+            ("right", "sharpness"), torch.ones(shape)
+        )
+
+    def trained(recipe, at=None):
+        end = tuned if recipe.rank is None else short
+        return training.Trained({step: end for step in (*recipe.marks, recipe.steps)}, None)
+
+    for module in (base, training):
+        monkeypatch.setattr(module, "train", trained)
+    monkeypatch.setattr(base, "pictures", drawn)
+    monkeypatch.setattr(base, "shipped_lora", lambda: vector)
+    for own in base.measure(setup.QUICK)["own"].values():
+        assert [own[way][0] for way in ("shipped", "home", base.NONE, base.OLD)] == [1, 1, 0, 0]
 
 
 def a_row(right=(0, 0, 0), far=(1, 1, 1), sharp=(1, 1, 1)) -> dict:
@@ -269,6 +306,20 @@ def test_area_under_the_roc():
     bad, families = [True, False, True, False], list("abcd")
     mean, low, high = fail.area(one, bad, families)
     assert low < mean < high and fail.area(two, bad * 2, families * 2) == [mean, low, high]
+
+
+def test_area_draws_families_with_all_their_settings():
+    """The same bootstrap with settings repeated as often as their family is drawn."""
+    score, bad = [4.0, 1.0, 3.0, 3.5, 2.0, 0.5, 3.0], [True, False] * 3 + [True]
+    families, g, drawn = list("aabbccd"), torch.Generator().manual_seed(0), []
+    for picked in torch.randint(0, 4, (2000, 4), generator=g).tolist():
+        rows = [i for family in picked for i in range(7) if families[i] == "abcd"[family]]
+        pairs = [(score[i], score[j]) for i in rows for j in rows if bad[i] and not bad[j]]
+        drawn += [sum((x > y) + (x == y) / 2 for x, y in pairs) / len(pairs)] if pairs else []
+    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    assert fail.area(score, bad, families)[1:] == pytest.approx([low.item(), high.item()])
 
 
 def test_labels_are_of_the_shipped_lora(tmp_path, monkeypatch):

@@ -182,6 +182,19 @@ def test_pictures_are_drawn_from_their_own_seeds():
     assert pictures.rms(by_hand(0.0, 3, 0), by_hand(3.0, 3, 0)).min() > 0.2
 
 
+def test_no_two_pictures_of_a_seed_have_the_same_noise(monkeypatch):
+    """Also where they are drawn in several batches of 64; another seed's noise is another."""
+    asked = []
+
+    def remember(eps_fn, seeds, shape, *how, **more):
+        asked.extend(seeds)
+        return torch.zeros(len(seeds), *shape)
+
+    monkeypatch.setattr(pictures, "generate", remember)
+    pictures.drawn(PROMPTS * 65, (0, 1), pictures.FOUR)
+    assert len(asked) == len(set(asked)) == 260
+
+
 def test_gamma_reaches_the_sampler():
     """1 draws nearly as the paper's sampler, 0 draws no noise: another picture."""
     ways = [pictures.Draw("lcm", 2, 0.0, gamma) for gamma in (None, 1.0, 0.0)]
