@@ -72,6 +72,6 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     model = write_model(tmp_path / "model.safetensors")
     with pytest.raises(
-        ValueError, match=r"reference extra \(diffusers\); pip install .minilcm\[ref"
+        ValueError, match=r'reference extra \(diffusers\); pip install -e "\.\[reference\]"$'
     ):
         check.check(model, [])
