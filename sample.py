@@ -34,7 +34,15 @@ from minilcm.data import pictures
 from minilcm.data.folders import one_line
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
 from minilcm.files.identify import Config, is_large, open_checkpoint
-from minilcm.files.lora_file import Lora, check_lora, parse_lora, read_tau, speeds_up
+from minilcm.files.lora_file import (
+    EMOJI,
+    Lora,
+    is_shipped,
+    lora_file,
+    parse_lora,
+    read_taus,
+    speeds_up,
+)
 from minilcm.files.names import split_parts
 from minilcm.files.safetensors_file import all_finite
 from minilcm.generate import SAMPLERS, generate, timesteps
@@ -49,7 +57,6 @@ from minilcm.model.unet import Cond, UNet
 from minilcm.schedule import make_schedule
 from minilcm.solver import EpsFn, guided_eps
 
-WEIGHTS = Path(__file__).parent / "weights/emoji"
 SEEDS = 1 << 64  # PyTorch's generators take 0 to one less; on the CPU the lower 32 bits count
 
 
@@ -71,7 +78,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = group("model").add_argument
     add("--size", metavar="WxH", help="pixels, e.g. 128x128 (default: the model's own size)")
     model = "a checkpoint: SD1.x, SD2.x, SDXL or a relative (default: the shipped emoji model)"
-    add("--model", type=Path, default=WEIGHTS / "model.safetensors", help=model)
+    add("--model", type=Path, default=EMOJI / "model.safetensors", help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
     vae = "a VAE, or a tiny decoder (TAESD, TAESDXL), in place of the checkpoint's"
@@ -200,25 +207,6 @@ def settle(args: Namespace, config: Config) -> tuple[int, int]:
     return args.size[1] // factor, args.size[0] // factor
 
 
-def is_shipped(model: Path) -> bool:
-    return model.resolve() == (WEIGHTS / "model.safetensors").resolve()
-
-
-def lora_file(path: Path) -> Path:
-    """The shipped file for `lcm`, `blueprint` or `papercut`; any other path is itself."""
-    shipped = WEIGHTS / ("lcm_lora.safetensors" if str(path) == "lcm" else f"{path}.safetensors")
-    return shipped if str(path) == "lcm" or not path.exists() and shipped.is_file() else path
-
-
-def read_loras(words: list[str], shapes: dict[str, Tensor]) -> tuple[list[Lora], list[Tau]]:
-    """What --lora names; `shapes` is of the model that it must fit."""
-    loras = [(lora_file(path), lam) for path, lam in map(parse_lora, words)]
-    taus = [read_tau(path) for path, _ in loras]
-    for (path, _), tau in zip(loras, taus):
-        check_lora(shapes, tau, str(path))
-    return loras, taus
-
-
 def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau]) -> None:
     """tau_mix = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32."""
     of_unet, of_text = split_parts(combine(taus, [lam for _, lam in loras]))
@@ -312,13 +300,14 @@ def main(args: Namespace) -> None:
     how = dict(sampler=args.sampler, steps=args.timesteps or args.steps, strength=args.strength)
     grid = timesteps(**how)
     pixels = pictures.read_image(args.image, args.size) if args.image else None
-    loras, taus = read_loras(args.lora, weight_shapes(checkpoint.header))
+    loras = [(lora_file(path), lam) for path, lam in map(parse_lora, args.lora)]
+    taus = read_taus(loras, weight_shapes(checkpoint.header))
     for path in [args.out] + ([args.sheet] if args.sheet else []):
         pictures.make_place(path)
     recipe = recipe_of(args, loras)
     if args.again:
         check_same_files(args.again, recipe)
-    advise(args, checkpoint, [path for path, _ in loras], WEIGHTS)
+    advise(args, checkpoint, loras)
 
     # ---- the model, with the LoRA in its weights
     unet, vae, text, _ = load_checkpoint(checkpoint, DTYPES[args.dtype], args.vae)
@@ -332,7 +321,8 @@ def main(args: Namespace) -> None:
     if args.device == "cpu" and is_large(config):
         pack_for_sampling(unet, vae, DTYPES[args.dtype])
     how |= dict(shape=(4, height, width), image=image, gamma=args.gamma)
-    at = " ".join(map(str, grid)) + ("" if args.gamma is None else f", gamma {args.gamma:g}")
+    few = grid if len(grid) <= 20 else [*grid[:3], "...", grid[-1]]
+    at = " ".join(map(str, few)) + ("" if args.gamma is None else f", gamma {args.gamma:g}")
     where = f"guidance {args.guidance:g}, {args.dtype} on {args.device}"
     print(f"{args.sampler}, {args.steps} steps at t = {at}, {where}")
     latents = draw_all(args, unet, conds, neg_cond, how)

@@ -37,7 +37,7 @@ from minilcm.data.batches import Batch, in_background
 from minilcm.data.open import Reading, Source, find_data, open_data
 from minilcm.files.checkpoint import Model, load_checkpoint
 from minilcm.files.identify import FAMILIES, Checkpoint, check_size, is_large, open_checkpoint
-from minilcm.files.lora_file import read_tau
+from minilcm.files.lora_file import EMOJI, is_shipped, read_tau
 from minilcm.files.safetensors_file import sha256
 from minilcm.lcm import GRID, update_ema
 from minilcm.lora import ATTENTION, TARGETS, check_rank, check_tau, get_tau, set_tau
@@ -49,22 +49,19 @@ from minilcm.run import state as states
 from minilcm.run.plan import Step, peak_bytes, plan
 from minilcm.schedule import T
 
-SHIPPED = Path(__file__).parent / "weights/emoji/model.safetensors"
-
 
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, exit 1
     group = parser.add_argument_group("what is trained")
-    add, size = group.add_argument, group.add_mutually_exclusive_group(required=True)
-    objectives = "what to learn: the noise, or the consistency function"
-    add("--objective", choices=["diffusion", "lcm"], required=True, help=objectives)
+    add, size = group.add_argument, group.add_mutually_exclusive_group()
+    add("--objective", choices=["diffusion", "lcm"], help="learn to predict noise, or to jump")
     size.add_argument("--rank", type=int, metavar="N", help="train a LoRA of this rank")
     size.add_argument("--full", action="store_true", help="train the whole UNet")
     add("--alpha", type=float, help="lora_alpha; the strength is alpha / rank (default: the rank)")
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
     model = "where to start (default: the shipped model); with --plan also sd15, sd2, ssd1b, sdxl"
-    add("--model", type=Path, default=SHIPPED, help=model)
+    add("--model", type=Path, default=EMOJI / "model.safetensors", help=model)
     says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
     add("--prediction", choices=["eps", "v"], help=says)
     add("--init", type=Path, metavar="FILE", help="a LoRA of this --rank to start from")
@@ -86,7 +83,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--out", type=Path, help="folder for the result, the sheets and the states")
     cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
     add("--cache", type=Path, metavar="DIR", help=cache)
-    add("--save-every", type=int, default=500, metavar="N", help="save every N steps (default 500)")
+    every = "save every N steps (default: a quarter of --steps, at least 25, at most 500)"
+    add("--save-every", type=int, metavar="N", help=every)
     add("--resume", action="store_true", help="continue from the last state in --out")
     add = parser.add_argument_group("steps").add_argument
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
@@ -96,15 +94,13 @@ def parse(argv: list[str] | None = None) -> Namespace:
     rate += "then a cosine to 0"
     add("--lr", type=float, default=3e-4, help=rate)
     add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
-    average = "write a moving average of the weights, of decay MU (default: 0.9995 for diffusion "
-    average += "--full); of a LoRA's two matrices separately"
+    average = "write an average of the weights, of decay MU (default: 0.9995 for diffusion --full)"
     add("--average", type=float, metavar="MU", help=average)
     add("--seed", type=int, default=0, help="of all randomness, 0 to 2^64 - 1 (default 0)")
     add = parser.add_argument_group("memory and speed").add_argument
     plan_help = "print the memory of a training step, and whether GB suffice; nothing is trained"
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help=plan_help)
-    recompute = "gradient checkpointing: recompute blocks in the backward pass; slower, "
-    recompute += "much less memory (default: on for large models)"
+    recompute = "gradient checkpointing: slower, much less memory (default: on for large models)"
     add("--checkpointing", action=BooleanOptionalAction, help=recompute)
     add("--quantize", action="store_true", help="LoRA: frozen weights in int8, half their memory")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
@@ -120,8 +116,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def check_values(args: Namespace, error: Callable[[str], None]) -> None:
     """Call `error` for the first senseless value; fill in what depends on other flags."""
-    if args.plan is None and (args.data is None or args.out is None):
-        error("--data and --out are required, except with --plan")
+    needed = {"--objective": args.objective, "--rank N or --full": args.full or args.rank}
+    needed |= {"--data": args.data, "--out": args.out} if args.plan is None else {}
+    if missing := [flag for flag, given in needed.items() if given is None]:
+        error(f"required: {', '.join(missing)}")
+    if args.plan is None and str(args.model) in FAMILIES:
+        error(f"--model {args.model} is a name for --plan only; give the checkpoint's file")
     if args.plan is None and args.out.resolve() == args.data.resolve():
         error(f"--out and --data are both {args.out}: sheets would be read as data; give another")
     if args.init is not None and args.rank is None:
@@ -130,6 +130,8 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--alpha is {args.alpha}, but --init {args.init} has its own; leave --alpha out")
     if args.quantize and args.rank is None:
         error("--quantize is for the frozen weights under a LoRA; give --rank in place of --full")
+    every, args.w = args.save_every, args.w or ("2:14" if args.full else "7.5")
+    args.save_every = min(500, max(25, args.steps // 4)) if every is None else every
     counts = "steps", "batch", "accumulate", "k", "psi_steps", "looks", "workers", "save_every"
     for flag in counts:
         if getattr(args, flag) < 1:
@@ -149,7 +151,6 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         args.average = 0.9995
     if args.average is not None and not 0 < args.average < 1:
         error(f"--average is {args.average}; give a number between 0 and 1")
-    args.w = args.w or ("2:14" if args.full else "7.5")
     words = args.w.split(":")
     try:
         args.w_range = float(words[0]), float(words[-1])
@@ -207,10 +208,9 @@ def start_training(
 
 def main(args: Namespace) -> None:
     # ---- what is learned, and whether it fits
-    family = FAMILIES.get(str(args.model)) if args.plan is not None else None
-    official = family.config if family else None
+    official = FAMILIES.get(str(args.model))  # with --plan only
     checkpoint = None if official else open_checkpoint(args.model, args.prediction)
-    config = official() if official else checkpoint.config
+    config = official.config() if official else checkpoint.config
     objective = objective_of(args, is_large(config))
     size = config.size if args.size is None else args.size
     check_size(config, size)
@@ -291,7 +291,7 @@ def train(
     if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
         drawn = in_background(drawn)
     loop(args, drawn, training, batch_loss, save, start, reading)
-    say(states.how_to_draw(args, data.prompts[0], args.model.resolve() == SHIPPED.resolve()))
+    say(states.how_to_draw(args, data.prompts[0], is_shipped(args.model)))
 
 
 def loop(

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .cli.output import run_script
-from .files.lora_file import parse_lora
+from .files.lora_file import lora_file, parse_lora
 from .files.tools import check_out, combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
 
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--lora", action="append", default=[], metavar="FILE[:LAMBDA]", help=lora)
     for one in (parser, *commands.choices.values()):
         one.error = lambda message: sys.exit(f"minilcm: {message}")  # one line, exit 1
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv or sys.argv[1:] or ["--help"])
     if getattr(args, "rank", None) is not None and args.rank < 1:
         parser.error(f"--rank is {args.rank}; give 1 or more")
     if getattr(args, "energy", None) is not None and not 0 < args.energy <= 1:
@@ -109,7 +109,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    loras = [parse_lora(text) for text in getattr(args, "loras", [])]
+    given = map(parse_lora, getattr(args, "loras", []))
+    loras = [(lora_file(path), lam) for path, lam in given]
     if "out" in args:
         given = [getattr(args, x) for x in ("lora", "checkpoint", "base", "tuned") if x in args]
         check_out(args.out, [*given, *(path for path, _ in loras)], args.force)

@@ -34,7 +34,7 @@ from minilcm.data.emoji import art_batches
 from minilcm.data.open import Reading, find_data, open_data
 from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
-from minilcm.files.lora_file import read_recipe, read_tau, write_tau
+from minilcm.files.lora_file import EMOJI, read_recipe, read_tau, write_tau
 from minilcm.files.safetensors_file import read_header, read_tensors
 from minilcm.lcm import lcd_loss, sample_lcm, update_ema
 from minilcm.lora import ATTENTION, add_lora, get_tau, target_paths
@@ -729,7 +729,7 @@ def test_the_end_says_how_to_draw(files, tmp_path, objective, shipped):
     """
     argv = flags(files, tmp_path / "my run", objective, 20)
     if shipped:
-        argv += ["--model", str(train.SHIPPED)]
+        argv += ["--model", str(EMOJI / "model.safetensors")]
     args = train.parse(argv)
     first, line = how_to_draw(args, "a cat's face", shipped).splitlines()
     python, script, *words = shlex.split(line)
@@ -941,8 +941,9 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("", "required: --objective"),
-        ("--objective lcm", "--rank --full is required"),
+        ("", "required: --objective, --rank N or --full"),
+        ("--objective lcm", "required: --rank N or --full"),
+        ("--objective lcm --rank 2 --model sd15", "--model sd15 is a name for --plan only"),
         ("--objective lcm --rank 2 --w 2:14:3", "--w is 2:14:3; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --w 15:5", "--w is 15:5; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --data none.txt", "none.txt: no such file"),
@@ -960,7 +961,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm --rank -1", "rank is -1; give 1 or more"),
         ("--objective lcm --rank 33", "rank is 33, but the weight of"),
         ("--objective lcm --rank 2 --data {f}/empty", "empty: no pictures; add some"),
-        ("--objective lcm --rank 2 --data {f}/bare", "cat.png: no caption; put its text into"),
+        ("--objective lcm --rank 2 --data {f}/bare", "no caption, first: cat.png; put its"),
         ("--objective lcm --rank 2 --data {f}/broken", "pictures can be read, first: "),
         ("--objective lcm --rank 2 --data none.tar", "none.tar: no such file"),
         ("--objective lcm --rank 2 --data {f}/broken.tar", "broken.tar: not a .tar file"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data.emoji import COLORS, STYLES, read_labels
 from ..files.identify import Checkpoint
-from ..files.lora_file import speeds_up
+from ..files.lora_file import EMOJI, SHIPPED, Lora, is_shipped, read_recipe, speeds_up
 from ..generate import SAMPLERS
 
 # ---- prompts
@@ -76,22 +76,25 @@ def lora_tags(prompt: str) -> list[tuple[str, str]]:
     return [(m[0], f"{m[1]}:{m[2] or 1}") for m in tags]
 
 
-def on_prompt(
-    prompt: str, names: tuple[str, ...], weights: Path, styled: bool = False
-) -> Iterator[str]:
+def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> Iterator[str]:
     """About a prompt; `names`: all that the model knows; `styled`: a LoRA may know more styles."""
     if parts := other_syntax(prompt):
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
         return
     if near := nearest_names(prompt, names):
-        near = nearest_names(prompt, names, read_keywords(weights / "art")) or near
+        near = nearest_names(prompt, names, read_keywords(art)) or near
         nearest = f"nearest: {', '.join(near)} (all: --list)"
         yield f"{prompt!r} holds no name this model knows; {nearest}"
+    elif not styled:
+        looks = r"\w+ style\b|\bon an? [\w ]+ background\b"  # have their own lines below
+        told = re.findall(r"[a-z0-9]+", re.sub(looks, "", prompt.lower()))
+        known = SMALL_WORDS.union(STYLES, COLORS, *map(str.split, names))
+        if unknown := [word for word in dict.fromkeys(told) if word not in known]:
+            yield f"{', '.join(unknown)}: in no caption this model was trained on"
     for style in re.findall(r"(\w+) style\b", prompt.lower()):
         if style not in STYLES and not styled:
-            there = (weights / f"{style}.safetensors").is_file()
-            more = f"; give --lora {style} --lora lcm" if there else ""
+            more = f"; give --lora {style} --lora lcm" if style in SHIPPED else ""
             yield f"{style} style is none this model knows, which are {', '.join(STYLES)}{more}"
     for color in re.findall(r"\bon an? ([\w ]+) background\b", prompt.lower()):
         if color not in COLORS:
@@ -102,19 +105,22 @@ def on_prompt(
 
 
 def on_settings(
-    args: Namespace, checkpoint: Checkpoint, loras: list[Path], shipped: bool
+    args: Namespace, checkpoint: Checkpoint, loras: list[Lora], shipped: bool
 ) -> Iterator[str]:
     """`args` are sample.py's; `shipped`: whether the model is, which has an LCM-LoRA."""
     config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
     full_lcm, (width, height) = config.unet.w_dim is not None, args.size
     merged = checkpoint.metadata.get("minilcm.merged", "")
     merged_lcm = "lcm" in (merged + checkpoint.metadata.get("minilcm.loras", "")).lower()
-    given_lcm = any(speeds_up(path) for path in loras)
-    lcm = merged_lcm or given_lcm
+    lambdas = [lam for path, lam in loras if speeds_up(path)]
+    lcm, total = merged_lcm or lambdas, merged_lcm + sum(lambdas)
     if merged:
         yield f"merged into this model: {merged}"
-    if merged_lcm and given_lcm:
-        yield "that is an LCM-LoRA already; leave the --lora of another out"
+    if lambdas and needs_lcm and not 0.5 < total < 1.5:
+        what = "burnt" if total > 1 else "blurred"
+        yield f"LCM-LoRAs of {total:g} in all, where 1 is right: pictures will be {what}"
+    if not needs_lcm and args.steps < 4:
+        yield f"{args.sampler} in {args.steps} steps will be blurred; give --steps 25"
     if needs_lcm and not loras and not lcm and not full_lcm:
         yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
     if needs_lcm and loras and not lcm and shipped:
@@ -130,14 +136,13 @@ def on_settings(
         yield f"--size {width}x{height} is far from this model's {own}: shapes will break up"
 
 
-def advise(args: Namespace, checkpoint: Checkpoint, loras: list[Path], weights: Path) -> None:
-    """Print all that there is to say. `weights`: the folder of the shipped model."""
-    shipped = args.model.resolve() == (weights / "model.safetensors").resolve()
-    lines = list(on_settings(args, checkpoint, loras, shipped))
-    styled = any(not speeds_up(path) for path in loras)
-    names = checkpoint.config.names
+def advise(args: Namespace, checkpoint: Checkpoint, loras: list[Lora]) -> None:
+    """Print all that there is to say."""
+    lines = list(on_settings(args, checkpoint, loras, is_shipped(args.model)))
+    # a combined LoRA may hold a style, too
+    styled = any(not speeds_up(path) or "combined" in read_recipe(path) for path, _ in loras)
     for prompt in args.prompts:
-        lines += on_prompt(prompt, names, weights, styled)
-    lines += on_prompt(args.negative, (), weights)
+        lines += on_prompt(prompt, checkpoint.config.names, EMOJI / "art", styled)
+    lines += on_prompt(args.negative, (), EMOJI / "art", styled)
     for line in lines:
         print(f"note: {line}")

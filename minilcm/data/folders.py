@@ -65,11 +65,15 @@ def read_pictures(path: str | Path) -> list[Picture]:
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in sorted(left.items()))
         print(f"{path}: left out: {kinds}; read is what Pillow opens, here and in N_NAME/")
-    pictures = []
+    pictures, bare = [], []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
         captions = listed.get(file) or [read_caption(file, name)]
+        bare += [file] if captions == [None] else []
         pictures += [Picture(file, caption, repeats) for caption in captions]
+    if bare:
+        count = f"{len(bare)} of {len(files)} pictures have no caption, first: {bare[0].name}"
+        raise ValueError(f"{path}: {count}; put its text into {bare[0].stem}.txt beside it")
     if not pictures:
         how = "add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
         raise ValueError(f"{path}: no pictures; {how}")
@@ -149,11 +153,9 @@ def read_repeats(folder: Path) -> tuple[int, str] | None:
     return int(match[1]), match[2]
 
 
-def read_caption(file: Path, name: str | None) -> str:
+def read_caption(file: Path, name: str | None) -> str | None:
     """The text beside a picture, in one line, or else `name`."""
     for beside in map(file.with_suffix, (".txt", ".caption", ".TXT")):
         if beside.exists():
             return one_line(read_text(beside))
-    if name is None:
-        raise ValueError(f"{file}: no caption; put its text into {file.stem}.txt beside it")
     return name

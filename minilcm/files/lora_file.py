@@ -27,6 +27,8 @@ from .names import (
 from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, write_tensors
 
 Lora = tuple[Path, float]  # file and lambda
+EMOJI = Path(__file__).parents[2] / "weights/emoji"  # the shipped model and its LoRAs
+SHIPPED = {"lcm": "lcm_lora", "blueprint": "blueprint", "papercut": "papercut"}
 
 
 def parse_lora(text: str) -> Lora:
@@ -42,6 +44,20 @@ def parse_lora(text: str) -> Lora:
         example = f"give FILE:LAMBDA, for example {name}:0.8"
         raise ValueError(f"{text}: {number!r} is not a number; {example}")
     return Path(name), lam
+
+
+def lora_file(path: Path) -> Path:
+    """The shipped file for `lcm`, `blueprint` or `papercut`; any other path is itself."""
+    word = str(path)
+    if word == "lcm" or word in SHIPPED and not path.exists():
+        return EMOJI / f"{SHIPPED[word]}.safetensors"
+    if not path.suffix and not path.exists():
+        raise ValueError(f"{word}: no such file; the shipped ones are {', '.join(SHIPPED)}")
+    return path
+
+
+def is_shipped(model: Path) -> bool:
+    return model.resolve() == (EMOJI / "model.safetensors").resolve()
 
 
 def find_family(modules: dict[str, tuple[Tensor, Tensor]]) -> Family:
@@ -120,6 +136,14 @@ def read_tau(path: str | Path) -> Tau:
             lora_alpha *= parts["scalar"].item()
         tau[target] = (*with_kernel(up, down, down.shape[2:]), lora_alpha)
     return tau
+
+
+def read_taus(loras: list[Lora], weights: dict[str, Tensor]) -> list[Tau]:
+    """`read_tau` of each file, all checked to fit `weights`, {key: tensor or shape}, of a model."""
+    taus = [read_tau(path) for path, _ in loras]
+    for (path, _), tau in zip(loras, taus):
+        check_lora(weights, tau, str(path))
+    return taus
 
 
 class PeftSettings(NamedTuple):

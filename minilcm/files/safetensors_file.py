@@ -141,6 +141,10 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
 
 def what_instead(head: bytes) -> str:
     """What a file that begins like this is, and what to do; "" if it is not known."""
+    if head.startswith(b"\x89PNG"):
+        return (
+            ", but a picture; to draw one of sample.py's again: python sample.py --again FILE.png"
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().decode(errors="replace")
     first = text.splitlines()[0][:60] if text else ""
     if text.startswith("version https://git-lfs"):

@@ -26,7 +26,7 @@ from ..merge import (
 )
 from .checkpoint import places, weight_shapes
 from .identify import FAMILIES, identify_header, of_adapter, open_checkpoint, refuse_quantised
-from .lora_file import Lora, check_lora, family_of, read_recipe, read_tau, recipe_in, write_tau
+from .lora_file import Lora, family_of, read_recipe, read_tau, read_taus, recipe_in, write_tau
 from .lora_keys import of_lora
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
@@ -226,10 +226,7 @@ def resize_file(
 def merge_file(base: Path, loras: list[Lora], out: Path, sign: float) -> None:
     """W <- W + sign lambda dW for each LoRA; all other tensors stay byte for byte."""
     _, header, metadata, _ = open_checkpoint(base)
-    shapes, taus = weight_shapes(header), [read_tau(path) for path, _ in loras]
-    for (path, _), tau in zip(loras, taus):
-        check_lora(shapes, tau, str(path))
-
+    taus = read_taus(loras, weight_shapes(header))
     where, by_key = places(header), {}
     for path, parts in combine(taus, [sign * lam for _, lam in loras]).items():
         by_key.setdefault(where[path].key, []).append((where[path], parts))

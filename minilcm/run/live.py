@@ -19,7 +19,7 @@ import torch
 
 from ..data.pictures import to_images
 from ..files.checkpoint import load_model
-from ..files.lora_file import check_lora, parse_lora, read_tau, speeds_up
+from ..files.lora_file import EMOJI, Lora, lora_file, parse_lora, read_taus, speeds_up
 from ..generate import SAMPLERS, generate
 from ..merge import combine, merge_into
 from ..model.precision import default_dtype
@@ -27,8 +27,7 @@ from ..model.text import lora_weights
 from ..schedule import make_schedule
 from ..solver import guided_eps
 
-WEIGHTS = Path(__file__).parents[2] / "weights/emoji"
-SHIPPED = ("lcm_lora.safetensors:1", "blueprint.safetensors:0", "papercut.safetensors:0")
+SHIPPED = "lcm:1", "blueprint:0", "papercut:0"
 # the most of each; BODY: bytes of a request
 LETTERS, SEED, STEPS, GUIDANCE, LAMBDA, BODY = 300, (1 << 32) - 1, 50, 10, 2, 1 << 16
 
@@ -53,16 +52,14 @@ class Superseded(Exception):
 class Studio:
     """A model in memory that draws with any sum of its LoRAs, [(file, lambda at first)]."""
 
-    def __init__(self, model: Path, loras: list[tuple[Path, float]], device: str):
+    def __init__(self, model: Path, loras: list[Lora], device: str):
         *networks, self.config = load_model(model, default_dtype(device))
         if self.config.unet.w_dim is not None:
             raise ValueError(f"{model}: a full LCM; draw it with sample.py")
         self.loras, self.device = loras, device
         self.unet, self.vae, self.text = (network.to(device) for network in networks)
         self.weights = dict(self.unet.named_parameters()) | lora_weights(self.text)
-        self.taus = [read_tau(path) for path, _ in loras]
-        for (path, _), tau in zip(loras, self.taus):
-            check_lora(self.weights, tau, str(path))
+        self.taus = read_taus(loras, self.weights)
         adapted = {f"{path}.weight" for tau in self.taus for path in tau}
         self.base = {key: self.weights[key].clone() for key in adapted}
         self.lambdas = [0.0] * len(loras)  # of what is in the weights now
@@ -205,9 +202,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def live(model: Path | None, words: list[str]) -> None:
     """Serve until Ctrl-C: MODEL with LoRAs FILE[:LAMBDA], or the shipped model with its own."""
-    words = words or ([] if model else [f"{WEIGHTS / name}" for name in SHIPPED])
+    loras = map(parse_lora, words or ([] if model else SHIPPED))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model or WEIGHTS / "model.safetensors"
-    server = Server(Studio(model, [parse_lora(word) for word in words], device))
+    model = model or EMOJI / "model.safetensors"
+    server = Server(Studio(model, [(lora_file(path), lam) for path, lam in loras], device))
     print(f"open {server.url}\nCtrl-C stops it")
     server.serve_forever()

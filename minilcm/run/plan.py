@@ -176,8 +176,9 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
         print(f".tar shards are encoded while training, with VAE and text on the GPU: {more}")
     if capacity:
         left = capacity - total - RUNTIME[step.device]
-        fits = "fits, {:.2f} GB are left" if left >= 0 else "does not fit, {:.2f} GB are missing"
-        fits = fits.format(abs(left))
+        fits = "fits, {:.2f} GB are left" if left >= 0 else "{:.2f} GB are missing"
+        more = "; try --batch 1 with --accumulate, --quantize, a lower --rank" * (left < 0)
+        fits = fits.format(abs(left)) + more
         runtime = "CUDA" if step.device == "cuda" else "Python"
         print(f"in {capacity:g} GB, {RUNTIME[step.device]} for {runtime} itself: {fits}")
     print(f"total {total:.2f} GB")

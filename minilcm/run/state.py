@@ -116,7 +116,8 @@ def check_flags(now: dict[str, str], then: dict[str, str]) -> None:
     for key, value in now.items():
         if (was := then.get(key)) != value:
             changed = f"--{key.replace('_', '-')} was {was}, is now {value}"
-            raise ValueError(f"--resume: {changed}; give the flags of that run")
+            how = "give the flags of that run, or go on from its result: a new --out and --init"
+            raise ValueError(f"--resume: {changed}; {how}")
 
 
 def state_tensors(

@@ -51,12 +51,12 @@ def test_unknown_names(prompt, near):
 def test_keywords_of_the_art_lead_to_names(prompt, near):
     """No letters in common, and yet the nearest."""
     assert near not in nearest_names(prompt, EMOJI_NAMES)
-    (line,) = on_prompt(prompt, EMOJI_NAMES, EMOJI)
+    (line,) = on_prompt(prompt, EMOJI_NAMES, EMOJI / "art", False)
     assert line.startswith(f"{prompt!r} holds no name this model knows; nearest: {near}")
 
 
 def test_without_the_art_names_are_compared_by_their_letters(tmp_path):
-    (line,) = on_prompt("automobil", EMOJI_NAMES, tmp_path)
+    (line,) = on_prompt("automobil", EMOJI_NAMES, tmp_path, False)
     assert "nearest: automobile, " in line
 
 
@@ -72,7 +72,9 @@ def test_a_word_of_several_names_is_not_silent(tmp_path):
 def test_the_art_is_read_where_it_is(tmp_path):
     (tmp_path / "art").mkdir()
     write_art(tmp_path / "art/noto.tar")
-    (line,) = on_prompt("thing", CONFIG.names, tmp_path)  # every drawing's keyword there
+    (line,) = on_prompt(
+        "thing", CONFIG.names, tmp_path / "art", False
+    )  # every drawing's keyword there
     assert line.endswith("nearest: pizza, rocket, cat face (all: --list)")
 
 
@@ -91,12 +93,14 @@ def test_the_art_is_read_where_it_is(tmp_path):
         ("pizza, Blueprint style", False, "; give --lora blueprint --lora lcm"),
         ("pizza, blueprint style", True, ""),
         ("pizza, on a crimson background", True, "crimson is no background this model knows"),
+        ("a pink rocket, noto style, with the sea", False, "sea: in no caption this model was"),
+        ("pizza, sea", True, ""),
     ],
 )
 def test_unknown_looks_are_said(prompt, styled, told):
-    lines = list(on_prompt(prompt, EMOJI_NAMES, EMOJI, styled))
+    lines = list(on_prompt(prompt, EMOJI_NAMES, EMOJI / "art", styled))
     assert len(lines) == bool(told) and (not told or told in lines[0])
-    assert not list(on_prompt(prompt, (), EMOJI, styled))  # SD1.5 knows any
+    assert not list(on_prompt(prompt, (), EMOJI / "art", styled))  # SD1.5 knows any
 
 
 # ---- other programs' syntax
@@ -121,7 +125,7 @@ def test_unknown_looks_are_said(prompt, styled, told):
 )
 def test_syntax_of_other_programs_is_said(prompt, parts):
     assert other_syntax(prompt) == parts
-    assert [line.split(": read as")[0] for line in on_prompt(prompt, (), EMOJI)] == (
+    assert [line.split(": read as")[0] for line in on_prompt(prompt, (), EMOJI, False)] == (
         [" ".join(parts)] if parts else []
     )
 
@@ -148,7 +152,13 @@ def test_lora_tags():
         ({"loras": [], "merged": ["fast.safetensors:1", "lcm"]}, ""),
         ({"loras": [], "merged": ["lcm_lora.safetensors:1", None]}, ""),
         ({"loras": [], "merged": ["a.safetensors:1", "diffusion"]}, "no --lora: few steps will"),
-        ({"merged": ["fast.safetensors:1", "lcm"]}, "that is an LCM-LoRA already; leave"),
+        ({"merged": ["fast.safetensors:1", "lcm"]}, "LCM-LoRAs of 2 in all, where 1 is right: "),
+        ({"lambdas": [8.0]}, "LCM-LoRAs of 8 in all, where 1 is right: pictures will be burnt"),
+        ({"lambdas": [0.25]}, "LCM-LoRAs of 0.25 in all, where 1 is right: pictures will be blur"),
+        ({"lambdas": [0.75]}, ""),
+        ({"lambdas": [0.25], "sampler": "ddim"}, ""),
+        ({"loras": [], "sampler": "ddim", "steps": 3}, "ddim in 3 steps will be blurred"),
+        ({"loras": [], "sampler": "dpmpp", "steps": 4}, ""),
         ({"loras": [], "sampler": "ddim", "guidance": 8.0}, ""),
         ({"guidance": 2.0}, ""),
         ({"guidance": 8.0}, "guidance 8 is too much for an LCM-LoRA; give --guidance 1 to 2"),
@@ -171,13 +181,14 @@ def test_lora_tags():
 def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     """One line where a picture will be spoilt or a flag ignored, and none where it will not."""
     monkeypatch.setattr("minilcm.cli.advice.speeds_up", lambda path: "lcm" in path.name)
-    args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32)) | flags
+    args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32), steps=4) | flags
     merged, objective = flags.get("merged", (None, None))
     recipe = json.dumps([{"file": "x.safetensors", "objective": objective}])
     metadata = {"minilcm.merged": merged, "minilcm.loras": recipe} if merged else {}
     unet = replace(CONFIG.unet, w_dim=flags.get("w_dim"))
     checkpoint = Checkpoint(Path("x"), {}, metadata, replace(CONFIG, unet=unet))
     loras = flags.get("loras", [Path("lcm.safetensors")])
+    loras = list(zip(loras, flags.get("lambdas", [1.0])))
     lines = list(on_settings(Namespace(**args), checkpoint, loras, False))
     if merged:
         assert lines.pop(0) == f"merged into this model: {merged}"

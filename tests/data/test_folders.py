@@ -218,9 +218,13 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
     [
         ({}, "", "no pictures"),
         ({"sub/1.png": None}, "", "no pictures"),
-        ({"1.png": None}, "1.png", "no caption; put its text into 1.txt"),
+        ({"1.png": None}, "", "1 of 1 pictures have no caption, first: 1.png; put its text into"),
         ({"1.png": None, "1.txt": b"\xff\xfe\xff"}, "1.txt", "save it as UTF-8"),
-        ({"1.png": None, "2.png": None, "metadata.jsonl": TABLE}, "2.png", "no caption"),
+        (
+            {"1.png": None, "2.png": None, "3.png": None, "metadata.jsonl": TABLE},
+            "",
+            "2 of 3 pictures have no caption, first: 2.png; put its text into 2.txt",
+        ),
         ({"metadata.jsonl": TABLE}, "metadata.jsonl", "picture 1 is '1.png', which is not there"),
         (
             {"a/metadata.csv": "file_name,text\n1.png,x\n"},
