@@ -5,7 +5,7 @@ from safetensors import safe_open
 from tiny import ROOT
 
 import sample
-from minilcm.cli.advice import nearest_names
+from minilcm.cli.advice import nearest_names, on_prompt
 from minilcm.data.pictures import read_image
 from minilcm.files.checkpoint import load_judge, load_model
 from minilcm.files.identify import identify
@@ -73,5 +73,7 @@ def test_the_first_command_draws_what_it_says(tmp_path):
 def test_the_readme_prompt_holds_a_known_name():
     """`a slice of pizza` is understood; an unknown thing gets its neighbours named."""
     names = load_model(WEIGHTS / "model.safetensors")[3].names
-    assert nearest_names("a slice of pizza", names) == []
-    assert len(nearest_names("a submarine", names)) == 3
+    assert not list(on_prompt("a slice of pizza", names, WEIGHTS / "art", False))
+    assert len(nearest_names("a submarine", names, {})) == 3
+    (line,) = on_prompt("phone", names, WEIGHTS / "art", False)
+    assert "nearest: telephone, mobile phone (" in line

@@ -34,19 +34,24 @@ def list_names(names: tuple[str, ...]) -> None:
     print(f"styles: {', '.join(STYLES)}\nbackgrounds: {', '.join(COLORS)}")
 
 
-def nearest_names(
-    prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]] | None = None
-) -> list[str]:
+def words_of(prompt: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", prompt.lower())
+
+
+def holds_name(prompt: str, names: tuple[str, ...]) -> bool:
+    return any(f" {name} " in f" {' '.join(words_of(prompt))} " for name in names)
+
+
+def nearest_names(prompt: str, names: tuple[str, ...], keywords: dict[str, set[str]]) -> list[str]:
     """[] if the prompt holds a known name, or a word of one that stands for no other.
 
     Else at most three names: those that share words with the prompt, or else are spelt alike.
     """
-    spaced = " ".join(re.findall(r"[a-z0-9]+", prompt.lower()))
-    words = set(spaced.split()) - SMALL_WORDS
-    meanings = {name: {*name.split(), *(keywords or {}).get(name, ())} for name in names}
+    words = set(words_of(prompt)) - SMALL_WORDS
+    meanings = {name: {*name.split(), *keywords.get(name, ())} for name in names}
     meant = {word: [name for name in names if word in meanings[name]] for word in words}
     known = [word for word, found in meant.items() if len(found) == 1 and word in found[0].split()]
-    if known or any(f" {name} " in f" {spaced} " for name in names):
+    if known or holds_name(prompt, names):
         return []
     shared = {name: len(words & meanings[name]) for found in meant.values() for name in found}
     # of names that share as many words, the one that means least besides
@@ -82,13 +87,13 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
         return
-    if near := nearest_names(prompt, names):
-        near = nearest_names(prompt, names, read_keywords(art)) or near
+    keywords = {} if holds_name(prompt, names) else read_keywords(art)  # takes 0.2 s
+    if near := nearest_names(prompt, names, keywords):
         nearest = f"nearest: {', '.join(near)} (all: --list)"
         yield f"{prompt!r} holds no name this model knows; {nearest}"
     elif not styled:
         looks = r"\w+ style\b|\bon an? [\w ]+ background\b"  # have their own lines below
-        told = re.findall(r"[a-z0-9]+", re.sub(looks, "", prompt.lower()))
+        told = words_of(re.sub(looks, "", prompt.lower()))
         known = SMALL_WORDS.union(STYLES, COLORS, *map(str.split, names))
         if unknown := [word for word in dict.fromkeys(told) if word not in known]:
             yield f"{', '.join(unknown)}: in no caption this model was trained on"

@@ -31,7 +31,7 @@ EMOJI_NAMES = tuple((EMOJI / "names.txt").read_text().splitlines()[:64])
 )
 def test_known_names(prompt):
     """A whole name in the prompt, or a word that only one name has, is known, in any case."""
-    assert nearest_names(prompt, EMOJI_NAMES) == []
+    assert nearest_names(prompt, EMOJI_NAMES, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,19 @@ def test_known_names(prompt):
 )
 def test_unknown_names(prompt, near):
     """Three names are offered, among them the one that was misspelt."""
-    offered = nearest_names(prompt, EMOJI_NAMES)
+    offered = nearest_names(prompt, EMOJI_NAMES, {})
     assert (
         len(offered) == 3 and set(offered) <= set(EMOJI_NAMES) and (near is None or near in offered)
     )
 
 
 @pytest.mark.parametrize(
-    "prompt, near", [("car", "automobile"), ("coffee", "hot beverage"), ("my puppy", "dog face")]
+    "prompt, near",
+    [("car", "automobile"), ("coffee", "hot beverage"), ("my puppy", "dog face")],
 )
 def test_keywords_of_the_art_lead_to_names(prompt, near):
     """No letters in common, and yet the nearest."""
-    assert near not in nearest_names(prompt, EMOJI_NAMES)
+    assert near not in nearest_names(prompt, EMOJI_NAMES, {})
     (line,) = on_prompt(prompt, EMOJI_NAMES, EMOJI / "art", False)
     assert line.startswith(f"{prompt!r} holds no name this model knows; nearest: {near}")
 
@@ -65,8 +66,8 @@ def test_a_word_of_several_names_is_not_silent(tmp_path):
     names = "mobile phone", "telephone", "red heart", "broken heart", "pizza"
     keywords = {"telephone": {"phone"}, "mobile phone": {"cell", "phone"}}
     assert set(nearest_names("phone", names, keywords)) == {"mobile phone", "telephone"}
-    assert set(nearest_names("heart", names)) == {"red heart", "broken heart"}
-    assert nearest_names("phone", names) == [] == nearest_names("broken", names)
+    assert set(nearest_names("heart", names, {})) == {"red heart", "broken heart"}
+    assert nearest_names("phone", names, {}) == [] == nearest_names("broken", names, {})
 
 
 def test_the_art_is_read_where_it_is(tmp_path):
