@@ -108,7 +108,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def add_flags_of_sampling(add: Callable) -> None:
     steps = [f"{name} 1-{x.most_steps} (default {x.default_steps})" for name, x in SAMPLERS.items()]
     add("--steps", type=int, help=f"sampling steps: {', '.join(steps)}")
-    at = "lcm: the timesteps to step through, descending, in place of --steps"
+    at = "the timesteps to step through, descending, in place of --steps"
     add("--timesteps", metavar="T1,T2,...", help=at)
     add("--gamma", type=float, help="lcm: TCD's, from no fresh noise, 0, to all, 1 (default: off)")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
@@ -119,7 +119,7 @@ def add_flags_of_sampling(add: Callable) -> None:
     lora = "add a LoRA, times LAMBDA (default 1); repeatable; lcm, blueprint and papercut are the "
     lora += "shipped files; without any --lora the shipped model takes lcm for --sampler lcm"
     add("--lora", action="append", metavar="FILE[:LAMBDA]", help=lora)
-    add("--image", type=Path, metavar="FILE", help="lcm: start from this picture (image to image)")
+    add("--image", type=Path, metavar="FILE", help="start from this picture (image to image)")
     add("--strength", type=float, help="of --image, 0.02-1: how much to redraw (default 0.5)")
 
 
@@ -157,9 +157,8 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
     if args.sheet and (not pictures.is_png(args.sheet) or args.sheet == Path(args.out)):
         error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
-    for flag in ("image", "timesteps", "gamma"):
-        if getattr(args, flag) is not None and not SAMPLERS[args.sampler].stochastic:
-            error(f"--{flag} needs --sampler lcm, not {args.sampler}")
+    if args.gamma is not None and not SAMPLERS[args.sampler].stochastic:
+        error(f"--gamma needs --sampler lcm; {args.sampler} draws no noise between steps")
     if args.gamma is not None and not 0 <= args.gamma <= 1:
         error(f"--gamma is {args.gamma}; give a number from 0 to 1")
     if args.strength is not None and not args.image:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lcm import GRID, lcm_grid, sample_lcm
 from .schedule import Schedule, T, add_noise, make_schedule
-from .solver import EpsFn, ddim_grid, dpmpp_grid, sample_ddim, sample_dpmpp_2m
+from .solver import EpsFn, sample_ddim, sample_dpmpp_2m, trailing_grid
 
 Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
 
@@ -22,25 +22,19 @@ Decode = Callable[[Tensor], Tensor]  # z0 (b, 4, h, w) -> pixels (b, 3, H, W)
 class Sampler(NamedTuple):
     """A way from noise to z0, as the command line offers it."""
 
-    # (eps_fn, z_T, schedule, steps) -> z0; if stochastic also generators=, strength=, gamma=
-    sample: Callable[..., Tensor]
-    # (steps) -> the timesteps it evaluates, descending; if stochastic also (strength)
-    grid: Callable[..., list[int]]
+    sample: Callable[..., Tensor]  # (eps_fn, z_T, schedule, grid) -> z0
+    grid: Callable[[int, float], list[int]]  # (steps, strength) -> descending timesteps
     default_steps: int
     most_steps: int
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
-    # draws noise between steps; takes a picture to start from, and a list of timesteps as steps
+    # draws noise between steps: takes generators=, and gamma=, how much of the noise is fresh
     stochastic: bool = False
-
-
-def ddim_starts(steps: int) -> list[int]:
-    return [t for t, _ in ddim_grid(steps)]
 
 
 SAMPLERS = {
     "lcm": Sampler(sample_lcm, lcm_grid, 4, GRID, needs_lcm_lora=True, stochastic=True),
-    "ddim": Sampler(sample_ddim, ddim_starts, 25, T, needs_lcm_lora=False),
-    "dpmpp": Sampler(sample_dpmpp_2m, dpmpp_grid, 20, T, needs_lcm_lora=False),
+    "ddim": Sampler(sample_ddim, trailing_grid, 25, T, needs_lcm_lora=False),
+    "dpmpp": Sampler(sample_dpmpp_2m, trailing_grid, 20, T, needs_lcm_lora=False),
 }
 
 
@@ -55,12 +49,16 @@ def noise(
 
 
 def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> list[int]:
-    """Where the sampler evaluates the network, descending. Raises ValueError for steps or a
-    strength out of range.
+    """Where the sampler evaluates the network, descending: so many steps, or the timesteps given.
+
+    Raises ValueError for steps, timesteps or a strength out of range.
     """
-    way = SAMPLERS[sampler]
+    if not isinstance(steps, int):
+        if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
+            raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
+        return steps
     try:
-        return way.grid(steps, strength) if way.stochastic else way.grid(steps)
+        return SAMPLERS[sampler].grid(steps, strength)
     except ValueError as error:
         raise ValueError(f"{sampler}: {error}") from None
 
@@ -83,16 +81,16 @@ def generate(
 
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
-    redrawn by `strength` in (0, 1]. lcm also takes a list of timesteps as `steps`, and `gamma` as
-    `sample_lcm` does. Raises ValueError as `timesteps`, or if the sampler takes no image or gamma.
+    redrawn by `strength` in (0, 1]. `steps` may be a list of timesteps. `gamma`: see `sample_lcm`.
+    Raises ValueError as `timesteps`, or if the sampler takes no gamma.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
-    steps = way.default_steps if steps is None else steps
+    grid = timesteps(sampler, way.default_steps if steps is None else steps, strength)
     z_T, generators = noise(seeds, shape, device)
-    if not way.stochastic and (image is not None or gamma is not None):
-        raise ValueError(f"{sampler} takes no {'image' if gamma is None else 'gamma'}; lcm does")
+    if gamma is not None and not way.stochastic:
+        raise ValueError(f"{sampler} draws no noise between steps, so it takes no gamma; lcm does")
     if image is not None:
-        z_T = add_noise(image.to(device), z_T, timesteps(sampler, steps, strength)[0], schedule)
-    more = dict(generators=generators, strength=strength, gamma=gamma) if way.stochastic else {}
-    z0 = way.sample(eps_fn, z_T, schedule, steps, **more)
+        z_T = add_noise(image.to(device), z_T, grid[0], schedule)
+    more = dict(generators=generators, gamma=gamma) if way.stochastic else {}
+    z0 = way.sample(eps_fn, z_T, schedule, grid, **more)
     return z0 if decode is None else decode(z0)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .model.unet import Cond
 from .schedule import Schedule, T, add_more_noise, add_noise, x0_and_eps
-from .solver import EpsFn, check_steps, ddim_step
+from .solver import EpsFn, ddim_step, lower_part
 
 GRID = 50  # how many points the training grid has; sampling must use the same
 SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition, as in all released LCMs
@@ -174,21 +174,14 @@ def update_ema(target: nn.Module, student: nn.Module, ema_rate: float = 0.95) ->
 # ---- sampling
 
 
-def lcm_grid(steps: int | list[int], strength: float = 1.0) -> list[int]:
+def lcm_grid(steps: int, strength: float = 1.0) -> list[int]:
     """Descending timesteps of the training grid: 4 steps are 999 759 499 259. diffusers' rule since
     its PR #5836.
 
     strength < 1 (image to image) keeps the lower part of the grid, and there are still `steps`
-    steps. Or `steps` are the timesteps themselves, whatever the strength.
+    steps.
     """
-    if not isinstance(steps, int):
-        if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
-            raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
-        return steps
-    if not 1 / GRID <= strength <= 1:
-        raise ValueError(f"strength is {strength}; give {1 / GRID} to 1")
-    length = int(GRID * strength)
-    check_steps(steps, length)
+    length = lower_part(GRID, steps, strength)
     grid = train_grid().flip(0).tolist()[GRID - length :]
     return [grid[i * length // steps] for i in range(steps)]
 
@@ -198,13 +191,12 @@ def sample_lcm(
     eps_fn: EpsFn,
     z_T: Tensor,
     schedule: Schedule,
-    steps: int | list[int],
+    grid: list[int],
     generators: list[torch.Generator],
-    strength: float = 1.0,
     gamma: float | None = None,
 ) -> Tensor:
-    """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at lcm_grid's first
-    t -> z0.
+    """Multistep consistency sampling, 2310.04378 Algorithm 3: z_T (b, c, h, w) at the grid's first
+    timestep -> z0.
 
     Jump to the origin, add fresh noise up to the next timestep, jump again (tour/09).
     `generators`: one CPU generator per image; draw z_T with it first, then pass it on. A single
@@ -214,7 +206,6 @@ def sample_lcm(
     the noise from s to t_next is fresh. gamma = 0 is DDIM; gamma = 1 differs from no gamma only in
     that a jump ends in z_0 = alpha_0 x0 + sigma_0 eps_hat, not in x0.
     """
-    grid = lcm_grid(steps, strength)
     z_t = z_T
     pairs = list(zip(grid, [*grid[1:], None]))
     for t, t_next in tqdm(pairs, desc="lcm", disable=None, leave=False):

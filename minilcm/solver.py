@@ -1,7 +1,8 @@
 """Solvers of the probability-flow ODE: DDIM (the teacher's step Psi, and a baseline) and
 DPM-Solver++(2M) (a baseline).
 
-A sampler is one function sample_xxx(eps_fn, z_T, schedule, steps) -> z0. Guidance, text and LoRA
+A sampler is one function sample_xxx(eps_fn, z_T, schedule, grid) -> z0, and `grid` the descending
+timesteps at which it asks the network; the first is where z_T is. Guidance, text and LoRA
 are already inside eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the
 network is float32.
 """
@@ -42,29 +43,29 @@ def guided_eps(unet: Callable[..., Tensor], cond: Cond, null_cond: Cond | None, 
     return eps_fn
 
 
-def check_steps(steps: int, most: int = T) -> None:
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps is {steps}; give 1 to {most}")
+def lower_part(points: int, steps: int, strength: float) -> int:
+    """How many of a grid's points are left at `strength`: all at 1, the lower half at 0.5.
 
-
-def ddim_grid(steps: int, spacing: str = "trailing") -> list[tuple[int, int]]:
-    """Pairs (t_start, t_end), descending, each t_end the next t_start, the last one 0.
-
-    trailing starts at 999, the noisiest timestep (2305.08891 table 2), and is the fair baseline for
-    few steps. leading is what SD1.5's own config says: 4 steps start at 751. diffusers' t_end is
-    t_start - T // steps, which misses the next t_start where `steps` does not divide T.
+    Raises ValueError unless `steps` steps fit.
     """
-    check_steps(steps)
-    r = T // steps
-    if spacing == "leading":
-        first = 0 if steps == T else 1  # diffusers' steps_offset, where there is room for it
-        starts = [r * i + first for i in reversed(range(steps))]
-    elif spacing == "trailing":
-        # numpy rounds half to even; arange can have one entry too many, for 61 steps as an example
-        starts = [int(t) - 1 for t in np.round(np.arange(T, 0, -T / steps))[:steps]]
-    else:
-        raise ValueError(f"spacing is {spacing!r}; choose trailing or leading")
-    return list(zip(starts, [*starts[1:], 0]))
+    if not 1 / points <= strength <= 1:
+        raise ValueError(f"strength is {strength}; give {1 / points} to 1")
+    length = int(points * strength)
+    if not 1 <= steps <= length:
+        raise ValueError(f"steps is {steps}; give 1 to {length}")
+    return length
+
+
+def trailing_grid(steps: int, strength: float = 1.0) -> list[int]:
+    """Descending timesteps of DDIM and DPM-Solver++: 4 steps are 999 749 499 249.
+
+    They begin at 999, the noisiest timestep ("trailing" in 2305.08891 table 2), which is fair to
+    few steps; SD1.5's own config ("leading") begins at 751. strength < 1 (image to image) keeps the
+    lower part, and there are still `steps` steps.
+    """
+    top = lower_part(T, steps, strength)
+    # numpy rounds half to even; arange can have one entry too many, for 61 steps as an example
+    return [int(t) - 1 for t in np.round(np.arange(top, 0, -top / steps))[:steps]]
 
 
 def ddim_step(x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedule) -> Tensor:
@@ -80,14 +81,14 @@ def ddim_step(x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedu
 
 
 @torch.no_grad()
-def sample_ddim(
-    eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
-) -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by `steps` DDIM steps. Equals diffusers' DDIMScheduler with
-    SD's settings where `steps` divides 1,000.
+def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, grid: list[int]) -> Tensor:
+    """z0 (b, c, h, w) from z_T at the grid's first timestep by DDIM, each step to the next one, the
+    last to 0. Equals diffusers' DDIMScheduler with SD's settings where it steps to the next one,
+    too: by T // steps, which divides 1,000.
     """
     z_t = z_T
-    for t_start, t_end in tqdm(ddim_grid(steps, spacing), desc="ddim", disable=None, leave=False):
+    pairs = list(zip(grid, [*grid[1:], 0]))
+    for t_start, t_end in tqdm(pairs, desc="ddim", disable=None, leave=False):
         x0, eps_hat = x0_and_eps(z_t, eps_fn(z_t, t_start), t_start, schedule)
         z_t = ddim_step(x0, eps_hat, t_end, schedule)
     return z_t
@@ -123,29 +124,13 @@ def dpmpp_2m_step(
     return (sigma_end / sigma) * z_t - alpha_end * torch.expm1(-h) * d
 
 
-def dpmpp_grid(steps: int, spacing: str = "trailing") -> list[int]:
-    """Timesteps of DPM-Solver++, descending: trailing as for DDIM; linspace is diffusers' default
-    for SD1.5.
-    """
-    if spacing == "linspace":
-        check_steps(steps)
-        ts = np.round(np.linspace(0, T - 1, steps + 1))[1:]
-        return sorted({int(t) for t in ts}, reverse=True)  # a set: 1,000 steps have 500 twice
-    if spacing != "trailing":
-        raise ValueError(f"spacing is {spacing!r}; choose trailing or linspace")
-    return [t for t, _ in ddim_grid(steps)]
-
-
 @torch.no_grad()
-def sample_dpmpp_2m(
-    eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, steps: int, spacing: str = "trailing"
-) -> Tensor:
-    """z0 (b, c, h, w) from noise z_T by DPM-Solver++(2M). Equals diffusers'
+def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, grid: list[int]) -> Tensor:
+    """z0 (b, c, h, w) from z_T at the grid's first timestep by DPM-Solver++(2M). Equals diffusers'
     DPMSolverMultistepScheduler with final_sigmas_type = "zero".
 
     The last step goes to sigma' = 0 and is of first order, so it returns x0 itself.
     """
-    grid = dpmpp_grid(steps, spacing)
     pairs = list(zip(grid, [*grid[1:], None]))
     z_t, x0_last, t_last = z_T, None, None
     for t, t_next in tqdm(pairs, desc="dpm++", disable=None, leave=False):

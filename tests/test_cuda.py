@@ -31,12 +31,12 @@ from tiny import (
 import sample
 import train
 from minilcm.files.lora_file import write_tau
-from minilcm.lcm import sample_lcm, update_ema
+from minilcm.lcm import lcm_grid, sample_lcm, update_ema
 from minilcm.model.unet import Cond, emoji
 from minilcm.model.vae import VAE, VAEConfig
 from minilcm.objective import Objective, loss_of, make_networks
 from minilcm.schedule import make_schedule
-from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m
+from minilcm.solver import guided_eps, sample_ddim, sample_dpmpp_2m, trailing_grid
 
 DEVICE, HERE = "cuda", "cpu"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -155,9 +155,15 @@ def test_text(config):
 # ---- samplers
 
 SAMPLERS = {
-    "lcm": lambda eps_fn, z_T, generators: sample_lcm(eps_fn, z_T, make_schedule(), 4, generators),
-    "ddim": lambda eps_fn, z_T, generators: sample_ddim(eps_fn, z_T, make_schedule(), 8),
-    "dpmpp": lambda eps_fn, z_T, generators: sample_dpmpp_2m(eps_fn, z_T, make_schedule(), 8),
+    "lcm": lambda eps_fn, z_T, generators: sample_lcm(
+        eps_fn, z_T, make_schedule(), lcm_grid(4), generators
+    ),
+    "ddim": lambda eps_fn, z_T, generators: sample_ddim(
+        eps_fn, z_T, make_schedule(), trailing_grid(8)
+    ),
+    "dpmpp": lambda eps_fn, z_T, generators: sample_dpmpp_2m(
+        eps_fn, z_T, make_schedule(), trailing_grid(8)
+    ),
 }
 
 

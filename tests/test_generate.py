@@ -7,7 +7,7 @@ from make_reference import toy_eps
 from minilcm.generate import SAMPLERS, generate, noise, timesteps
 from minilcm.lcm import lcm_grid, sample_lcm
 from minilcm.schedule import add_noise
-from minilcm.solver import dpmpp_grid, sample_ddim, sample_dpmpp_2m
+from minilcm.solver import sample_ddim, sample_dpmpp_2m, trailing_grid
 
 SHAPE, SEEDS = (4, 8, 8), [3, 11]
 
@@ -15,17 +15,15 @@ SHAPE, SEEDS = (4, 8, 8), [3, 11]
 def test_each_sampler_is_its_own_function(schedule):
     z_T, generators = noise(SEEDS, SHAPE)
     expected = {
-        "lcm": sample_lcm(toy_eps, z_T, schedule, 4, generators),
-        "ddim": sample_ddim(toy_eps, z_T, schedule, 25),
-        "dpmpp": sample_dpmpp_2m(toy_eps, z_T, schedule, 20),
+        "lcm": sample_lcm(toy_eps, z_T, schedule, lcm_grid(4), generators),
+        "ddim": sample_ddim(toy_eps, z_T, schedule, trailing_grid(25)),
+        "dpmpp": sample_dpmpp_2m(toy_eps, z_T, schedule, trailing_grid(20)),
     }
     assert SAMPLERS.keys() == expected.keys(), "a new sampler needs its expected result here"
     for name, z0 in expected.items():
         assert torch.equal(generate(toy_eps, SEEDS, SHAPE, name), z0), (
             f"{name} with its default number of steps"
         )
-    assert timesteps("lcm", 4, 0.5) == lcm_grid(4, 0.5) and timesteps("dpmpp", 3) == dpmpp_grid(3)
-    assert timesteps("ddim", 4) == [999, 749, 499, 249]
 
 
 def test_noise_is_each_seeds_own():
@@ -50,16 +48,54 @@ def test_an_image_is_noised_to_the_first_timestep(schedule):
     image = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
     z_T, generators = noise(SEEDS, SHAPE)
     start = add_noise(image, z_T, lcm_grid(2, 0.4)[0], schedule)
-    expected = sample_lcm(toy_eps, start, schedule, 2, generators, 0.4)
+    expected = sample_lcm(toy_eps, start, schedule, lcm_grid(2, 0.4), generators)
     assert torch.equal(
         generate(toy_eps, SEEDS, SHAPE, "lcm", 2, image=image, strength=0.4), expected
     )
     start = add_noise(image, z_T, 300, schedule)
     generators = noise(SEEDS, SHAPE)[1]
-    expected = sample_lcm(toy_eps, start, schedule, [300, 20], generators, gamma=0.5)
+    expected = sample_lcm(toy_eps, start, schedule, [300, 20], generators, 0.5)
     of_list = generate(toy_eps, SEEDS, SHAPE, "lcm", [300, 20], image=image, gamma=0.5)
     assert torch.equal(of_list, expected)
-    with pytest.raises(ValueError, match="ddim takes no image; lcm does"):
-        generate(toy_eps, SEEDS, SHAPE, "ddim", 2, image=image)
+    for sampler, sample in (("ddim", sample_ddim), ("dpmpp", sample_dpmpp_2m)):
+        start = add_noise(image, z_T, 399, schedule)
+        expected = sample(toy_eps, start, schedule, [399, 199])
+        drawn = generate(toy_eps, SEEDS, SHAPE, sampler, 2, image=image, strength=0.4)
+        assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_asks_the_network_where_its_grid_says(sampler):
+    """So many steps, the lower part of them, or the timesteps given, which may be on no grid."""
+    seen = []
+
+    def eps_fn(z_t, t):
+        seen.append(t)
+        return toy_eps(z_t, t)
+
+    for steps, strength in ((3, 1.0), (3, 0.5), ([800, 3, 0], 1.0)):
+        seen.clear()
+        generate(eps_fn, SEEDS, SHAPE, sampler, steps, strength=strength)
+        assert seen == timesteps(sampler, steps, strength)
+        assert seen == steps or len(seen) == steps and max(seen) <= 1000 * strength - 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gamma_changes_what_a_sampler_draws_or_is_refused(sampler):
+    if SAMPLERS[sampler].stochastic:
+        less, more = (generate(toy_eps, SEEDS, SHAPE, sampler, 3, gamma=x) for x in (0.2, 0.8))
+        assert not torch.equal(less, more)
+    else:
+        with pytest.raises(ValueError, match=f"{sampler} draws no noise between steps, so it"):
+            generate(toy_eps, SEEDS, SHAPE, sampler, 3, gamma=0.2)
+
+
+@pytest.mark.parametrize("wrong", [[], [1000], [-1], [499, 999], [999, 999], [999, 0, -1]])
+def test_timesteps_descend_from_999_to_0(wrong):
+    with pytest.raises(ValueError, match=r"timesteps are \[.*\]; give them descending, each 0 to"):
+        timesteps("ddim", wrong)
+
+
+def test_steps_are_checked_before_any_call():
     with pytest.raises(ValueError, match="steps is 0; give 1 to 1000"):
-        generate(toy_eps, SEEDS, SHAPE, "dpmpp", 0)
+        generate(None, SEEDS, SHAPE, "dpmpp", 0)

@@ -12,6 +12,7 @@ from tiny import noise
 from torch import nn
 
 from minilcm import lcm
+from minilcm.generate import timesteps
 from minilcm.lcm import (
     boundary_scalings,
     f_theta,
@@ -26,7 +27,7 @@ from minilcm.lcm import (
 from minilcm.lora import add_lora, get_tau, lora_off
 from minilcm.model.unet import Cond, UNet, UNetConfig, emoji
 from minilcm.schedule import add_noise, make_schedule, x0_from_eps
-from minilcm.solver import ddim_step, guided_eps, sample_ddim
+from minilcm.solver import ddim_step, guided_eps, sample_ddim, trailing_grid
 
 # ---- the consistency function
 
@@ -137,12 +138,10 @@ def test_lcm_grid_is_diffusers_rule(strength):
     "steps, strength, most",
     [(0, 1.0, 50), (-1, 1.0, 50), (51, 1.0, 50), (26, 0.5, 25), (6, 0.1, 5)],
 )
-def test_lcm_grid_refuses_bad_steps(schedule, steps, strength, most):
-    """No step, or more than the grid has: one line with value and limit, before any call."""
+def test_lcm_grid_refuses_bad_steps(steps, strength, most):
+    """No step, or more than the grid has: one line with value and limit."""
     with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
         lcm_grid(steps, strength)
-    with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
-        sample_lcm(None, noise(), schedule, steps, generators(), strength)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.019, 1.02, 1.5, -1.0, math.inf, math.nan])
@@ -277,7 +276,7 @@ def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
     """
     p, q = fixed_point(gaussian, M_W)
     z_T, student = noise(), affine_student(schedule, p, q)
-    one = sample_lcm(lambda z, t: student(z, t, None, None), z_T, schedule, 1, generators())
+    one = sample_lcm(lambda z, t: student(z, t, None, None), z_T, schedule, [999], generators())
     closed = schedule.alpha[0] * (
         M_W + (z_T.double() / gaussian.schedule.alpha[999] - M_W) * 0.0325786
     )
@@ -287,7 +286,7 @@ def test_one_step_equals_fifty_of_the_teacher(gaussian, schedule):
         return gaussian._replace(m=cond.context[:, :, None, None]).eps(z, t)
 
     cond, null_cond = Cond(torch.full((2, 1), M)), Cond(torch.full((2, 1), M_NULL))
-    fifty = sample_ddim(guided_eps(unet, cond, null_cond, W), z_T, schedule, 50)
+    fifty = sample_ddim(guided_eps(unet, cond, null_cond, W), z_T, schedule, trailing_grid(50))
     torch.testing.assert_close(one, fifty, rtol=0, atol=1e-4)
     exact = gaussian._replace(m=M_W).ode(z_T.double(), 999, 0)
     assert 0.01 < (one - exact).square().mean().sqrt() < 0.1
@@ -649,7 +648,7 @@ def test_sample_lcm_equals_diffusers(schedule, samplers, steps):
         seen.append(t)
         return toy_eps(z_t, t)
 
-    z0 = sample_lcm(eps_fn, z_T, schedule, steps, rng)
+    z0 = sample_lcm(eps_fn, z_T, schedule, lcm_grid(steps), rng)
     expected = samplers[f"lcm/{steps}/z0"]
     assert seen == samplers[f"lcm/{steps}/timesteps"].tolist()
     assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
@@ -662,7 +661,7 @@ def test_image_to_image_equals_diffusers(schedule, samplers, strength):
     rng, key = generators(), f"lcm_s{strength}/4"
     z_start = add_noise(samplers["img2img/z_init"], draw(rng), lcm_grid(4, strength)[0], schedule)
     assert lcm_grid(4, strength) == samplers[f"{key}/timesteps"].tolist()
-    z0 = sample_lcm(toy_eps, z_start, schedule, 4, rng, strength)
+    z0 = sample_lcm(toy_eps, z_start, schedule, lcm_grid(4, strength), rng)
     expected = samplers[f"{key}/z0"]
     assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -675,8 +674,9 @@ def test_gamma_equals_diffusers(schedule, samplers, gamma, steps, v):
     toy_eps is taken for eps_hat, then for v.
     """
     rng, key = generators(), f"tcd{'_v' * v}/{gamma}/{steps}"
-    assert lcm_grid(steps) == samplers[f"{key}/timesteps"].tolist()
-    z0 = sample_lcm(toy_eps, draw(rng), schedule._replace(v=v), steps, rng, gamma=gamma)
+    grid = samplers[f"{key}/timesteps"].tolist()
+    assert grid == timesteps("lcm", steps)
+    z0 = sample_lcm(toy_eps, draw(rng), schedule._replace(v=v), grid, rng, gamma)
     expected = samplers[f"{key}/z0"]
     assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -690,7 +690,7 @@ def test_gamma_on_gaussian_data(gaussian, schedule, gamma):
     """
     g = torch.Generator().manual_seed(0)
     z_T = torch.randn((1, 4, 256, 256), generator=g)
-    z0 = sample_lcm(gaussian.eps, z_T, schedule, 4, [g], gamma=gamma)
+    z0 = sample_lcm(gaussian.eps, z_T, schedule, GRIDS[4], [g], gamma)
     bar, m, s = gaussian.schedule.alpha_bar.tolist(), gaussian.m, gaussian.s
     offset, slope, variance = -(bar[999] ** 0.5) * m, 1.0, 1.0  # of z_T - alpha m
     for t, t_next in zip(GRIDS[4], [*GRIDS[4][1:], 0]):
@@ -708,20 +708,6 @@ def test_gamma_on_gaussian_data(gaussian, schedule, gamma):
     assert z0.std().item() == pytest.approx(variance**0.5, rel=4 * (2 * z0.numel()) ** -0.5)
 
 
-@pytest.mark.parametrize("wrong", [[], [1000], [-1], [499, 999], [999, 999], [999, 0, -1]])
-def test_timesteps_descend_from_999_to_0(schedule, wrong):
-    """One line before any call; timesteps that are on no grid are allowed, as diffusers does."""
-    with pytest.raises(
-        ValueError, match=r"timesteps are \[.*\]; give them descending, each 0 to 999"
-    ):
-        sample_lcm(None, noise(), schedule, wrong, generators())
-    assert lcm_grid([800, 3, 0]) == [800, 3, 0]
-    rng = generators()
-    by_grid = sample_lcm(toy_eps, draw(rng), schedule, GRIDS[4], rng)
-    rng = generators()
-    assert torch.equal(by_grid, sample_lcm(toy_eps, draw(rng), schedule, 4, rng))
-
-
 def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
     """The exact f in one step: N(0, 1) to mean m - s alpha m / sqrt(V), std s / sqrt(V) at t = 999.
 
@@ -736,7 +722,7 @@ def test_multistep_sampling_of_gaussian_data(gaussian, schedule):
         points.append(gaussian.f(z_t, t))
         return gaussian.eps_of_f(z_t, t)
 
-    z0 = sample_lcm(eps_fn, z_T, schedule, 4, [g])
+    z0 = sample_lcm(eps_fn, z_T, schedule, GRIDS[4], [g])
     torch.testing.assert_close(z0, points[-1], rtol=0, atol=1e-4)  # no noise after the last step
     assert points[0].mean().item() == pytest.approx(0.67607, abs=4e-3)
     assert points[0].std().item() == pytest.approx(0.50088, abs=3e-3)
@@ -759,7 +745,7 @@ def test_noise_is_fresh_at_every_step(schedule):
         points.append((z_t, t, f_theta(z_t, toy_eps(z_t, t), t, schedule)))
         return toy_eps(z_t, t)
 
-    z0 = sample_lcm(eps_fn, z_T, schedule, 4, rng)
+    z0 = sample_lcm(eps_fn, z_T, schedule, GRIDS[4], rng)
     replay = generators()
     assert torch.equal(draw(replay), z_T)
     for (_, _, before), (z_t, t, _) in zip(points, points[1:]):
@@ -773,7 +759,7 @@ def test_one_step_draws_nothing(schedule):
     rng = generators()
     z_T = draw(rng)
     before = [g.get_state() for g in rng]
-    z0 = sample_lcm(toy_eps, z_T, schedule, 1, rng)
+    z0 = sample_lcm(toy_eps, z_T, schedule, [999], rng)
     assert all(torch.equal(g.get_state(), state) for g, state in zip(rng, before))
     assert torch.equal(z0, f_theta(z_T, toy_eps(z_T, 999), 999, schedule))
 
@@ -781,10 +767,10 @@ def test_one_step_draws_nothing(schedule):
 def test_picture_does_not_depend_on_its_batch(schedule):
     """An image sampled alone is the image sampled beside another, given its own generator."""
     rng = generators()
-    both = sample_lcm(toy_eps, draw(rng), schedule, 4, rng)
+    both = sample_lcm(toy_eps, draw(rng), schedule, GRIDS[4], rng)
     for i in range(2):
         alone = [generators()[i]]
-        z0 = sample_lcm(toy_eps, draw(alone), schedule, 4, alone)
+        z0 = sample_lcm(toy_eps, draw(alone), schedule, GRIDS[4], alone)
         torch.testing.assert_close(z0[0], both[i], rtol=0, atol=1e-6)
 
 
@@ -803,23 +789,23 @@ def test_lcm_sampler_blurs_without_distillation(gaussian, schedule, steps, std):
         )
     assert math.sqrt(variance) == pytest.approx(std, abs=6e-5)
     g = torch.Generator().manual_seed(steps)
-    z0 = sample_lcm(data.eps, torch.randn((1, 4, 128, 128), generator=g), schedule, steps, [g])
+    z0 = sample_lcm(
+        data.eps, torch.randn((1, 4, 128, 128), generator=g), schedule, lcm_grid(steps), [g]
+    )
     assert z0.std().item() == pytest.approx(std, rel=0.012)
 
 
 # ---- devices and formats
 
 
-def test_sample_lcm_on_cuda_in_float16(fake_cuda, monkeypatch):
+def test_sample_lcm_on_cuda_in_float16(fake_cuda):
     """Dry run of the sampler, emoji UNet in float16 on cuda, tables and generators on the CPU."""
-    grid = [999, 759, 499, 259]  # without data there is no .tolist()
-    monkeypatch.setattr(lcm, "lcm_grid", lambda steps, strength: grid)
     unet, schedule = fake_cuda(lambda: UNet(emoji()), torch.float16), make_schedule()
     rng = [torch.Generator(), torch.Generator()]
     z_T = torch.randn(2, 4, 16, 16, device="cuda")
     cond = Cond(torch.randn(2, 77, 128, device="cuda", dtype=torch.float16))
     for w in (0.0, 1.5):
-        z0 = sample_lcm(guided_eps(unet, cond, cond, w), z_T, schedule, 4, rng)
+        z0 = sample_lcm(guided_eps(unet, cond, cond, w), z_T, schedule, GRIDS[4], rng)
         assert (z0.device.type, z0.dtype, z0.shape) == ("cuda", torch.float32, (2, 4, 16, 16))
 
 

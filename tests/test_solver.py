@@ -6,103 +6,52 @@ from gaussian import Gaussian
 from make_reference import STEPS, draw, generators, toy_eps
 from tiny import noise
 
-from minilcm.lcm import sample_lcm
+from minilcm.lcm import lcm_grid, sample_lcm
 from minilcm.model.unet import Cond
 from minilcm.schedule import Schedule, make_schedule, x0_from_eps
 from minilcm.solver import (
-    ddim_grid,
     ddim_step,
     dpmpp_2m_step,
-    dpmpp_grid,
     guided_eps,
     sample_ddim,
     sample_dpmpp_2m,
+    trailing_grid,
 )
 
 # ---- grids
 
 
-def test_ddim_grid_golden():
-    """Starts of diffusers 0.42.1's DDIMScheduler, and its ends too where steps divides 1000; for 3
-    it ends the second step at 333, which is not the next start.
-    """
-    assert ddim_grid(1) == [(999, 0)]
-    assert ddim_grid(2) == [(999, 499), (499, 0)]
-    assert ddim_grid(3) == [(999, 666), (666, 332), (332, 0)]
-    assert ddim_grid(4) == [(999, 749), (749, 499), (499, 249), (249, 0)]
+def test_trailing_grid_golden():
+    """Timesteps of diffusers 0.42.1's DDIMScheduler and DPMSolverMultistepScheduler, "trailing"."""
+    assert trailing_grid(1) == [999]
+    assert trailing_grid(3) == [999, 666, 332]
+    assert trailing_grid(4) == [999, 749, 499, 249]
     # 1000 - 62.5 i: numpy rounds halves to even
-    assert [t for t, _ in ddim_grid(16)][:8] == [999, 937, 874, 811, 749, 687, 624, 561]
-    assert [t for t, _ in ddim_grid(50)] == list(range(999, 0, -20))
-    assert ddim_grid(1000) == [*[(t, t - 1) for t in range(999, 0, -1)], (0, 0)]
-
-    assert ddim_grid(4, "leading") == [(751, 501), (501, 251), (251, 1), (1, 0)]
-    assert [t for t, _ in ddim_grid(10, "leading")] == [
-        901,
-        801,
-        701,
-        601,
-        501,
-        401,
-        301,
-        201,
-        101,
-        1,
-    ]
-    assert [t for t, _ in ddim_grid(20, "leading")] == list(range(951, 0, -50))
-    assert [t for t, _ in ddim_grid(50, "leading")] == list(range(981, 0, -20))
-
-
-def test_dpmpp_grid_golden():
-    """diffusers 0.42.1's DPMSolverMultistepScheduler's timesteps; linspace is its SD1.5 default."""
-    assert dpmpp_grid(4) == [999, 749, 499, 249]
-    assert dpmpp_grid(1, "linspace") == [999]
-    assert dpmpp_grid(4, "linspace") == [999, 749, 500, 250]
-    assert dpmpp_grid(10, "linspace") == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
-    assert dpmpp_grid(20, "linspace") == [
-        999,
-        949,
-        899,
-        849,
-        799,
-        749,
-        699,
-        649,
-        599,
-        549,
-        *range(500, 0, -50),
-    ]
+    assert trailing_grid(16)[:8] == [999, 937, 874, 811, 749, 687, 624, 561]
+    assert trailing_grid(50) == list(range(999, 0, -20))
+    assert trailing_grid(1000) == list(range(999, -1, -1))
+    # strength shortens the way, not the steps
+    assert trailing_grid(4, 0.5) == [499, 374, 249, 124]
+    assert trailing_grid(1, 0.001) == [0]
 
 
 EVERY = range(1, 1001)  # numbers of steps
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-def test_grids_of_every_number_of_steps(spacing):
-    """As many timesteps as steps, descending, none below 0, and each end is the next start.
-    (linspace has only 999 to give.)
-    """
+def test_grids_of_every_number_of_steps():
+    """As many timesteps as steps, descending from 999, none below 0."""
     for steps in EVERY:
-        if spacing == "linspace":
-            starts, ends = (grid := dpmpp_grid(steps, spacing)), [*grid[1:], 0]
-        else:
-            starts, ends = zip(*ddim_grid(steps, spacing))
-        assert len(starts) == (999 if (steps, spacing) == (1000, "linspace") else steps)
-        assert all(a > b for a, b in zip(starts, ends[:-1]))
-        assert [*ends[:-1]] == [*starts[1:]] and ends[-1] == 0 <= starts[-1] <= starts[0] <= 999
-        assert starts[0] == 999 or spacing == "leading"
+        grid = trailing_grid(steps)
+        assert len(grid) == steps and grid[0] == 999 and grid[-1] >= 0
+        assert all(a > b for a, b in zip(grid, grid[1:]))
 
 
-@pytest.mark.parametrize(
-    "grid, spacings", [(ddim_grid, ["trailing", "leading"]), (dpmpp_grid, ["trailing", "linspace"])]
-)
-def test_grids_refuse_bad_arguments(grid, spacings):
-    """No step, more steps than timesteps, unknown spacing: one line with value and choice."""
-    for spacing in spacings:
-        for steps in (0, -1, 1001):
-            with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to 1000"):
-                grid(steps, spacing)
-    with pytest.raises(ValueError, match="spacing is 'karras'; choose trailing"):
-        grid(4, "karras")
+@pytest.mark.parametrize("steps, strength, most", [(0, 1, 1000), (-1, 1, 1000), (501, 0.5, 500)])
+def test_the_grid_refuses_steps_that_it_has_not(steps, strength, most):
+    with pytest.raises(ValueError, match=f"steps is {steps}; give 1 to {most}"):
+        trailing_grid(steps, strength)
+    with pytest.raises(ValueError, match="strength is 1.5; give 0.001 to 1"):
+        trailing_grid(4, 1.5)
 
 
 # ---- the DDIM step
@@ -183,7 +132,10 @@ def test_ddim_equals_its_product(gaussian, schedule, schedule64, steps):
     times = [*range(999, 0, -1000 // steps), 0]
     expected = ddim_product(gaussian, z_T.double(), times)
     torch.testing.assert_close(
-        sample_ddim(gaussian.eps, z_T, schedule, steps), expected.float(), rtol=0, atol=1e-5
+        sample_ddim(gaussian.eps, z_T, schedule, trailing_grid(steps)),
+        expected.float(),
+        rtol=0,
+        atol=1e-5,
     )
     z = z_T.double()
     for t, t_end in zip(times, times[1:]):
@@ -215,23 +167,19 @@ def test_ddim_follows_the_ode(gaussian, schedule):
     z_T = noise()
     exact = gaussian.ode(z_T.double(), 999, 0).float()
     error = {
-        steps: (sample_ddim(gaussian.eps, z_T, schedule, steps) - exact).abs().max()
+        steps: (sample_ddim(gaussian.eps, z_T, schedule, trailing_grid(steps)) - exact).abs().max()
         for steps in (10, 1000)
     }
     assert error[1000] < 0.01
     assert error[10] > 20 * error[1000]
 
 
-@pytest.mark.parametrize("kind", ["ddim", "dpmpp", "dpmpp_linspace"])
+@pytest.mark.parametrize("kind", ["ddim", "dpmpp"])
 def test_every_number_of_steps_ends_at_its_place(gaussian, schedule64, kind):
     """N steps on N(m, s^2) end within 2/N of the exact ODE, for every N from 1 to 1,000: all of
     them in one batch, row N - 1 with its own grid, and for some the sampler itself.
     """
-    spacing = "linspace" if kind == "dpmpp_linspace" else "trailing"
-    if kind == "ddim":
-        grids = [[t for t, _ in ddim_grid(steps)] for steps in EVERY]
-    else:
-        grids = [dpmpp_grid(steps, spacing) for steps in EVERY]
+    grids = [trailing_grid(steps) for steps in EVERY]
     t = torch.tensor([[*grid, *[0] * (1001 - len(grid))] for grid in grids])  # (1000, 1001)
     last = torch.tensor([len(grid) - 1 for grid in grids])  # (1000,)
     z_T = torch.ones(1000, 1, 1, 1).double()
@@ -248,10 +196,8 @@ def test_every_number_of_steps_ends_at_its_place(gaussian, schedule64, kind):
     error = (z0 - gaussian.ode(z_T, 999, 0)).abs().flatten()
     assert (error * torch.tensor(EVERY)).max() < 2
     for steps in (1, 3, 61, 103, 501):
-        if kind == "ddim":
-            one = sample_ddim(gaussian.eps, z_T[:1], schedule64, steps)
-        else:
-            one = sample_dpmpp_2m(gaussian.eps, z_T[:1], schedule64, steps, spacing)
+        sample = sample_ddim if kind == "ddim" else sample_dpmpp_2m
+        one = sample(gaussian.eps, z_T[:1], schedule64, trailing_grid(steps))
         assert one.item() == pytest.approx(z0[steps - 1].item(), abs=1e-5)
 
 
@@ -387,7 +333,9 @@ def test_guidance_arithmetic_is_float32():
     "kind", ["ddim_trailing", "ddim_leading", "dpmpp_trailing", "dpmpp_linspace"]
 )
 def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
-    """z0, timesteps of diffusers 0.42.1's DDIM and DPM-Solver++, nonlinear network, to 1e-5."""
+    """z0 of diffusers 0.42.1's DDIM and DPM-Solver++ around a nonlinear network, to 1e-5, on its
+    own grids; one of the two for each is ours.
+    """
     name, spacing = kind.split("_")
     sample, seen = {"ddim": sample_ddim, "dpmpp": sample_dpmpp_2m}[name], []
 
@@ -395,9 +343,11 @@ def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
         seen.append(t)
         return toy_eps(z_t, t)
 
-    z0 = sample(eps_fn, samplers["z_T"], schedule, steps, spacing)
+    grid = samplers[f"{kind}/{steps}/timesteps"].tolist()
+    assert grid == trailing_grid(steps) or spacing != "trailing"
+    z0 = sample(eps_fn, samplers["z_T"], schedule, grid)
     expected = samplers[f"{kind}/{steps}/z0"]
-    assert seen == samplers[f"{kind}/{steps}/timesteps"].tolist()
+    assert seen == grid
     assert ((z0 - expected).norm() / expected.norm()).item() < 1e-5
     torch.testing.assert_close(z0, expected, rtol=1e-4, atol=1e-4)
 
@@ -405,7 +355,7 @@ def test_samplers_equal_diffusers(schedule, samplers, kind, steps):
 def test_dpmpp_ends_on_its_estimate(gaussian, schedule):
     """At sigma' = 0 the last step returns its x0 (diffusers' final_sigmas_type "zero")."""
     z_T = noise()
-    one = sample_dpmpp_2m(gaussian.eps, z_T, schedule, 1)
+    one = sample_dpmpp_2m(gaussian.eps, z_T, schedule, [999])
     assert torch.equal(one, x0_from_eps(z_T, gaussian.eps(z_T, 999), 999, schedule))
 
 
@@ -413,7 +363,7 @@ def test_samplers_keep_no_graph(schedule):
     """A network with trainable parameters is sampled without a graph."""
     scale = torch.ones(1, requires_grad=True)
     for sample in (sample_ddim, sample_dpmpp_2m):
-        assert not sample(lambda z, t: scale * z, noise(), schedule, 2).requires_grad
+        assert not sample(lambda z, t: scale * z, noise(), schedule, [999, 499]).requires_grad
 
 
 @pytest.mark.parametrize("kind", ["v", "v_zero_snr"])
@@ -424,8 +374,8 @@ def test_v_equals_diffusers(samplers, kind, steps):
     """
     schedule, rng = make_schedule(v=True, zero_snr=kind == "v_zero_snr"), generators()
     for name, z0 in (
-        ("ddim", sample_ddim(toy_eps, samplers["z_T"], schedule, steps)),
-        ("lcm", sample_lcm(toy_eps, draw(rng), schedule, steps, rng)),
+        ("ddim", sample_ddim(toy_eps, samplers["z_T"], schedule, trailing_grid(steps))),
+        ("lcm", sample_lcm(toy_eps, draw(rng), schedule, lcm_grid(steps), rng)),
     ):
         expected = samplers[f"{name}_{kind}/{steps}/z0"]
         torch.testing.assert_close(z0, expected, rtol=1e-5, atol=1e-5)
@@ -445,9 +395,9 @@ def test_v_solves_the_same_ode(sample, steps, far, zero_snr):
         return alpha * gaussian.eps(z_t, t) - sigma * gaussian.x0(z_t, t)
 
     z_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    z0 = sample(v_fn, z_T, schedule, steps)
+    z0 = sample(v_fn, z_T, schedule, trailing_grid(steps))
     end = gaussian.f if sample == sample_dpmpp_2m else lambda z, t: gaussian.ode(z, t, 0)
     assert (z0 - end(z_T, 999)).abs().max() < far
     if not zero_snr:
-        by_eps = sample(gaussian.eps, z_T, make_schedule(), steps)
+        by_eps = sample(gaussian.eps, z_T, make_schedule(), trailing_grid(steps))
         torch.testing.assert_close(z0, by_eps, rtol=0, atol=1e-4)

@@ -36,7 +36,7 @@ from minilcm.data.shards import stream_batches
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import EMOJI, read_recipe, read_tau, write_tau
 from minilcm.files.safetensors_file import read_header, read_tensors
-from minilcm.lcm import lcd_loss, sample_lcm, update_ema
+from minilcm.lcm import lcd_loss, lcm_grid, sample_lcm, update_ema
 from minilcm.lora import ATTENTION, add_lora, get_tau, target_paths
 from minilcm.merge import merge_into
 from minilcm.objective import make_networks
@@ -477,7 +477,7 @@ def test_written_lora_samples_as_the_live_one(files, tmp_path):
         generator = torch.Generator().manual_seed(0)
         z_T = torch.randn(1, 4, 8, 8, generator=generator)
         eps_fn = guided_eps(unet, text.encode(["cat face"]), None, 0.0)
-        latents.append(sample_lcm(eps_fn, z_T, make_schedule(), 4, [generator]))
+        latents.append(sample_lcm(eps_fn, z_T, make_schedule(), lcm_grid(4), [generator]))
     live, written, merged, base = latents
     assert torch.equal(live, written)
     assert (live - merged).abs().max() < 1e-3 * live.abs().max()

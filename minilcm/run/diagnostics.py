@@ -24,7 +24,7 @@ from ..model.unet import Cond
 from ..model.vae import VAE
 from ..objective import Objective
 from ..schedule import Schedule, T, diffusion_loss
-from ..solver import EpsFn, guided_eps, sample_ddim
+from ..solver import EpsFn, guided_eps, sample_ddim, trailing_grid
 from .processes import mean_over_processes
 
 INDICES = tuple(round(i * (GRID - 1) / 9) for i in range(10))  # 0, 5, 11, ..., 49 of 50
@@ -180,7 +180,7 @@ def guided_trajectory(
         points.append(z_t)
         return eps_fn(z_t, t)
 
-    z0 = sample_ddim(record, z_T, schedule, steps)
+    z0 = sample_ddim(record, z_T, schedule, trailing_grid(steps))
     return torch.stack([*points, z0])
 
 

@@ -14,7 +14,7 @@ from minilcm.data.pictures import open_picture
 from minilcm.files.checkpoint import Model
 from minilcm.generate import generate
 from minilcm.schedule import make_schedule
-from minilcm.solver import guided_eps, sample_ddim
+from minilcm.solver import guided_eps, sample_ddim, trailing_grid
 
 
 def write_pictures(folder, captions: list[str]):
@@ -113,7 +113,7 @@ def test_prompts_are_drawn_by_the_model(tmp_path, monkeypatch, config):
     cond, null_cond = model.text.encode(["a dog"], size), model.text.null_cond(1, size)
     eps_fn = guided_eps(model.unet, cond, null_cond, config.guidance - 1)
     z_T = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(drawn[2]))
-    expected = sample_ddim(eps_fn, z_T, make_schedule(), 25)[0]
+    expected = sample_ddim(eps_fn, z_T, make_schedule(), trailing_grid(25))[0]
     same = [caption for x, caption in zip(z0, captions) if torch.equal(x, expected)]
     assert same == ["a dog"] and expected.isfinite().all()
     stop = 6

@@ -14,7 +14,7 @@ from minilcm.files.lora_file import read_recipe
 from minilcm.lora import add_lora, get_tau
 from minilcm.merge import merge_into
 from minilcm.objective import loss_of, make_networks, without_w
-from minilcm.solver import sample_ddim
+from minilcm.solver import sample_ddim, trailing_grid
 from paper import __main__ as command
 from paper import pictures, setup, solver, training
 from weights.emoji import styles
@@ -169,7 +169,7 @@ def by_hand(w: float, steps: int, seed: int) -> torch.Tensor:
             eps = network(z_t, t, model.text.encode([text])).float()
             return eps + w * (eps - network(z_t, t, model.text.null_cond(1)).float())
 
-        z0.append(sample_ddim(eps_fn, z_T, setup.SCHEDULE, steps))
+        z0.append(sample_ddim(eps_fn, z_T, setup.SCHEDULE, trailing_grid(steps)))
     return torch.cat(z0)
 
 

@@ -14,7 +14,7 @@ from minilcm.data.pictures import to_images
 from minilcm.files.checkpoint import load_model
 from minilcm.files.lora_file import read_tau
 from minilcm.generate import generate, noise
-from minilcm.lcm import sample_lcm
+from minilcm.lcm import lcm_grid, sample_lcm
 from minilcm.merge import combine, merge_into
 from tour.make_explorer import (
     EVALUATIONS,
@@ -96,7 +96,7 @@ def test_gamma_is_the_share_of_fresh_noise(schedule, gamma):
 
     z_T, generators = noise([0], (4, 64, 64))
     alpha, sigma = schedule.at(999, z_T)
-    z0 = sample_lcm(eps_fn, alpha * c + sigma * z_T, schedule, 3, generators, gamma=gamma)
+    z0 = sample_lcm(eps_fn, alpha * c + sigma * z_T, schedule, lcm_grid(3), generators, gamma)
     for (_, eps), (t, eps_next) in zip(seen, seen[1:]):
         s = int((1 - gamma) * t)
         snr_s, snr_t = (schedule.alpha[x] / schedule.sigma[x] for x in (s, t))
