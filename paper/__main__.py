@@ -24,7 +24,7 @@ from minilcm.files.safetensors_file import atomic
 
 from . import base, combination, fail, gamma, memory, no_pictures, rank, recipe, solver, steps
 from .report import write_report
-from .setup import FULL, HALF, QUICK, commit, commits, git, place, spent, spent_now, used
+from .setup import COMMIT, FULL, HALF, QUICK, commits, git, place, spent, spent_now, used
 
 # {name: question, measurement, rule and figure}
 SECTIONS = (memory, steps, gamma, combination, base, rank, solver, recipe, no_pictures, fail)
@@ -52,7 +52,7 @@ def measure_claim(name: str, quick: bool) -> None:
         "section": name,
         "quick": quick,
         "weights": dict(used),
-        "commit": ", ".join(sorted(commits | {commit()})),  # of all its parts
+        "commit": ", ".join(sorted(commits | {COMMIT})),  # of all its parts
         "processor": f"{processor}, {torch.get_num_threads()} thread(s), UNet in {str(HALF)[6:]}",
         "seconds": round(seconds),
         "rule": " ".join(claim.verdict.__doc__.split()),

@@ -2,7 +2,7 @@
 
 Claim (abstract): LCM-LoRA plugs into fine-tuned models of the same base without training. A base
 trained from scratch in another style would be the hardest test and takes days of two cores; in its
-place one fine-tune goes as far as it can. (About 1.6 h, of which 0.9 training.)
+place one fine-tune goes as far as it can.
 """
 
 from matplotlib.figure import Figure

@@ -5,15 +5,13 @@ from collections.abc import Collection, Iterator
 import matplotlib
 from matplotlib.figure import Figure
 
-# the same bytes every time
-matplotlib.rcParams |= {"svg.hashsalt": "minilcm", "svg.fonttype": "none"}
+matplotlib.rcParams |= {"svg.hashsalt": "minilcm", "svg.fonttype": "none"}  # equal bytes
 
 BLUE, LIGHT, ORANGE = "#1f5fa8", "#7fb2e5", "#e07b00"
 GREEN, RED, GREY = "#2e8b57", "#c0392b", "0.45"
 LOOKS = {"LCM-LoRA": (BLUE, "o-"), "gamma 0": (BLUE, "o:"), "LCM sampler, no LoRA": (GREY, "s-")}
 LOOKS |= {"guidance distilled, at its best": (RED, "D-"), "DDIM": (ORANGE, "^-")}
 LOOKS["DPM-Solver++"] = GREEN, "v-"
-# what `pictures.about` says
 ABOUT = {"distance": "RMS to 50 guided steps' end", "right": "right: name and style"}
 ABOUT["sharpness"] = "sharpness, of 50 guided steps'"
 

@@ -2,8 +2,7 @@
 
 What people do wrong is done here, in forty and more settings, mild and bad, beside good ones. Which
 are visibly bad is judged blind, on numbered sheets (figures/fail-blind-1.png and on), three times;
-numbers that need neither a judge nor labels are held against that. (About 0.8 h, of which 0.7
-shared with others.)
+numbers that need neither a judge nor labels are held against that.
 """
 
 import json
@@ -74,6 +73,7 @@ def measure(budget: Budget) -> dict:
         tau = combine([v.tau for v, _ in vectors], [lam for _, lam in vectors])
         norm = sum(norm**2 for norm in delta_norms(tau).values()) / whole
         rows[label] = {
+            "bad": "",  # no votes yet
             "sharpness off": (x["sharpness"].mean() / good["sharpness"].mean()).log().abs().item(),
             "contrast off": (x["z0"].std() / good["z0"].std()).log().abs().item(),
             "distance": rms(x["z0"], good["z0"]).mean().item(),
@@ -94,7 +94,7 @@ def with_labels(rows: dict[str, dict], shown: list[str]) -> dict[str, list[float
     numbered = {str(i) for i in range(len(shown))}
     if labels["lcm_lora"] != shipped_lora().key or labels["votes"].keys() != numbered:
         return {}
-    detectors = list(next(iter(rows.values())))
+    _, *detectors = next(iter(rows.values()))
     for label, row in rows.items():
         votes = [v for i, each in labels["votes"].items() if shown[int(i)] == label for v in each]
         row["bad"] = mean(votes) > 0.5

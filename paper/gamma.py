@@ -1,7 +1,7 @@
 """gamma: What does the fresh noise between the steps do?
 
 The paper's sampler makes all noise fresh at every step (Algorithm 3 of 2310.04378); TCD (2402.19159
-Algorithm 4) makes a share gamma of it fresh, down to none. (About 0.2 h.)
+Algorithm 4) makes a share gamma of it fresh, down to none.
 """
 
 from matplotlib.figure import Figure

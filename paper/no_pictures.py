@@ -2,7 +2,6 @@
 
 Who distils a checkpoint seldom has its training pictures (luosiallen/latent-consistency-model#55).
 Instead the teacher can draw its own, guided, 25 steps each, as `train.py --data prompts.txt` does.
-(About 0.5 h, of which 0.4 training.)
 """
 
 from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """rank: Is a low rank enough?
 
 Claim (sections 2 and 3.1): the update of a fine-tune has a low rank. The released files have rank
-64; the report compares none. (About 1.5 h, of which 1.3 training.)
+64; the report compares none.
 """
 
 from matplotlib.figure import Figure
@@ -64,9 +64,9 @@ def verdict(n: dict) -> dict:
     trained = [r["rank"] for k, r in rows.items() if k.startswith("rank")]
     high, found = trained[-1], {}
     for r in dict.fromkeys((max(r for r in trained if r <= 16), trained[0])):
-        word, far = as_good(rows, rows[f"rank {r}"]["against"])
+        word, said = as_good(rows, rows[f"rank {r}"]["against"])
         inside = rates[str(high)]["best"] > RATES[0] and rates[str(r)]["best"] < RATES[-1]
-        found[f"rank {r} is as good as {high}"] = [word if inside else "not shown", far]
+        found[f"rank {r} is as good as {high}"] = [word if inside else "not shown", said]
     return found | {f"rank {high} beats no LoRA in distance at 1 step": learned(rows)}
 
 

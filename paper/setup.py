@@ -42,9 +42,6 @@ used: dict[str, str] = {}  # {shipped file: content}
 commits: set[str] = set()  # by which the kept parts were made
 
 
-# ---- how much
-
-
 class Budget(NamedTuple):
     """How much of everything."""
 
@@ -76,9 +73,7 @@ def git(*argv: str) -> str:
     return subprocess.run(["git", *argv], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
 
-@functools.cache
-def commit() -> str:
-    return git("rev-parse", "--short=7", "HEAD")
+COMMIT = git("rev-parse", "--short=7", "HEAD")
 
 
 # ---- the model, and what it made before
@@ -100,7 +95,6 @@ class Vector(NamedTuple):
 
 
 def shipped_lora() -> Vector:
-    """The LCM-LoRA that is shipped."""
     used["lcm_lora"] = content_of(LORA)
     return Vector(content_of(LORA), read_tau(LORA))
 
@@ -123,7 +117,7 @@ def cached(name: str, key, make: Callable[[], dict[str, Tensor]]) -> dict[str, T
         start = time.perf_counter()
         tensors = {k: x.contiguous() for k, x in make().items()}
         spent_now.append(time.perf_counter() - start)
-        about = {"key": key, "seconds": str(spent_now[-1]), "commit": commit()}
+        about = {"key": key, "seconds": str(spent_now[-1]), "commit": COMMIT}
         write_tensors(path, tensors, about)
     tensors, about = read_tensors(path)
     spent[path] = float(about["seconds"])

@@ -1,7 +1,7 @@
 """solver: Is it a neural solver of the ODE?
 
 Claim (abstract): LCM-LoRA is a plug-in neural solver of the probability-flow ODE, in the place of
-DDIM or DPM-Solver. (About 0.5 h: one run six times as long as the short recipe's, and pictures.)
+DDIM or DPM-Solver.
 """
 
 from matplotlib.figure import Figure

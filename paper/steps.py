@@ -1,7 +1,7 @@
 """steps: How good are 1 to 8 steps, at equal network evaluations?
 
 Claim (abstract, Fig. 2): pictures of high quality in very few steps, 1 to 4. A guided step of DDIM
-or DPM-Solver++ costs two evaluations. (About 0.8 h.)
+or DPM-Solver++ costs two evaluations.
 """
 
 import json

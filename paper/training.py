@@ -19,6 +19,7 @@ from minilcm.model.unet import UNet
 from minilcm.objective import Networks, Objective, learning_rate, loss_of, make_networks, without_w
 
 from .pictures import SLOW, TEACHER, Base, Draw, Vectors, about, against, drawn, over_runs, pictures
+from .report import form
 from .setup import HALF, Budget, Vector, W, cached, names_of, prompts_of, said, shipped, taught
 
 
@@ -126,15 +127,23 @@ def learned(rows: dict) -> list:
 
 
 def as_good(rows: dict, other: dict) -> list:
-    """[verdict, its number], by a row's "against". At 4 steps less than MARGIN below in being right
-    and in sharpness, and at 1 step it keeps half of what training brought in distance. Nothing is
-    compared where training brought nothing: `learned`.
+    """[verdict, the number that comes nearest to its bound], by a row's "against". At 4 steps less
+    than MARGIN below in being right and in sharpness, and at 1 step it keeps half of what training
+    brought in distance. Nothing is compared where training brought nothing: `learned`.
     """
-    word, (nothing, *_) = learned(rows)
-    right, sharp, far = other["4"]["right"], other["4"]["sharpness"], other["1"]["distance"]
-    found = decide(right, above=-MARGIN), decide(sharp, above=1 - MARGIN)
-    found += (decide(far, below=(1 + nothing) / 2),)
-    return [together(found) if word == "shown" else "not shown", far]
+    word, nothing = learned(rows)
+    if word != "shown":
+        return ["not shown", f"nothing compared: no LoRA ends {form(nothing)} times as far"]
+    tests = {  # in words: an interval, where it is equal, its bound
+        "right": (other["4"]["right"], 0.0, -MARGIN),
+        "times as sharp": (other["4"]["sharpness"], 1.0, 1 - MARGIN),
+        "times as far": (other["1"]["distance"], 1.0, (1 + nothing[0]) / 2),
+    }
+    # scaled to 1 where it is equal and 0 at its bound
+    room = {k: sorted((v - b) / (equal - b) for v in x) for k, (x, equal, b) in tests.items()}
+    word = together(decide([mean, low, high], above=0.0) for low, mean, high in room.values())
+    x, _, bound = tests[what := min(room, key=room.get)]
+    return [word, f"{form(x)} {what}, bound {bound:.2f}"]
 
 
 def turned(other: dict) -> dict:

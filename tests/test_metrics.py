@@ -246,6 +246,9 @@ def test_holm():
     assert holm(found(-2.543, 2.326, 1.282), 1.0) == ["0", "1"]
     assert holm(found(2.326, -2.543, 1.282, 1.036), 1.0) == ["1"]
     assert holm(found(1.97), 1.0) == ["0"] and holm(found(1.95), 1.0) == []
+    # of three runs: Student's t is 4.303 for p = 0.05, and 6.205 for 0.025, by the tables
+    assert holm(found(1.96 * 6.21 / 4.303, 1.97), 1.0, runs=3) == ["0", "1"]
+    assert holm(found(1.96 * 6.19 / 4.303, 1.97), 1.0, runs=3) == []
 
 
 # ---- distances and sharpness

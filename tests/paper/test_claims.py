@@ -103,7 +103,7 @@ def a_style(lost=(0, -0.1, 0.09), measurable=True) -> dict:
 
 
 def test_verdict_combination():
-    def found(at=0, mean=None, **styles):
+    def found(at=1, mean=None, **styles):
         return words(combination.verdict({"styles": styles, "mean": mean or {}}))[at]
 
     assert found(a=a_style(), b=a_style()) == "shown"
@@ -117,10 +117,10 @@ def test_verdict_combination():
     assert found(b=a_style(measurable=False)) == "not shown"  # nothing to lose: nothing shown
     for side, word in ((-1, "shown"), (1, "refuted")):
         mean = {"name": near(0.1, -1), "style": near(0.1, side)}
-        assert found(1, mean, a=a_style()) == word
+        assert found(2, mean, a=a_style()) == word
     told = combination.verdict({"styles": {"a": a_style()}, "mean": mean})
     assert told["on average styles keep it"] == ["refuted", mean["style"]]  # the larger loss
-    assert found(1, a=a_style()) == "not shown"
+    assert found(2, a=a_style()) == "not shown"
 
 
 def test_verdict_base():
@@ -218,6 +218,15 @@ def test_as_good():
     assert training.as_good({"no LoRA": UNLEARNED}, a_row()["against"])[0] == "not shown"
     # what training brought nothing to is not as good
     assert training.as_good({"no LoRA": NOTHING}, NOTHING["against"])[0] == "refuted"
+
+    # the number that is told comes nearest to its bound, or is furthest beyond it
+    def told(**row):
+        return training.as_good({"no LoRA": NOTHING}, a_row(**row)["against"])[1]
+
+    assert told(sharp=(0.95, 0.92, 0.98)) == "0.95 [0.92, 0.98] times as sharp, bound 0.90"
+    assert told(sharp=(0.95, 0.92, 0.98), far=(1.02, 1, 1.05)).endswith("times as far, bound 1.04")
+    assert told(sharp=(0.95, 0.92, 0.98), right=(0, -0.3, 0.3)).endswith("right, bound -0.10")
+    assert training.as_good({"no LoRA": UNLEARNED}, a_row()["against"])[1].startswith("nothing")
 
 
 def test_a_comparison_from_the_other_side():
