@@ -112,8 +112,8 @@ def add_flags_of_sampling(add: Callable) -> None:
     add("--timesteps", metavar="T1,T2,...", help=at)
     add("--gamma", type=float, help="lcm: TCD's, from no fresh noise, 0, to all, 1 (default: off)")
     add("--sampler", choices=SAMPLERS, default="lcm", help="lcm needs an LCM-LoRA (default lcm)")
-    guidance = "1 or 0 is off; above, 2 evaluations a step (default: 1 with an LCM-LoRA, else the "
-    guidance += "model's; a full LCM takes it as an input, 1 evaluation)"
+    guidance = "CFG; 1 or 0 is off; above, 2 evaluations a step (default: 1 for lcm, else the "
+    guidance += "model's; a full LCM takes it as an input: the model's, 1 evaluation)"
     add("--guidance", type=float, help=guidance)
     add("--negative", default="", metavar="PROMPT", help="steer away from it, by guidance above 1")
     lora = "add a LoRA, times LAMBDA (default 1); repeatable; lcm, blueprint and papercut are the "
@@ -330,7 +330,7 @@ def main(args: Namespace) -> None:
         pixels = [decode(z0.to(args.device)) for z0 in latents]
     for seed in [seed for seed, x in enumerate(pixels, args.seed) if not all_finite(x)]:
         more = "give lower --guidance or LAMBDA of --lora, or --dtype float32"
-        print(f"seed {seed}: numbers too large for {args.dtype}, so the picture is black; {more}")
+        print(f"seed {seed}: values not finite in {args.dtype}, so the picture is black; {more}")
     images = [pictures.to_images(x)[0] for x in pixels]
     write_pictures(args, images, recipe)
 

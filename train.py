@@ -15,8 +15,7 @@ copy), guided by w. At every save, --out gets lora.safetensors (or model.safeten
 also its averaged target), a sheet of pictures and a line of measurements in metrics.jsonl. The
 fixed loss is the mean over the same 8 batches with the same noise. For lcm it stays flat, since the
 student is compared with itself: look at the sheets, and at to_teacher, the distance to where the
-teacher's own path ends (of eight pictures only, so a small change says nothing). --resume continues
-as if never stopped. torchrun's own flag --shutdown-timeout leaves time to save on Ctrl-C.
+teacher's own path ends (of eight pictures only). --resume continues as if never stopped.
 """
 
 import math
@@ -62,16 +61,15 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
     model = "where to start (default: the shipped model); with --plan also sd15, sd2, ssd1b, sdxl"
     add("--model", type=Path, default=EMOJI / "model.safetensors", help=model)
-    says = "what the UNet predicts, noise or v (default: what the file says, else eps)"
-    add("--prediction", choices=["eps", "v"], help=says)
+    add("--prediction", choices=["eps", "v"], help="of the UNet (default: by the file, else eps)")
     add("--init", type=Path, metavar="FILE", help="a LoRA of this --rank to start from")
     add = parser.add_argument_group("--objective lcm").add_argument
     guidance = "guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH draws "
     guidance += "one a picture: a full LCM is told it (default 2:14), a LoRA learns a mixture"
     add("--w", metavar="W|LOW:HIGH", help=guidance)
-    add("--k", type=int, default=T // GRID, help="timesteps in a skip: 20, 40, ... (default 20)")
+    add("--k", type=int, help="timesteps in a skip: 20, 40, ... (default 20)")
     psi = "DDIM steps of the teacher in one skip; more let --k be longer (default 1)"
-    add("--psi-steps", type=int, default=1, metavar="N", help=psi)
+    add("--psi-steps", type=int, metavar="N", help=psi)
     add = parser.add_argument_group("data and output").add_argument
     data = "a .tar shard, a folder of them, or of pictures with captions; or a .txt with a prompt "
     data += "a line, for which the model draws the pictures itself (guided, 25 steps of DDIM)"
@@ -81,17 +79,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--looks", type=int, default=8, help=looks)
     add("--workers", type=int, default=1, metavar="N", help="shard readers per GPU (default 1)")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
-    cache = "keep latents and captions there, for other runs too (default: in cache/ of --out)"
-    add("--cache", type=Path, metavar="DIR", help=cache)
-    every = "save every N steps (default: a quarter of --steps, at least 25, at most 500)"
-    add("--save-every", type=int, metavar="N", help=every)
+    add("--cache", type=Path, metavar="DIR", help="of encoded pictures (default: cache/ in --out)")
+    add("--save-every", type=int, metavar="N", help="steps (default: steps / 4, from 25 to 500)")
     add("--resume", action="store_true", help="continue from the last state in --out")
     add = parser.add_argument_group("steps").add_argument
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=16, help="pictures at a time, on each GPU (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches in a step (default 1)")
-    rate = "learning rate (default 3e-4), after a warm-up of a tenth of the steps, at most 100; "
-    rate += "then a cosine to 0"
+    rate = "learning rate (default 3e-4), after a warm-up of at most 100 steps; then a cosine to 0"
     add("--lr", type=float, default=3e-4, help=rate)
     add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
     average = "write an average of the weights, of decay MU (default: 0.9995 for diffusion --full)"
@@ -124,14 +119,19 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--model {args.model} is a name for --plan only; give the checkpoint's file")
     if args.plan is None and args.out.resolve() == args.data.resolve():
         error(f"--out and --data are both {args.out}: sheets would be read as data; give another")
-    if args.init is not None and args.rank is None:
-        error(f"--init {args.init} is a LoRA to start from; give its --rank in place of --full")
     if args.init is not None and args.alpha is not None:
         error(f"--alpha is {args.alpha}, but --init {args.init} has its own; leave --alpha out")
-    if args.quantize and args.rank is None:
-        error("--quantize is for the frozen weights under a LoRA; give --rank in place of --full")
-    every, args.w = args.save_every, args.w or ("2:14" if args.full else "7.5")
-    args.save_every = min(500, max(25, args.steps // 4)) if every is None else every
+    for flag in ("init", "quantize"):
+        if getattr(args, flag) and args.rank is None:
+            error(f"--{flag} is for a LoRA; give --rank in place of --full")
+    of_lcm = {"w": "2:14" if args.full else "7.5", "k": T // GRID, "psi_steps": 1}
+    for flag, default in of_lcm.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif args.objective != "lcm":
+            error(f"--{flag.replace('_', '-')} is for --objective lcm; leave it out")
+    if args.save_every is None:
+        args.save_every = min(500, max(25, args.steps // 4))
     counts = "steps", "batch", "accumulate", "k", "psi_steps", "looks", "workers", "save_every"
     for flag in counts:
         if getattr(args, flag) < 1:

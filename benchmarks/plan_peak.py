@@ -57,9 +57,9 @@ def job(argv: list[str]) -> None:
     diagnostics.guided_trajectory = lambda network, z_T, *_: torch.zeros(51, *z_T.shape)
     diagnostics.from_seeds = lambda eps_fn, like, *_: torch.zeros_like(like)
     diagnostics.consistency_along_trajectory = lambda *_: ({}, {})
-    for name in ("distance_to_teacher", "loss_by_index", "loss_by_band"):
+    for name in ("loss_by_index", "loss_by_band"):
         setattr(diagnostics, name, lambda *_: {})
-    diagnostics.lcm_columns = lambda *args: {"a sheet": args[2][-1]}
+    diagnostics.few_step_columns = lambda *args: ({"a sheet": args[2][-1]}, {})
     # one fixed batch instead of eight
     train.islice = lambda batches, _: itertools.islice(batches, 1)
     train.main(train.parse(argv))

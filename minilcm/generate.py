@@ -1,4 +1,4 @@
-"""From seeds to pictures, by any sampler: the one way in which this project draws.
+"""From seeds to pictures, by any sampler.
 
     seeds --noise--> z_T --sampler--> z0 --decode--> pixels
 
@@ -81,7 +81,7 @@ def generate(
 
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
-    redrawn by `strength` in (0, 1]. `steps` may be a list of timesteps. `gamma`: see `sample_lcm`.
+    redrawn by `strength`, at most 1. `steps` may be a list of timesteps. `gamma`: see `sample_lcm`.
     Raises ValueError as `timesteps`, or if the sampler takes no gamma.
     """
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()

@@ -20,7 +20,9 @@ from .model.unet import Cond
 from .schedule import Schedule, T, add_more_noise, add_noise, x0_and_eps
 from .solver import EpsFn, ddim_step, lower_part
 
-GRID = 50  # how many points the training grid has; sampling must use the same
+# points of the training grid (num_ddim_timesteps in the official scripts, original_inference_steps
+# in diffusers); sampling must use the same
+GRID = 50
 SIGMA_DATA, T_SCALE = 0.5, 10.0  # of the boundary condition, as in all released LCMs
 
 Network = Callable[..., Tensor]  # (z_t, t, cond, w) -> eps_hat, or v if schedule.v
@@ -68,10 +70,9 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
 def train_grid() -> Tensor:
     """The 50 timesteps a training pair can start from: 19, 39, ..., 999, int64 (50,).
 
-    They are `spacing` = 20 apart whatever k is: `--k` moves only the pair's other end.
+    They are 20 apart whatever k is: `--k` moves only the pair's other end.
     """
-    spacing = T // GRID
-    return torch.arange(1, GRID + 1) * spacing - 1
+    return torch.arange(T // GRID - 1, T, T // GRID)
 
 
 def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
@@ -116,11 +117,11 @@ def lcd_loss(
     must not change f. For an LCM-LoRA the three networks are one UNet with its LoRA on, off, and on
     without gradient. n (b,), w (b,), eps (b, c, h, w): see `draw`.
 
-    `k` is the length of a skip in timesteps. f is known only at t = 0 and spreads upward by k with
-    each skip, so a large k needs fewer skips to reach t = 999; but one DDIM step of that length has
-    a larger error. `psi_steps` shorter ones have a smaller one, for that many times the teacher's
-    time. k is a multiple of the grid's 20, so that a skip ends where others begin, or at t = 0; a k
-    below 20 never ends there, and without that boundary any constant f has a loss near 0.
+    `k` is the length of a skip in timesteps. f is known only at t = 0, and each skip carries that k
+    timesteps further up. So a large k needs fewer skips to reach t = 999; but a DDIM step of that
+    length has a larger error. `psi_steps` shorter ones have a smaller error, for that many times
+    the teacher's time. k is a multiple of 20, so that every skip ends on the grid or at t = 0. With
+    k < 20 none would end at t = 0, and then any constant f has a loss near 0.
     `one_batch`: the teacher gets cond and null_cond (b rows each) at once, 2b rows: more memory,
     faster on a GPU.
     """

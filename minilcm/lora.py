@@ -101,7 +101,7 @@ def check_rank(model: nn.Module, rank: int, targets: tuple[str, ...] = TARGETS) 
     if rank > full_rank[path]:
         most = full_rank[path]
         raise ValueError(
-            f"rank is {rank}, but the weight of {path} has rank {most}; give 1 to {most}"
+            f"rank is {rank}, but a LoRA of {path} can have at most {most}; give 1 to {most}"
         )
 
 

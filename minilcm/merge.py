@@ -99,16 +99,15 @@ def combine(taus: list[Tau], lambdas: list[float]) -> Tau:
     """
     if len(taus) != len(lambdas):
         raise ValueError(f"{len(taus)} LoRA but {len(lambdas)} lambdas; give one for each")
+    scaled = [
+        {path: (up, down, lam * lora_alpha) for path, (up, down, lora_alpha) in tau.items()}
+        for tau, lam in zip(taus, lambdas)
+    ]
     mix: Tau = {}
-    for path in dict.fromkeys(path for tau in taus for path in tau):
-        lams = [lam for tau, lam in zip(taus, lambdas) if path in tau]
-        parts = same_form(path, [tau[path] for tau in taus if path in tau])
+    for path in dict.fromkeys(path for tau in scaled for path in tau):
+        parts = same_form(path, [tau[path] for tau in scaled if path in tau])
         # lambda_i s_i B_i
-        scaled = [
-            lam * lora_alpha / len(down) * up.float()
-            for lam, (up, down, lora_alpha) in zip(lams, parts)
-        ]
-        up = torch.cat(scaled, dim=1)
+        up = torch.cat([alpha / len(down) * up.float() for up, down, alpha in parts], dim=1)
         down = torch.cat([down.float() for _, down, _ in parts])
         mix[path] = (up, down, float(len(down)))
     return mix

@@ -72,7 +72,7 @@ def accuracy(
 
 
 # {runs: Student's t of runs - 1 degrees of freedom at 97.5 %, over the normal's 1.96}
-STUDENT = {2: 6.48, 3: 2.195, 4: 1.624, 5: 1.416}
+STUDENT = {2: 6.483, 3: 2.195, 4: 1.624, 5: 1.417}
 
 
 def interval(

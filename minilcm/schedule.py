@@ -45,9 +45,9 @@ def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     (tour/01).
 
     betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: alpha_bar
-    in float64 differs by 4.7e-7. `zero_snr`: alpha is shifted and scaled so that t = 999 is pure
-    noise, alpha 0, and t = 0 as it was (2305.08891 algorithm 1); only a network that predicts v can
-    start there.
+    in float64 differs by 4.7e-7. With `zero_snr` alpha is shifted and scaled to be 0 at t = 999,
+    pure noise, and unchanged at t = 0 (2305.08891 algorithm 1). Only a network that predicts v can
+    start from pure noise.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -81,13 +81,6 @@ def x0_from_eps(z_t: Tensor, eps_hat: Tensor, t: int | Tensor, schedule: Schedul
     alpha, sigma = schedule.at(t, z_t)
     # x0 = (z_t - sigma eps_hat) / alpha
     return (z_t.float() - sigma * eps_hat.float()) / alpha
-
-
-def eps_from_x0(z_t: Tensor, x0: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
-    """The noise that x0 implies: inverse of `x0_from_eps`, float32."""
-    alpha, sigma = schedule.at(t, z_t)
-    # eps_hat = (z_t - alpha x0) / sigma
-    return (z_t.float() - alpha * x0.float()) / sigma
 
 
 def x0_and_eps(

@@ -2,9 +2,9 @@
 DPM-Solver++(2M) (a baseline).
 
 A sampler is one function sample_xxx(eps_fn, z_T, schedule, grid) -> z0, and `grid` the descending
-timesteps at which it asks the network; the first is where z_T is. Guidance, text and LoRA
-are already inside eps_fn(z_t, t) -> eps_hat; the sampler never sees them. All arithmetic around the
-network is float32.
+timesteps at which it asks the network; the first is where z_T is. Guidance, text and LoRA are
+already inside eps_fn(z_t, t) -> eps_hat (or v); the sampler never sees them. All arithmetic around
+the network is float32.
 """
 
 from collections.abc import Callable
@@ -83,8 +83,8 @@ def ddim_step(x0: Tensor, eps_hat: Tensor, t_end: int | Tensor, schedule: Schedu
 @torch.no_grad()
 def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, grid: list[int]) -> Tensor:
     """z0 (b, c, h, w) from z_T at the grid's first timestep by DDIM, each step to the next one, the
-    last to 0. Equals diffusers' DDIMScheduler with SD's settings where it steps to the next one,
-    too: by T // steps, which divides 1,000.
+    last to 0. Equals diffusers' DDIMScheduler (set_alpha_to_one = False) where its steps of T //
+    steps end at the next timestep, too.
     """
     z_t = z_T
     pairs = list(zip(grid, [*grid[1:], 0]))
@@ -97,16 +97,16 @@ def sample_ddim(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, grid: list[int])
 def dpmpp_2m_step(
     z_t: Tensor,
     x0: Tensor,
-    x0_last: Tensor | None,
-    t_last: int | None,
+    x0_prev: Tensor | None,
+    t_prev: int | None,
     t: int,
     t_end: int,
     schedule: Schedule,
 ) -> Tensor:
     """One step of DPM-Solver++(2M) from t to t_end. DPM-Solver++ (2211.01095) algorithm 2.
 
-    x0 is the estimate at t, x0_last the one at t_last; without x0_last the step is of first order.
-    The paper's lambda = log(alpha / sigma) is half the logarithm of the SNR.
+    x0 is the estimate at t, x0_prev the one at t_prev, a step before; without it the step is of
+    first order. The paper's lambda = log(alpha / sigma) is half the logarithm of the SNR.
     """
 
     def half_logsnr(t: int) -> Tensor:
@@ -116,10 +116,10 @@ def dpmpp_2m_step(
     sigma, (alpha_end, sigma_end) = schedule.at(t, z_t)[1], schedule.at(t_end, z_t)
     h = half_logsnr(t_end) - half_logsnr(t)
     d = x0
-    if x0_last is not None:
-        r0 = (half_logsnr(t) - half_logsnr(t_last)) / h
-        # D = (1 + 1/(2 r0)) x0 - 1/(2 r0) x0_last
-        d = x0 + (x0 - x0_last) / (2 * r0)
+    if x0_prev is not None:
+        r0 = (half_logsnr(t) - half_logsnr(t_prev)) / h
+        # D = (1 + 1/(2 r0)) x0 - 1/(2 r0) x0_prev
+        d = x0 + (x0 - x0_prev) / (2 * r0)
     # z_end = (sigma'/sigma) z - alpha' (e^{-h} - 1) D
     return (sigma_end / sigma) * z_t - alpha_end * torch.expm1(-h) * d
 
@@ -132,10 +132,10 @@ def sample_dpmpp_2m(eps_fn: EpsFn, z_T: Tensor, schedule: Schedule, grid: list[i
     The last step goes to sigma' = 0 and is of first order, so it returns x0 itself.
     """
     pairs = list(zip(grid, [*grid[1:], None]))
-    z_t, x0_last, t_last = z_T, None, None
+    z_t, x0_prev, t_prev = z_T, None, None
     for t, t_next in tqdm(pairs, desc="dpm++", disable=None, leave=False):
         x0, _ = x0_and_eps(z_t, eps_fn(z_t, t), t, schedule)
         if t_next is None:
             return x0
-        z_t = dpmpp_2m_step(z_t, x0, x0_last, t_last, t, t_next, schedule)
-        x0_last, t_last = x0, t
+        z_t = dpmpp_2m_step(z_t, x0, x0_prev, t_prev, t, t_next, schedule)
+        x0_prev, t_prev = x0, t

@@ -26,7 +26,6 @@ from . import base, combination, fail, gamma, memory, no_pictures, rank, recipe,
 from .report import write_report
 from .setup import COMMIT, FULL, HALF, QUICK, commits, git, place, spent, spent_now, used
 
-# {name: question, measurement, rule and figure}
 SECTIONS = (memory, steps, gamma, combination, base, rank, solver, recipe, no_pictures, fail)
 CLAIMS = {x.__name__.split(".")[1]: x for x in SECTIONS}
 

@@ -113,7 +113,8 @@ def fill(text: str, result: dict) -> str:
 
     def rows(match: re.Match) -> str:
         columns = [column.strip().partition("|") for column in match[2].split(";")]
-        entries = [row | {"key": key} for key, row in field(result, match[1]).items()]
+        found = field(result, match[1]).items()
+        entries = [{"key": k, "value": x} | (x if type(x) is dict else {}) for k, x in found]
         return "\n".join(line(form(field(x, k), how) for k, _, how in columns) for x in entries)
 
     def number(match: re.Match) -> str:
@@ -133,10 +134,10 @@ def field(result: dict, path: str):
 
 
 def form(value, how: str = "") -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
     if how == "v":
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, list):
         return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
-    if how == "p":
-        return f"{100 * value:.0f} %"
-    return format(value, how)
+    return f"{100 * value:.0f} %" if how == "p" else format(value, how)

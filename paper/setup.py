@@ -1,7 +1,6 @@
 """What all sections share: how much of everything, the shipped model, its judge, prompts, a cache.
 
-Everything that takes long is kept under runs/paper/ by the content of its recipe (`cached`), so a
-stopped run goes on.
+What takes long is kept under runs/paper/ (`cached`), so a stopped run goes on.
 """
 
 import functools

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minilcm.lcm import draw, f_theta, lcd_loss, train_grid
 from minilcm.lora import add_lora, get_tau, lora_off
-from minilcm.schedule import eps_from_x0, make_schedule
+from minilcm.schedule import make_schedule
 
 M, M_NULL, S, W = 0.7, 0.5, 0.5, 7.5
 SCHEDULE = make_schedule()
@@ -44,7 +44,8 @@ class AffineNet(nn.Module):
         centred = z_t.flatten(1) - m * SCHEDULE.alpha[t, None]  # (b, 1)
         x0 = self.proj_in(torch.cat([centred, torch.full_like(centred, m)], dim=1))  # (b, 50)
         # (b, 1, 1, 1)
-        return eps_from_x0(z_t, x0.gather(1, n[:, None])[:, :, None, None], t, SCHEDULE)
+        alpha, sigma = SCHEDULE.at(t, z_t)
+        return (z_t - alpha * x0.gather(1, n[:, None])[:, :, None, None]) / sigma
 
 
 def train(networks, parameters, steps, lr, k=20, w=W, guard=contextlib.nullcontext) -> None:

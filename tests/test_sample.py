@@ -697,7 +697,7 @@ def test_numbers_too_large_are_said(draw, capsys):
     """A black picture is not drawn in silence."""
     data = only(draw("rocket", "--steps", "1", "--seed", "3", loras=("lcm.safetensors:1e30",)))
     assert levels(data).max() == 0
-    assert "seed 3: numbers too large for " in capsys.readouterr().out
+    assert "seed 3: values not finite in " in capsys.readouterr().out
     draw("rocket", "--steps", "1")
     assert "too large" not in capsys.readouterr().out
 

@@ -695,7 +695,7 @@ def test_a_lora_that_does_not_fit_is_no_start(files, tmp_path, finished, monkeyp
     argv.remove("--attention-only")
     message = refused(argv)
     assert re.search(r"lora.safetensors: it adapts \d+ layers, this run \d+; first diff", message)
-    assert "is a LoRA to start from; give its --rank in place of --full" in refused(
+    assert "--init is for a LoRA; give --rank in place of --full" in refused(
         flags(files, tmp_path / "out", "full", 1, *init)
     )
     assert "none.safetensors: no such file" in refused(
@@ -944,6 +944,8 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("", "required: --objective, --rank N or --full"),
         ("--objective lcm", "required: --rank N or --full"),
         ("--objective lcm --rank 2 --model sd15", "--model sd15 is a name for --plan only"),
+        ("--objective diffusion --rank 2 --psi-steps 3", "--psi-steps is for --objective lcm"),
+        ("--objective diffusion --full --w 3", "--w is for --objective lcm; leave it out"),
         ("--objective lcm --rank 2 --w 2:14:3", "--w is 2:14:3; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --w 15:5", "--w is 15:5; give a number, or LOW:HIGH"),
         ("--objective lcm --rank 2 --data none.txt", "none.txt: no such file"),
@@ -959,7 +961,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm --rank two", "invalid int value: 'two'"),
         ("--objective lcm --rank 0", "rank is 0; give 1 or more"),
         ("--objective lcm --rank -1", "rank is -1; give 1 or more"),
-        ("--objective lcm --rank 33", "rank is 33, but the weight of"),
+        ("--objective lcm --rank 33", "rank is 33, but a LoRA of"),
         ("--objective lcm --rank 2 --data {f}/empty", "empty: no pictures; add some"),
         ("--objective lcm --rank 2 --data {f}/bare", "no caption, first: cat.png; put its"),
         ("--objective lcm --rank 2 --data {f}/broken", "pictures can be read, first: "),

@@ -100,10 +100,10 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
     for style in re.findall(r"(\w+) style\b", prompt.lower()):
         if style not in STYLES and not styled:
             more = f"; give --lora {style} --lora lcm" if style in SHIPPED else ""
-            yield f"{style} style is none this model knows, which are {', '.join(STYLES)}{more}"
+            yield f"{style} style is none of this model's styles: {', '.join(STYLES)}{more}"
     for color in re.findall(r"\bon an? ([\w ]+) background\b", prompt.lower()):
         if color not in COLORS:
-            yield f"{color} is no background this model knows, which are {', '.join(COLORS)}"
+            yield f"{color} is none of this model's backgrounds: {', '.join(COLORS)}"
 
 
 # ---- settings

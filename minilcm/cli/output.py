@@ -1,4 +1,4 @@
-"""What is printed tells of the work, and never stops it; what stops it is one line."""
+"""Printing never stops the program, and an error is printed as one line."""
 
 import io
 import os

@@ -14,7 +14,7 @@ from ..lora import Tau
 from ..merge import check_fit, no_kernel, with_kernel
 from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
-from .lora_keys import by_module
+from .lora_keys import Module, by_module
 from .names import (
     TOWERS,
     module_table,
@@ -109,10 +109,11 @@ def read_tau(path: str | Path) -> Tau:
     paths.pop(("te1.", "text_projection"), None)  # CLIP-L has none
     unknown = [module for module in modules if paths.get(module) is None]
     acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
-    if acting := ["".join(module) for module in acts]:
-        what = f"{len(acting)} of {len(modules)} modules are in no known UNet"
-        hint = "; it is for SD3 or Flux, which are no UNets" if of_transformer(acting) else ""
-        raise ValueError(f"{path}: {what}, first: {', '.join(acting[:5])}{hint}")
+    if acts:
+        what = f"{len(acts)} of {len(modules)} modules are in no known UNet"
+        hint = "; it is for SD3 or Flux, which are no UNets" if of_transformer(acts) else ""
+        first = ", ".join(module[0] + spelled[module] for module in acts[:5])
+        raise ValueError(f"{path}: {what}, first: {first}{hint}")
     if unknown:  # ComfyUI's LoraSave writes embeddings that are the same in both models, too
         first = "".join(unknown[0])
         print(f"{path}: {len(unknown)} modules that change nothing are left out, first: {first}")
@@ -163,10 +164,10 @@ class PeftSettings(NamedTuple):
         return self.default * scale
 
 
-def of_transformer(modules: list[str]) -> bool:
+def of_transformer(modules: list[Module]) -> bool:
     """Whether these are modules of a diffusion transformer, as SD3's and Flux's are."""
     marks = "joint_blocks", "double_blocks", "single_blocks", "transformer_", "single_transformer_"
-    return all(module.startswith(marks) for module in modules)
+    return all("".join(module).startswith(marks) for module in modules)
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
@@ -192,6 +193,8 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSetting
                         raise ValueError(f"the pattern {pattern} has repeats or choices")
                 if not all(map(math.isfinite, (default, *patterns.values()))):
                     raise ValueError("an alpha is not finite")
+        if not settings:  # else the ranks would be taken, without a word
+            raise ValueError("its networks are none of unet, text_encoder and text_encoder_2")
     except (*MALFORMED, re.error) as error:
         what = ascii(f"{type(error).__name__} {error}"[:200])
         raise ValueError(f"{path}: {where} does not hold PEFT's settings ({what})") from None

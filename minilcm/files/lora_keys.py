@@ -26,7 +26,8 @@ PREFIXES = {  # of a file's key, as a regular expression -> of a path in tau
     r"[._](text_model[._])?": "te1.",
     # PEFT's adapter of one text encoder; transformers 5 has dropped text_model
     r"text_model\.|(?=encoder\.layers\.)": "te1.",
-    r"lora_unet[._]|unet\.|diffusion_model\.|lycoris_|": "",
+    r"lora_unet[._]|unet\.|diffusion_model\.|lycoris_": "",
+    r"": "",  # no prefix; the last one
 }
 REFUSED = {  # adapters that are not LoRA: mark in a key -> kind
     r"\.hada_": "LoHa",
@@ -57,7 +58,7 @@ def split_key(key: str) -> tuple[str, str, str] | None:
         return None
     prefix = next(p for p in PREFIXES if re.match(p, match[1]))
     part = {"A": "down", "B": "up"}.get(match[2], match[2])
-    return PREFIXES[prefix], re.sub(rf"^({prefix})", "", match[1]), part
+    return PREFIXES[prefix], re.sub(rf"^({prefix})", "", match[1], count=1), part
 
 
 def of_lora(key: str) -> bool:

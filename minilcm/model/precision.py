@@ -74,7 +74,7 @@ def add_checkpointing(unet: nn.Module) -> None:
 
 
 def quantize(layer: nn.Linear | nn.Conv2d) -> None:
-    """Store the weight in int8, in place: W = weight_scale * weight, with a scale for each row."""
+    """Store the weight in int8, in place: W = weight_scale * weight, a scale per output channel."""
     w = layer.weight.float()  # (out, in, ...)
     scale = w.abs().amax(tuple(range(1, w.ndim)), keepdim=True).clamp(min=1e-30) / 127
     layer.register_buffer("weight_scale", scale.bfloat16())  # (out, 1, ...); as it is multiplied
@@ -95,42 +95,26 @@ def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    weights = layer.weight, getattr(layer, "weight_scale", None), layer.bias
-    if isinstance(layer, nn.Linear):
-        return WidenedLinear.apply(x, *weights)
-    return WidenedConv2d.apply(x, *weights, layer.stride, layer.padding)
+    how = () if isinstance(layer, nn.Linear) else (layer.stride, layer.padding)
+    return Widened.apply(x, layer.weight, getattr(layer, "weight_scale", None), layer.bias, *how)
 
 
 def wide(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight.to(dtype) if scale is None else weight.to(dtype) * scale.to(dtype)
 
 
-class WidenedLinear(torch.autograd.Function):
-    """W x + b with a frozen W in float16 or int8, b and a wider x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
-        ctx.save_for_backward(weight, scale)
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, wide(x.dtype, weight, scale), bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad @ wide(grad.dtype, *ctx.saved_tensors), None, None, None
-
-
-class WidenedConv2d(torch.autograd.Function):
-    """The same for a convolution."""
+class Widened(torch.autograd.Function):
+    """W x + b, linear or a convolution, with a frozen W in float16 or int8, b and a wider x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *how):
         ctx.save_for_backward(weight, scale)
-        ctx.shape, ctx.how = x.shape, how  # stride, padding
+        ctx.shape, ctx.how = x.shape, how  # stride and padding of a convolution
         bias = None if bias is None else bias.to(x.dtype)
-        return F.conv2d(x, wide(x.dtype, weight, scale), bias, *how)
+        return (F.conv2d if how else F.linear)(x, wide(x.dtype, weight, scale), bias, *how)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        weight = wide(grad.dtype, *ctx.saved_tensors)
-        grad_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.how)
-        return grad_x, None, None, None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, how = wide(grad.dtype, *ctx.saved_tensors), ctx.how
+        grad_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *how) if how else grad @ weight
+        return grad_x, None, None, None, *(None for _ in how)

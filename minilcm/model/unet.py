@@ -83,12 +83,12 @@ def sd2() -> UNetConfig:
 
 
 def small_sd() -> UNetConfig:
-    """BK-SDM (2305.15798): a ResBlock fewer at each level."""
+    """segmind/small-sd, as BK-SDM-Base (2305.15798): a ResBlock fewer at each level."""
     return replace(sd15(), down=((1,), (1,), (1,), (0,)), up=((0, 0), (1, 1), (1, 1), (1, 1)))
 
 
 def tiny_sd() -> UNetConfig:
-    """BK-SDM without its lowest level and middle."""
+    """segmind/tiny-sd, as BK-SDM-Tiny: also without the lowest level and the middle."""
     return replace(sd15(), channels=(320, 640, 1280), down=((1,),) * 3, middle=0, up=((1, 1),) * 3)
 
 

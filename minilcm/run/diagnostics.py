@@ -1,8 +1,8 @@
 """What is measured at every save of a training run, on fixed latents, captions and noise.
 
 No noise is drawn anew, so the numbers of two saves differ only because the weights do. As in
-lcm.py, student, teacher and target are callables (z_t, t, cond, w) -> eps_hat. The teacher does not
-learn: its trajectory is computed once, before the loop.
+lcm.py, student, teacher and target are callables (z_t, t, cond, w) -> eps_hat, or v. The teacher
+does not learn: its trajectory is computed once, before the loop.
 """
 
 import json
@@ -72,7 +72,7 @@ def measure(
     """(measurements of student, teacher and target, {label: z0 (8, 4, h, w)} for the sheet)."""
     student, teacher, _ = networks
     norms = {"delta_norms": delta_norms(tau)} if tau else {}
-    if objective.kind == "diffusion":
+    if objective.kind != "lcm":
         eps_fn = guided(student, probe.prompts_cond, probe.prompts_null, probe.w)
         now = from_seeds(eps_fn, probe.before, "ddim", 20, schedule)
         record = {"loss_by_band": loss_by_band(student, probe.z0, probe.cond, schedule)}
@@ -84,9 +84,9 @@ def measure(
         "loss_by_index": loss_by_index(*networks, *latents, objective.k, objective.psi_steps),
         "self_consistency": neighbours,
         "to_end": to_end,
-        "to_teacher": distance_to_teacher(student, *along),
     }
-    return record | norms, lcm_columns(student, teacher, *along)
+    columns, record["to_teacher"] = few_step_columns(student, teacher, *along)
+    return record | norms, columns
 
 
 @torch.no_grad()
@@ -224,22 +224,17 @@ def few_steps(
     return from_seeds(bind(network, cond, w), like, "lcm", steps, schedule)
 
 
-def distance_to_teacher(
-    student: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
-) -> dict[int, float]:
-    """{steps: RMS of the student's z0 minus the trajectory's end}; only one step can reach 0."""
-    z0 = {steps: few_steps(student, trajectory[0], cond, schedule, w, steps) for steps in STEPS}
-    return {steps: rms(z0[steps] - trajectory[-1]) for steps in STEPS}
-
-
-def lcm_columns(
+def few_step_columns(
     student: Network, teacher: Network, trajectory: Tensor, cond: Cond, schedule: Schedule, w: float
-) -> dict[str, Tensor]:
-    """{label: z0 (b, c, h, w)} for `pictures.draw_sheet`, all from the same seeds."""
+) -> tuple[dict[str, Tensor], dict[int, float]]:
+    """({label: z0 (b, c, h, w)} for `pictures.draw_sheet`, all from the same seeds; {steps: RMS of
+    the student's z0 minus the trajectory's end}). Only one step can reach 0: more draw fresh noise.
+    """
+    drawn = {n: few_steps(student, trajectory[0], cond, schedule, w, n) for n in STEPS}
     columns = {"base, 4 steps": few_steps(teacher, trajectory[0], cond, schedule, w, 4)}
-    for steps, label in zip(STEPS, ("student, 1 step", "student, 2 steps", "student, 4 steps")):
-        columns[label] = few_steps(student, trajectory[0], cond, schedule, w, steps)
-    return columns | {"teacher, 50 DDIM": trajectory[-1]}
+    columns |= {f"student, {n} step{'s' * (n > 1)}": z0 for n, z0 in drawn.items()}
+    columns["teacher, 50 DDIM"] = trajectory[-1]
+    return columns, {n: rms(z0 - trajectory[-1]) for n, z0 in drawn.items()}
 
 
 # ---- the sheet and the log

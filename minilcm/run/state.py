@@ -44,8 +44,8 @@ class Training(NamedTuple):
     def update_average(self, rate: float, step: int) -> None:
         """average <- mu average + (1 - mu) weights, mu growing to its rate.
 
-        Of a LoRA this averages A and B apart, which merge.py warns of; of near iterates it differs
-        from the average of B A by a term of second order in their distance.
+        Of a LoRA A and B are averaged apart, so their product is not the average of the products.
+        While the weights change slowly the difference is small, of second order in the change.
         """
         mu = min(rate, (step + 1) / (step + 10))
         weights = [x.detach() for x in self.named.values()]
@@ -99,14 +99,17 @@ def states_in(folder: Path) -> list[Path]:
     return sorted((path for path, x in named.items() if x), key=lambda path: int(named[path][1]))
 
 
-# Flags that do not change a run's numbers
+# Not compared on --resume: they may change, or repeat another flag
 NOT_OF_THE_RUN = ("resume", "out", "cache", "device", "compile", "save_every", "plan", "w_range")
 
 
 def flags_of(args: Namespace, model_sha256: str, data: str, world: int) -> dict[str, str]:
     """What is compared when the run is resumed: the flags of train.py, files by what is in them."""
     flags = {k: str(v) for k, v in vars(args).items() if k not in NOT_OF_THE_RUN}
-    flags |= {"model": f"{args.model.name}, sha256 {model_sha256[:10]}", "ranks": str(world)}
+    flags |= {
+        "model": f"{args.model.name}, sha256 {model_sha256[:10]}",
+        "nproc_per_node": str(world),
+    }
     flags |= {"init": f"sha256 {sha256(args.init)[:10]}"} if args.init else {}
     return flags | {"data": data}
 
@@ -140,7 +143,7 @@ def state_tensors(
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], run: dict) -> None:
-    """Write `state_tensors` and `run` (step, flags) as safetensors, atomically."""
+    """Write `state_tensors` and `run` (step, flags, positions) as safetensors, atomically."""
     write_tensors(path, tensors, {"minilcm.run": json.dumps(run)})
 
 

@@ -89,11 +89,11 @@ def test_the_art_is_read_where_it_is(tmp_path):
         (
             "pizza, openmoji style",
             False,
-            "openmoji style is none this model knows, which are noto, ",
+            "openmoji style is none of this model's styles: noto, ",
         ),
         ("pizza, Blueprint style", False, "; give --lora blueprint --lora lcm"),
         ("pizza, blueprint style", True, ""),
-        ("pizza, on a crimson background", True, "crimson is no background this model knows"),
+        ("pizza, on a crimson background", True, "crimson is none of this model's backgrounds"),
         ("a pink rocket, noto style, with the sea", False, "sea: in no caption this model was"),
         ("pizza, sea", True, ""),
     ],

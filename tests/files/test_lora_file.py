@@ -593,6 +593,11 @@ def test_peft_alpha_is_read(tmp_path):
         {"lora_adapter_metadata": json.dumps(config)},
     )
     assert [x[2] for x in read_tau(path).values()] == [2.0]
+    for other in ({"base.lora_alpha": 8}, {"lora_alpha": 8}, {}):  # which would be ignored
+        config = {"lora_adapter_metadata": json.dumps(other)}
+        save_file({f"unet.{k}": v for k, v in tensors.items()}, path, config)
+        with pytest.raises(ValueError, match="its networks are none of unet, text_encoder and"):
+            read_tau(path)
     save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, path)
     assert [x[2] for x in read_tau(path).values()] == [4.0]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))

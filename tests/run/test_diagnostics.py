@@ -19,10 +19,9 @@ from minilcm.run.diagnostics import (
     INDICES,
     append_metrics,
     consistency_along_trajectory,
-    distance_to_teacher,
+    few_step_columns,
     few_steps,
     guided_trajectory,
-    lcm_columns,
     loss_by_band,
     loss_by_index,
     read_metrics,
@@ -249,7 +248,7 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
     Students that are wrong are as far off in one step as their p and q say.
     """
     p, q = fixed_point(gaussian, M_W)
-    distance = distance_to_teacher(perfect, trajectory, COND, schedule, W)
+    _, distance = few_step_columns(perfect, perfect, trajectory, COND, schedule, W)
     assert list(distance) == [1, 2, 4] and distance[1] < 1e-4
     for steps, grid in ((2, [499]), (4, [759, 499, 259])):
         _, generators = noise(range(SHAPE[0]), SHAPE[1:])
@@ -259,9 +258,8 @@ def test_one_step_of_the_exact_flow_is_the_teacher(gaussian, schedule, trajector
             z0 = p[(t - 19) // 20] + q[(t - 19) // 20] * add_noise(z0, eps, t, gaussian.schedule)
         expected = (z0 - trajectory[-1]).square().mean().sqrt().item()
         assert distance[steps] == pytest.approx(expected, rel=1e-3) and expected > 0.1
-    off = distance_to_teacher(
-        wrong_students(gaussian, schedule)["scale"], trajectory, COND, schedule, W
-    )
+    wrong = wrong_students(gaussian, schedule)["scale"]
+    _, off = few_step_columns(wrong, perfect, trajectory, COND, schedule, W)
     assert off[1] == pytest.approx(
         (0.02 * q[49] * trajectory[0]).square().mean().sqrt().item(), rel=1e-2
     )
@@ -281,8 +279,9 @@ def test_without_variance_every_number_of_steps_is_the_teacher(gaussian, schedul
     trajectory = guided_trajectory(teacher, z_T, COND, NULL_COND, schedule, W)
     # the schedule ends at alpha_bar_0 = 0.99915: a little noise is left in the teacher's z0
     trajectory[-1] = M_W
-    assert max(distance_to_teacher(student, trajectory, COND, schedule, W).values()) < 1e-4
-    far = distance_to_teacher(student, trajectory, COND, schedule, 0.0)
+    _, distance = few_step_columns(student, student, trajectory, COND, schedule, W)
+    assert max(distance.values()) < 1e-4
+    _, far = few_step_columns(student, student, trajectory, COND, schedule, 0.0)
     assert list(far.values()) == pytest.approx([W * (M - M_NULL)] * 3, rel=1e-4)
 
 
@@ -294,7 +293,7 @@ def test_columns_of_the_sheet(gaussian, schedule, trajectory, perfect):
     guided, and 4 LCM steps of it.
     """
     base = wrong_students(gaussian, schedule)["denoiser"]
-    columns = lcm_columns(perfect, base, trajectory, COND, schedule, W)
+    columns, _ = few_step_columns(perfect, base, trajectory, COND, schedule, W)
     names = [
         "base, 4 steps",
         "student, 1 step",
