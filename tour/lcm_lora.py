@@ -5,7 +5,7 @@
 Read it from top to bottom. A teacher learns to write the letters L, C and M out of noise, slowly.
 A LoRA learns to do it in a few jumps. Another LoRA, which never sees the first, learns italics. At
 the end the two are added, and italics come in a few jumps, though nothing was trained for that.
-A "picture" is a point here, and the UNet a small MLP. All else is the paper, formula by formula.
+A "picture" is a point here, and the UNet a small MLP. A test holds its formulas to minilcm's.
 """
 
 import math
@@ -140,7 +140,7 @@ def sample_ddim(z_T, c, steps, w=0.0, tau=NO_LORA):
 
 # ---- 5. LCM-LoRA: learn to jump ------------------------------------------------------------------
 # A consistency function f maps every point of a path to the path's end. At t = 0 that is the point
-# itself, and any two neighbours on a path must have the same image. These two facts are the whole
+# itself, and any two neighbours on a path must have the same f. These two facts are the whole
 # training: the truth enters at t = 0 and is handed up the path, from neighbour to neighbour.
 
 GRID = torch.arange(1, 51) * 20 - 1  # t = 19, 39, ..., 999

@@ -75,8 +75,12 @@ def largest_rank(base, each, gigabytes):
     return int((gigabytes * 1e9 - 2 * base) / (16 * each))
 
 
-def add_two(up1, down1, up2, down2, lambda1, lambda2):
-    return torch.cat([lambda1 * up1, lambda2 * up2], dim=1), torch.cat([down1, down2])
+def cosine(up1, down1, up2, down2):
+    def inner(up_a, down_a, up_b, down_b):  # tr((B A)^T B' A') = tr(B^T B' (A' A^T)), r x r
+        return ((up_a.T @ up_b) @ (down_b @ down_a.T)).trace()
+
+    one, two = (up1, down1), (up2, down2)
+    return inner(*one, *two) / (inner(*one, *one) * inner(*two, *two)).sqrt()
 
 
 def wrong_share(up1, down1, up2, down2):
@@ -89,11 +93,9 @@ def fresh_share(t_next, gamma, alpha_bar):
     return (1 - kept) / (1 - alpha_bar[t_next])
 
 
-def next_point(x0, eps_hat, fresh, t_next, gamma, alpha_bar):
-    s = int((1 - gamma) * t_next)
-    z_s = alpha_bar[s].sqrt() * x0 + (1 - alpha_bar[s]).sqrt() * eps_hat
-    left = alpha_bar[t_next] / alpha_bar[s]
-    return left.sqrt() * z_s + (1 - left).sqrt() * fresh
+def stop(t_next, share, alpha_bar):
+    fresh = (1 - alpha_bar[t_next] / alpha_bar[: t_next + 1]) / (1 - alpha_bar[t_next])
+    return int((fresh >= share).nonzero().max())
 
 
 def file_bytes(shapes, rank):
