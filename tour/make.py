@@ -3,6 +3,7 @@
     python -m tour.make             fill them in
     python -m tour.make --check     name the chapters that are stale; exit 1 if there are any
     python -m tour.make --figures   draw the figures and measure first (3 minutes; 4 9: only these)
+    python -m tour.make --all       these, the explorer's sheets, idea.svg and lcm_lora.png, anew
 
 A chapter marks what is filled in by comments, which a code host does not show. The block below
 
@@ -24,6 +25,7 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -180,9 +182,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     parser.add_argument("--figures", nargs="*", type=int, metavar="N", help="draw them (these)")
+    parser.add_argument("--all", action="store_true", help="draw all pictures of the tour")
     args = parser.parse_args(argv)
-    if args.figures is not None:
-        measure(args.figures)
+    if args.figures is not None or args.all:
+        measure(args.figures or [])
+    if args.all:
+        for module in ("tour.make_explorer", "tour.idea", "tour.lcm_lora"):
+            subprocess.run([sys.executable, "-m", module], cwd=HERE.parent, check=True)
     measured = json.loads((HERE / "figures/numbers.json").read_text())
     try:
         new = stale(measured)
