@@ -271,7 +271,7 @@ def train(
     def save(step: int, loss: float) -> None:
         """The result and the state; by the weights written, a line of metrics.jsonl and a sheet."""
         run = {"step": step, "flags": flags, "positions": processes.gather(data.positions)}
-        recipe = states.recipe_of(objective, step, args.seed, args.model.name, model_sha256)
+        recipe = states.recipe_of_run(objective, step, args.seed, args.model.name, model_sha256)
         states.save_run(args.out, training, base, recipe, run, first)
         training.swap_average()
         fixed_loss, tau = diagnostics.loss_on(fixed, batch_loss), get_tau(training.unet)

@@ -64,7 +64,7 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 # ---- what the headers of the inputs say
 
 
-def recipe_of(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
+def recipe_of_loras(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
     """[{file, sha256, scale, objective, w}] of what was added, after those in `before` (JSON)."""
     try:
         known = json.loads(before or "[]")
@@ -190,7 +190,7 @@ def checkpoint_info(path: Path, header: Header, metadata: dict[str, str]) -> Non
 def combine_files(loras: list[Lora], out: Path, dtype: torch.dtype, style: str | None) -> None:
     """tau_mix = sum_i lambda_i tau_i."""
     mix = combine([read_tau(path) for path, _ in loras], [lam for _, lam in loras])
-    made = recipe_of(loras)
+    made = recipe_of_loras(loras)
     recipe = {"combined": recipe_text(made), "loras": json.dumps(made)}
     lcm = next((x for x in made if x.get("objective") == "lcm"), {})
     recipe |= {key: lcm[key] for key in ("objective", "w") if key in lcm}
@@ -242,7 +242,7 @@ def merge_file(base: Path, loras: list[Lora], out: Path, sign: float) -> None:
                 raise ValueError(f"{base}: {key}: {error}") from None
         return changed
 
-    recipe = recipe_of(loras, sign, metadata.pop("minilcm.loras", None))
+    recipe = recipe_of_loras(loras, sign, metadata.pop("minilcm.loras", None))
     stale = "minilcm.merged", "modelspec.hash_sha256"
     metadata = {k: v for k, v in metadata.items() if k not in stale} | {"format": "pt"}
     metadata |= for_people([base, *(path for path, _ in loras)])

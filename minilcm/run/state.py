@@ -197,7 +197,7 @@ def restore(path: Path, training: Training, positions: list[int], process: int) 
     return run["step"]
 
 
-def recipe_of(
+def recipe_of_run(
     objective: Objective, step: int, seed: int, model: str, model_sha256: str
 ) -> dict[str, str]:
     """What the metadata of a LoRA tells about its training."""
