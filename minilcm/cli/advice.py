@@ -87,16 +87,18 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
         return
-    keywords = {} if holds_name(prompt, names) else read_keywords(art)  # takes 0.2 s
+    looks = r"\w+ style\b|\bon an? [\w ]+ background\b"  # have their own lines below
+    known = SMALL_WORDS.union(STYLES, COLORS, *map(str.split, names))
+    told = words_of(re.sub(looks, "", prompt.lower()))
+    unknown = [word for word in dict.fromkeys(told) if word not in known]
+    named = [name for name in names if holds_name(prompt, (name,))]
+    keywords = read_keywords(art) if unknown or not named else {}  # takes 0.2 s
+    meant = set().union(*(keywords.get(name, ()) for name in named))
     if near := nearest_names(prompt, names, keywords):
         nearest = f"nearest: {', '.join(near)} (all: --list)"
         yield f"{prompt!r} holds no name this model knows; {nearest}"
-    elif not styled:
-        looks = r"\w+ style\b|\bon an? [\w ]+ background\b"  # have their own lines below
-        told = words_of(re.sub(looks, "", prompt.lower()))
-        known = SMALL_WORDS.union(STYLES, COLORS, *map(str.split, names))
-        if unknown := [word for word in dict.fromkeys(told) if word not in known]:
-            yield f"{', '.join(unknown)}: in no caption this model was trained on"
+    elif not styled and (unknown := [word for word in unknown if word not in meant]):
+        yield f"{', '.join(unknown)}: in no caption this model was trained on"
     for style in re.findall(r"(\w+) style\b", prompt.lower()):
         if style not in STYLES and not styled:
             more = f"; give --lora {style} --lora lcm" if style in SHIPPED else ""

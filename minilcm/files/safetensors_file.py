@@ -121,7 +121,10 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
             raise damaged(path, f"expected a header, found {size} bytes")
         if head[8:9] != b"{" or head[:1] == b"{" and n >> 56:
             pickled = "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
-            what = what_instead(head + f.read(191)) or pickled
+            picture = ", but a picture; sample.py --again FILE.png draws it again" * (
+                b"PNG" in head
+            )
+            what = picture or what_instead(head + f.read(191)) or pickled
             raise ValueError(f"{path}: not a safetensors file{what}")
         if n > size - 8:
             raise damaged(path, f"expected a header of {n:,} bytes, found {size - 8:,}")
@@ -141,10 +144,6 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
 
 def what_instead(head: bytes) -> str:
     """What a file that begins like this is, and what to do; "" if it is not known."""
-    if head.startswith(b"\x89PNG"):
-        return (
-            ", but a picture; to draw one of sample.py's again: python sample.py --again FILE.png"
-        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().decode(errors="replace")
     first = text.splitlines()[0][:60] if text else ""
     if text.startswith("version https://git-lfs"):

@@ -137,6 +137,7 @@ PICKLE = "pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
     "content, line",
     [
         (LFS, ", but a Git LFS pointer to one; run: git lfs pull"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ", but a picture; sample.py --again FILE.png draws it"),
         (b"<!DOCTYPE html><title>Sign in</title>", ", but a web page ('<!DOCTYPE html><title>Si"),
         (b"\r\n\n<html><head></head></html>", ", but a web page ('<html>"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", ", but a web page"),

@@ -310,7 +310,7 @@ def bad_loras() -> dict[str, Case]:
         "R14 two scalars": ({f"{FLAT}.scalar": x}, f"{flat} scalar has 4 values, not one"),
         "R15 embeddings that change": (
             module("text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"),
-            "1 of 2 modules are in no known .*, first: te1.embeddings_token_embedding$",
+            "1 of 2 modules are in no known .*, first: te1.embeddings.token_embedding$",
         ),
         "R14 two alphas": ({ALPHA: torch.ones(2)}, f"{flat} alpha has 2 values, not one"),
         "R14 in LDM and diffusers names": (

@@ -431,6 +431,7 @@ def test_a_wrong_word_is_told_in_a_line():
 
 STEP = {"parts": {"weights": 1.0, "activations": 2.0}, "total": 3.0, "trained": 5}
 PLANNED = {"LCM-LoRA": STEP, "full LCM": STEP, "pixels": 512, "off": 0.0, "times": 3.0}
+PLANNED["official"] = 2.0
 MEMORY = {"planned": {"SD-V1.5, batch 1": PLANNED}}
 
 
