@@ -7,6 +7,7 @@ import torch
 
 from minilcm.generate import generate
 from minilcm.merge import delta
+from minilcm.metrics import interval
 from paper import __main__ as command
 from paper import (
     base,
@@ -435,6 +436,20 @@ PLANNED["official"] = 2.0
 MEMORY = {"planned": {"SD-V1.5, batch 1": PLANNED}}
 
 
+def test_memory_as_the_official_scripts_lay_it_out(monkeypatch):
+    """A UNet of 1 billion in 2 bytes: with a LoRA two in 4 bytes, 6 GB more; of a full LCM's three
+    only the teacher is not in 4 yet, 2 GB more.
+    """
+    totals = {64: 10.0, None: 40.0}
+
+    def step(config, side, rank, batch):
+        return {"parts": {"UNet": 2.0}, "total": totals[rank], "trained": 1}
+
+    monkeypatch.setattr(memory, "planned_step", step)
+    for row in memory.measure(setup.FULL)["planned"].values():
+        assert row["official"] == pytest.approx(42 / 16) and row["times"] == 4
+
+
 def test_from_measurement_to_report(monkeypatch, capsys):
     """Each section measures, judges and draws itself; the report finds every number it wants.
     Memory's networks are of full size, so here its numbers are made up; of 50 steps three are
@@ -444,6 +459,11 @@ def test_from_measurement_to_report(monkeypatch, capsys):
     def few_steps(eps_fn, seeds, shape, sampler, steps, **how):
         return generate(eps_fn, seeds, shape, sampler, min(steps, 3), **how)
 
+    def grouped(*args, groups, **how):  # prompts of one name are drawn together, everywhere
+        return interval(*args, groups=groups, **how)
+
+    monkeypatch.setattr(combination, "interval", grouped)
+    monkeypatch.setattr(combination, "FLOOR", 0.0)  # so that there is a mean over styles
     monkeypatch.setattr(memory, "measure", lambda budget: MEMORY)
     monkeypatch.setattr(pictures, "generate", few_steps)
     monkeypatch.setattr(command, "QUICK", setup.QUICK._replace(names=2, steps=1, style_steps=1))
