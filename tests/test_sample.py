@@ -566,12 +566,15 @@ def test_a_style_alone_is_told_that_few_steps_are_blurred(
         str(files / "model.safetensors"),
         "--device",
         "cpu",
-        "pizza",
+        "pizza, blueprint style",
         "--out",
         f"{tmp_path}/out/",
     ]
     sample.main(sample.parse([*argv, "--lora", str(tmp_path / "some.safetensors")]))
-    assert ("add --lora lcm" in capsys.readouterr().out) == told
+    out = capsys.readouterr().out
+    assert ("add --lora lcm" in out) == told
+    # a mix may know the style that is asked for, too; an LCM-LoRA alone does not
+    assert ("blueprint style is none of" in out) == (recipe == {"objective": "lcm"})
 
 
 def test_a_full_lcm_takes_w_through_its_embedding(files, tmp_path):

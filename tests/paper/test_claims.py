@@ -459,8 +459,9 @@ def test_from_measurement_to_report(monkeypatch, capsys):
     def few_steps(eps_fn, seeds, shape, sampler, steps, **how):
         return generate(eps_fn, seeds, shape, sampler, min(steps, 3), **how)
 
-    def grouped(*args, groups, **how):  # prompts of one name are drawn together, everywhere
-        return interval(*args, groups=groups, **how)
+    def grouped(x, y=None, ratio=False, groups=None):
+        assert groups is not None  # prompts of one name are drawn together, everywhere
+        return interval(x, y, ratio, groups)
 
     monkeypatch.setattr(combination, "interval", grouped)
     monkeypatch.setattr(combination, "FLOOR", 0.0)  # so that there is a mean over styles
