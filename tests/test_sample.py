@@ -522,6 +522,9 @@ def test_the_shipped_loras_have_words(files, tmp_path, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
     name, lam = lora_file.parse_lora(word)
     assert lora_file.lora_file(name) == tmp_path / f"{name}.safetensors" and lam == 1
+    (tmp_path / name).mkdir()  # a folder is none
+    assert lora_file.lora_file(name) != name
+    (tmp_path / name).rmdir()
     (tmp_path / name).touch()
     assert lora_file.lora_file(name) == name
     with pytest.raises(ValueError, match="^openmoji: no such file; the shipped ones are lcm, blue"):

@@ -47,9 +47,9 @@ def parse_lora(text: str) -> Lora:
 
 
 def lora_file(path: Path) -> Path:
-    """The shipped file for `lcm`, `blueprint` or `papercut`; any other path is itself."""
+    """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first."""
     word = str(path)
-    if word == "lcm" or word in SHIPPED and not path.exists():
+    if word in SHIPPED and not path.is_file():
         return EMOJI / f"{SHIPPED[word]}.safetensors"
     if not path.suffix and not path.exists():
         raise ValueError(f"{word}: no such file; the shipped ones are {', '.join(SHIPPED)}")
