@@ -1008,6 +1008,12 @@ def test_wrong_flags_give_one_line(files, tmp_path, argv, message):
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.parametrize("steps, every", [(40, 25), (400, 100), (9000, 500)])
+def test_a_short_run_saves_more_often(files, tmp_path, steps, every):
+    """A quarter of the steps, so that there is a course to plot; 25 at least, 500 at most."""
+    assert train.parse(flags(files, tmp_path, "lcm", steps)).save_every == every
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(files, tmp_path):
     assert "PyTorch sees no CUDA device" in refused(

@@ -5,11 +5,12 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.client import HTTPConnection
 
 import pytest
 from PIL import Image
-from tiny import random_tau, tiny_unet, write_model
+from tiny import CONFIG, random_tau, tiny_unet, write_model
 
 import sample
 from minilcm.files.lora_file import write_tau
@@ -28,6 +29,14 @@ def files(tmp_path_factory):
     tau = random_tau(tiny_unet(), 2, 3, 1.0, ATTENTION, size=0.3)
     write_tau(folder / "style.safetensors", tau, {})
     return folder
+
+
+def test_a_lora_of_another_model_is_refused_at_the_start(files):
+    other = replace(CONFIG.unet, channels=(64, 64, 64))
+    path = files / "other.safetensors"
+    write_tau(path, random_tau(tiny_unet(cfg=other), 0, 2, 3.0), {})
+    with pytest.raises(ValueError, match="other.safetensors: made for another model"):
+        Studio(files / "model.safetensors", [(path, 1.0)], "cpu")
 
 
 @pytest.fixture(scope="module")
