@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilcm.files.lora_keys import split_key
-from minilcm.lcm import f_theta, huber, train_grid
+from minilcm.lcm import f_theta, huber
 from minilcm.lora import LoRALinear
 from minilcm.merge import delta, reduce_rank
 from minilcm.schedule import add_more_noise, add_noise, make_schedule, x0_from_eps
@@ -87,7 +87,10 @@ EXERCISES = {
         lambda _, times: int((SCHEDULE.sigma >= times * SCHEDULE.alpha).nonzero()[0]),
         [(TABLE, times) for times in (0.1, 1.0, 4.0)],
     ),
-    "guide": (lambda eps, null, g: eps + (g - 1) * (eps - null), [(X, Y, 1.0), (X, Y, 7.5)]),
+    "scale_of": (
+        lambda eps, null, guided: ((guided - eps) / (eps - null)).median() + 1,
+        [(X, Y, X + w * (X - Y)) for w in (0.0, 6.5)],
+    ),
     "one_step": (
         lambda z, eps, t, t_end, _: ddim_step(
             x0_from_eps(z, eps, t, SCHEDULE), eps, t_end, SCHEDULE
@@ -101,9 +104,9 @@ EXERCISES = {
     ),
     "answer": (answer, [(X, Y, t, TABLE) for t in (1, 19, 499)]),
     "neighbour": (neighbour, [(X, 999, t, 0.7, s, TABLE) for t in (979, 19) for s in (0.5, 1.0)]),
-    "pair": (
-        lambda n, k: (int(train_grid()[n]), max(int(train_grid()[n]) - k, 0)),
-        [(0, 20), (49, 20), (24, 100), (2, 100)],
+    "skips": (
+        lambda t, k: len(range(t, 0, -k)),
+        [(19, 20), (999, 20), (499, 100), (59, 100)],
     ),
     "huber_slope": (huber_slope, [(X, Y, 1e-3), (X, Y, 2.0)]),
     "change": (delta, [(B, A, 2.0), (D, C, 8.0)]),

@@ -1,5 +1,7 @@
 """Answers to the exercises of the tour."""
 
+import math
+
 import torch
 
 
@@ -12,14 +14,14 @@ def as_strong(alpha_bar, times):
     return next(t for t, a in enumerate(alpha_bar) if 1 - a >= times**2 * a)
 
 
-def guide(eps_cond, eps_null, scale):
-    return scale * eps_cond - (scale - 1) * eps_null
+def scale_of(eps_cond, eps_null, guided):
+    arrow = eps_cond - eps_null
+    return ((guided - eps_null) * arrow).sum() / arrow.square().sum()
 
 
 def one_step(z, eps_hat, t, t_end, alpha_bar):
-    s, s_end = ((1 - alpha_bar[i]).sqrt() / alpha_bar[i].sqrt() for i in (t, t_end))
-    y = z / alpha_bar[t].sqrt()
-    return alpha_bar[t_end].sqrt() * (y + (s_end - s) * eps_hat)
+    u, u_end = ((1 / alpha_bar[x] - 1).sqrt() for x in (t, t_end))
+    return alpha_bar[t_end].sqrt() * (z / alpha_bar[t].sqrt() + (u_end - u) * eps_hat)
 
 
 def mean_answer(z, alpha, sigma, answers):
@@ -49,9 +51,8 @@ def neighbour(z, t, t_end, m, s, alpha_bar):
     return a_end.sqrt() * m + share * (z - a.sqrt() * m)
 
 
-def pair(n, k):
-    t = 20 * n + 19
-    return t, max(t - k, 0)
+def skips(t, k):
+    return math.ceil(t / k)
 
 
 def huber_slope(a, b, c):
