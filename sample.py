@@ -212,7 +212,8 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
     merge_into(unet, of_unet)
     merge_into(lora_weights(text), of_text)
     for path, lam in loras:
-        print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {path.stem}, times {lam:g}")
+        name = path.parent.name if path.stem == "lora" else path.stem  # of a run, its folder's
+        print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {name}, times {lam:g}")
 
 
 def encode(args: Namespace, text: TextEncoder) -> tuple[Cond, Cond]:

@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
             failed = []
             for path in args.files:
                 try:
-                    info(path)
+                    info(lora_file(path))
                 except (ValueError, OSError) as error:  # and go on with the others
                     failed.append(str(error))
             if failed:
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         case "combine":
             combine_files(loras, *to)
         case "resize":
-            resize_file(args.lora, *to, args.rank, args.energy, args.against)
+            resize_file(lora_file(args.lora), *to, args.rank, args.energy, args.against)
         case "merge" | "unmerge":
             merge_file(args.checkpoint, loras, args.out, 1.0 if args.command == "merge" else -1.0)
         case "extract":

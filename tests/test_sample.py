@@ -531,6 +531,19 @@ def test_the_shipped_loras_have_words(files, tmp_path, monkeypatch, word):
         lora_file.lora_file(Path("openmoji"))
 
 
+def test_the_folder_of_a_run_is_its_lora(tmp_path):
+    (tmp_path / "lora.safetensors").touch()
+    assert lora_file.lora_file(tmp_path) == tmp_path / "lora.safetensors"
+
+
+def test_forgotten_quotes_are_said(draw, capsys):
+    """`cat face` without quotes is two prompts, and one name."""
+    draw("cat", "face", "--steps", "1")
+    assert 'note: 2 prompts; for one picture, quote it: "cat face"' in capsys.readouterr().out
+    draw("pizza", "rocket", "--steps", "1")
+    assert "quote it" not in capsys.readouterr().out
+
+
 def test_the_word_lcm_means_the_shipped_lora(draw, files, monkeypatch):
     """`--lora lcm`, and --sampler lcm alone, take the shipped lcm_lora.safetensors; ddim none."""
     shipped = files / "shipped"
@@ -826,9 +839,9 @@ MISTAKES = [
     ("pizza --negative '<lyco:my style>'", "give --lora my style:1"),
     ("pizza --device mps", "--device mps, but PyTorch sees no GPU of Apple's"),
     ("--again {f}/none.png", "none.png: no such file"),
-    ("--again {f}/words.txt", "words.txt: no picture by sample.py"),
-    ("--again {f}/picture.png", "picture.png: no picture by sample.py"),
-    ("--again {f}", ": no picture by sample.py"),
+    ("--again {f}/words.txt", "words.txt: holds no recipe of sample.py; a sheet"),
+    ("--again {f}/picture.png", "picture.png: holds no recipe"),
+    ("--again {f}", ": holds no recipe of sample.py"),
     ("pizza --out {f}/picture.png", "picture.png: exists, and is kept"),
     ("pizza --sheet {f}/picture.png", "picture.png: exists, and is kept"),
     ("pizza rocket --out {t}/x.PNG", "is one file for 2 pictures"),

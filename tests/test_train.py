@@ -990,10 +990,10 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm --rank 2 --device tpu", "invalid choice: 'tpu'"),
         ("--objective lcm --rank 2 --stepz 3", "unrecognized arguments: --stepz"),
         ("--objective lcm --rank 2 --model none.safetensors", "none.safetensors: no such file"),
-        ("--objective lcm --rank 2 --data none", "none: no such folder"),
+        ("--objective lcm --rank 2 --data none", "none: no such file or folder"),
         (
             "--objective lcm --rank 2 --data {f}/model.safetensors",
-            "model.safetensors: no such folder",
+            "model.safetensors: no such file or folder",
         ),
         ("--objective lcm --rank 2 --model {f}/art/noto.tar", "noto.tar: not a safetensors file"),
         ("--objective lcm --rank 2 --out {f}/model.safetensors", "exists"),

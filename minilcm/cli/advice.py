@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..data.emoji import COLORS, STYLES, read_labels
-from ..files.identify import Checkpoint
+from ..files.identify import Checkpoint, is_large
 from ..files.lora_file import EMOJI, SHIPPED, Lora, is_shipped, read_recipe, speeds_up
 from ..generate import SAMPLERS
 
@@ -54,8 +54,12 @@ def nearest_names(prompt: str, names: tuple[str, ...], keywords: dict[str, set[s
     if known or holds_name(prompt, names):
         return []
     shared = {name: len(words & meanings[name]) for found in meant.values() for name in found}
-    # of names that share as many words, the one that means least besides
-    best = sorted(shared, key=lambda name: (-shared[name], len(meanings[name])))
+
+    def rank(name: str) -> tuple:
+        """Words shared; of these, its own and not a keyword's; how little it means besides."""
+        return -shared[name], -len(words & set(name.split())), len(meanings[name])
+
+    best = sorted(shared, key=rank)
     return best[:3] or difflib.get_close_matches(prompt.lower(), names, n=3, cutoff=0.0)
 
 
@@ -101,7 +105,10 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
         yield f"{', '.join(unknown)}: in no caption this model was trained on"
     for style in re.findall(r"(\w+) style\b", prompt.lower()):
         if style not in STYLES and not styled:
-            more = f"; give --lora {style} --lora lcm" if style in SHIPPED else ""
+            near = difflib.get_close_matches(style, [*STYLES, "blueprint", "papercut"], n=1)
+            more = f"; nearest: {near[0]}" if near and near[0] != style else ""
+            if near and near[0] in SHIPPED:
+                more += f"; give --lora {near[0]} --lora lcm"
             yield f"{style} style is none of this model's styles: {', '.join(STYLES)}{more}"
     for color in re.findall(r"\bon an? ([\w ]+) background\b", prompt.lower()):
         if color not in COLORS:
@@ -126,7 +133,7 @@ def on_settings(
     if lambdas and needs_lcm and not 0.5 < total < 1.5:
         what = "burnt" if total > 1 else "blurred"
         yield f"LCM-LoRAs of {total:g} in all, where 1 is right: pictures will be {what}"
-    if not needs_lcm and args.steps < 4:
+    if not needs_lcm and args.steps < (10 if is_large(config) else 4):
         yield f"{args.sampler} in {args.steps} steps will be blurred; give --steps 25"
     if needs_lcm and not loras and not lcm and not full_lcm:
         yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
@@ -148,8 +155,11 @@ def advise(args: Namespace, checkpoint: Checkpoint, loras: list[Lora]) -> None:
     lines = list(on_settings(args, checkpoint, loras, is_shipped(args.model)))
     # a combined LoRA may hold a style, too
     styled = any(not speeds_up(path) or "combined" in read_recipe(path) for path, _ in loras)
+    names = checkpoint.config.names
+    if len(args.prompts) > 1 and (whole := " ".join(args.prompts)) in names:
+        lines.append(f'{len(args.prompts)} prompts; for one picture, quote it: "{whole}"')
     for prompt in args.prompts:
-        lines += on_prompt(prompt, checkpoint.config.names, EMOJI / "art", styled)
+        lines += on_prompt(prompt, names, EMOJI / "art", styled)
     lines += on_prompt(args.negative, (), EMOJI / "art", styled)
     for line in lines:
         print(f"note: {line}")

@@ -72,7 +72,7 @@ def read_texts(path: Path) -> dict[str, str]:
             return texts
     except (OSError, ValueError, KeyError, AttributeError):
         pass
-    raise ValueError(f"{path}: no picture by sample.py with its recipe inside")
+    raise ValueError(f"{path}: holds no recipe of sample.py; a sheet has none, its pictures have")
 
 
 def read_command(path: Path) -> tuple[list[str], str]:

@@ -37,7 +37,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give a folder of pictures with .txt captions")
+        how = "give a folder of pictures with .txt captions, a .tar, or a .txt of prompts"
+        raise ValueError(f"{path}: no such file or folder; {how}")
     listed: dict[Path, list[str]] = {}
     tables = sorted(p for p in path.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
     for table in tables:
@@ -75,7 +76,9 @@ def read_pictures(path: str | Path) -> list[Picture]:
         count = f"{len(bare)} of {len(files)} pictures have no caption, first: {bare[0].name}"
         raise ValueError(f"{path}: {count}; put its text into {bare[0].stem}.txt beside it")
     if not pictures:
+        inside = [kind.removeprefix("in ") for kind in sorted(left) if kind.startswith("in ")]
         how = "add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
+        how = f"give the folder that they are in, for example {path / inside[0]}" if inside else how
         raise ValueError(f"{path}: no pictures; {how}")
     return pictures
 

@@ -47,11 +47,15 @@ def parse_lora(text: str) -> Lora:
 
 
 def lora_file(path: Path) -> Path:
-    """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first."""
+    """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first. Of a
+    run's folder its lora.safetensors.
+    """
     word = str(path)
+    if (path / "lora.safetensors").is_file():
+        return path / "lora.safetensors"
     if word in SHIPPED and not path.is_file():
         return EMOJI / f"{SHIPPED[word]}.safetensors"
-    if not path.suffix and not path.exists():
+    if not path.exists() and (not path.suffix or path.stem in SHIPPED):
         raise ValueError(f"{word}: no such file; the shipped ones are {', '.join(SHIPPED)}")
     return path
 

@@ -92,6 +92,8 @@ def test_the_art_is_read_where_it_is(tmp_path):
             "openmoji style is none of this model's styles: noto, ",
         ),
         ("pizza, Blueprint style", False, "; give --lora blueprint --lora lcm"),
+        ("pizza, blueprnt style", False, "; nearest: blueprint; give --lora blueprint --lora lcm"),
+        ("pizza, twemojy style", False, "emojione; nearest: twemoji"),
         ("pizza, blueprint style", True, ""),
         ("pizza, on a crimson background", True, "crimson is none of this model's backgrounds"),
         ("a pink rocket, noto style, with the sea", False, "sea: in no caption this model was"),
@@ -160,6 +162,8 @@ def test_lora_tags():
         ({"lambdas": [0.25], "sampler": "ddim"}, ""),
         ({"loras": [], "sampler": "ddim", "steps": 3}, "ddim in 3 steps will be blurred"),
         ({"loras": [], "sampler": "dpmpp", "steps": 4}, ""),
+        ({"loras": [], "sampler": "dpmpp", "steps": 9, "large": True}, "dpmpp in 9 steps will be"),
+        ({"loras": [], "sampler": "dpmpp", "steps": 10, "large": True}, ""),
         ({"loras": [], "sampler": "ddim", "guidance": 8.0}, ""),
         ({"guidance": 2.0}, ""),
         ({"guidance": 8.0}, "guidance 8 is too much for an LCM-LoRA; give --guidance 1 to 2"),
@@ -182,6 +186,7 @@ def test_lora_tags():
 def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     """One line where a picture will be spoilt or a flag ignored, and none where it will not."""
     monkeypatch.setattr("minilcm.cli.advice.speeds_up", lambda path: "lcm" in path.name)
+    monkeypatch.setattr("minilcm.cli.advice.is_large", lambda config: "large" in flags)
     args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32), steps=4) | flags
     merged, objective = flags.get("merged", (None, None))
     recipe = json.dumps([{"file": "x.safetensors", "objective": objective}])

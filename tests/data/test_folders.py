@@ -217,7 +217,7 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
     "files, at, message",
     [
         ({}, "", "no pictures"),
-        ({"sub/1.png": None}, "", "no pictures"),
+        ({"a/1.png": None, "b/1.png": None}, "", "give the folder that they are in, for example "),
         ({"1.png": None}, "", "1 of 1 pictures have no caption, first: 1.png; put its text into"),
         ({"1.png": None, "1.txt": b"\xff\xfe\xff"}, "1.txt", "save it as UTF-8"),
         (
@@ -290,7 +290,7 @@ def test_bad_folders_give_one_line(tmp_path, files, at, message):
 def test_no_such_folder(tmp_path):
     put(tmp_path, {"1.png": None})
     for path in (tmp_path / "none", tmp_path / "1.png"):
-        with pytest.raises(ValueError, match=f"{path}: no such folder; give"):
+        with pytest.raises(ValueError, match=f"{path}: no such file or folder; give"):
             read_pictures(path)
 
 
