@@ -4,7 +4,6 @@ The real step runs on fake tensors, which have a shape but no memory. They are d
 CPU, because autograd's backward pass asks for a real GPU; the shapes are the same.
 """
 
-import resource
 import sys
 import weakref
 from collections.abc import Iterator
@@ -78,6 +77,10 @@ def peak_bytes(device: str) -> int:
     """The most memory this process has held so far, on the GPU or in main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # which Windows lacks
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,6 +1,7 @@
 """The plan: bytes by part, from shapes, against closed-form counts and the real step."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -175,3 +176,10 @@ def test_official_counts():
             unet = UNet(train.FAMILIES[name].unet())
         make_networks(Objective("lcm", 64), unet, torch.bfloat16)
         assert sum(x.numel() for x in unet.parameters() if x.requires_grad) == number
+
+
+def test_memory_where_it_cannot_be_measured(monkeypatch):
+    """Windows has no module `resource`: train.py starts there all the same."""
+    assert plan.peak_bytes("cpu") > 1e8
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert plan.peak_bytes("cpu") == 0
