@@ -14,7 +14,7 @@ from benchmarks.check import unet_arguments, vae_arguments
 from benchmarks.full_size import LAYERS
 from minilcm.files.identify import Config, sd15_config, sdxl_config, ssd1b_config
 from minilcm.generate import noise
-from minilcm.lcm import sample_lcm
+from minilcm.lcm import lcm_grid, sample_lcm
 from minilcm.model.text import N_TOKENS
 from minilcm.model.unet import Cond, UNet, emoji
 from minilcm.model.vae import VAE, VAEConfig
@@ -159,7 +159,9 @@ def by_minilcm(
     def sample() -> Tensor:
         z_T, generators = noise(range(batch), latent_shape(config))
         z_T = z_T.to(bench.device, memory_format=layout_of(by))
-        return sample_lcm(guided_eps(network, cond, None, 0.0), z_T, schedule, 4, generators)
+        return sample_lcm(
+            guided_eps(network, cond, None, 0.0), z_T, schedule, lcm_grid(4), generators
+        )
 
     return sample, vae.decode
 

@@ -20,7 +20,7 @@ from minilcm.metrics import sharpness
 from minilcm.model.unet import Cond, UNet, emoji
 from minilcm.run.diagnostics import consistency_along_trajectory, loss_by_index
 from minilcm.schedule import add_noise, x0_from_eps
-from minilcm.solver import ddim_step, guided_eps, sample_ddim
+from minilcm.solver import ddim_step, guided_eps, sample_ddim, trailing_grid
 
 from .panels import (
     BLUE,
@@ -80,7 +80,7 @@ def guidance_and_ode() -> dict:
             points.append(z_t)
             return eps_fn(z_t, t)
 
-        z0 = sample_ddim(record, z_T, SCHEDULE, 50)
+        z0 = sample_ddim(record, z_T, SCHEDULE, trailing_grid(50))
         paths[w] = torch.cat([*points, z0])  # (51, 4, 16, 16)
     toward = paths[3.0][-1] - paths[0.0][-1]
     fig = figure("One noise, three strengths of guidance: three paths, three ends", 8.4, 3)
@@ -102,7 +102,7 @@ def guidance_and_ode() -> dict:
 def blur() -> dict:
     unet, (z_T, _) = shipped()[0], noise(range(48), SHAPE)
     eps_fn = eps_of(unet, ["rocket"] * 48)
-    answers = sample_ddim(eps_fn, z_T, SCHEDULE, 15)
+    answers = sample_ddim(eps_fn, z_T, SCHEDULE, trailing_grid(15))
     guesses = x0_from_eps(z_T, eps_fn(z_T, 999), 999, SCHEDULE)
     mean, mean_guess = answers.mean(dim=0), guesses.mean(dim=0)
     fig = figure(

@@ -24,6 +24,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def measure(only: list[int]) -> None:
     """Draw the figures, of `only` these chapters if any, and write the numbers beside them."""
     from . import figures, panels  # text alone needs no matplotlib
 
+    torch.set_num_threads(1)  # the bytes depend on it
     path = HERE / "figures/numbers.json"
     numbers = json.loads(path.read_text()) if path.exists() else {}
     for i, chapter in enumerate(figures.CHAPTERS, 1):
@@ -187,8 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.figures is not None or args.all:
         measure(args.figures or [])
     if args.all:
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}
         for module in ("tour.make_explorer", "tour.idea", "tour.lcm_lora"):
-            subprocess.run([sys.executable, "-m", module], cwd=HERE.parent, check=True)
+            subprocess.run([sys.executable, "-m", module], cwd=HERE.parent, env=one, check=True)
     measured = json.loads((HERE / "figures/numbers.json").read_text())
     try:
         new = stale(measured)
