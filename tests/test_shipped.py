@@ -76,4 +76,4 @@ def test_the_readme_prompt_holds_a_known_name():
     assert not list(on_prompt("a slice of pizza", names, WEIGHTS / "art", False))
     assert len(nearest_names("a submarine", names, {})) == 3
     (line,) = on_prompt("phone", names, WEIGHTS / "art", False)
-    assert "nearest: telephone, mobile phone" in line
+    assert "nearest: mobile phone, telephone" in line
