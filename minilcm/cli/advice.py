@@ -35,7 +35,7 @@ def list_names(names: tuple[str, ...]) -> None:
 
 
 def words_of(prompt: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", prompt.lower())
+    return re.findall(r"[^\W_]+", prompt.lower())
 
 
 def holds_name(prompt: str, names: tuple[str, ...]) -> bool:

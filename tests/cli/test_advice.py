@@ -97,6 +97,7 @@ def test_the_art_is_read_where_it_is(tmp_path):
         ("pizza, blueprint style", True, ""),
         ("pizza, on a crimson background", True, "crimson is none of this model's backgrounds"),
         ("a pink rocket, noto style, with the sea", False, "sea: in no caption this model was"),
+        ("pizza \u5bff\u53f8", False, "\u5bff\u53f8: in no caption this model was trained on"),
         ("pizza, sea", True, ""),
     ],
 )
