@@ -61,7 +61,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--attention-only", action="store_true", help="LoRA on attention only, as many styles")
     model = "where to start (default: the shipped model); with --plan also sd15, sd2, ssd1b, sdxl"
     add("--model", type=Path, default=EMOJI / "model.safetensors", help=model)
-    add("--prediction", choices=["eps", "v"], help="of the UNet (default: by the file, else eps)")
+    add("--prediction", choices=["eps", "v"], help="what the UNet predicts (default: by the file)")
     add("--init", type=Path, metavar="FILE", help="a LoRA of this --rank to start from")
     add = parser.add_argument_group("--objective lcm").add_argument
     guidance = "guidance - 1 to distil (default 7.5; for the shipped model give 3); LOW:HIGH draws "
@@ -79,8 +79,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--looks", type=int, default=8, help=looks)
     add("--workers", type=int, default=1, metavar="N", help="shard readers per GPU (default 1)")
     add("--out", type=Path, help="folder for the result, the sheets and the states")
-    add("--cache", type=Path, metavar="DIR", help="of encoded pictures (default: cache/ in --out)")
-    add("--save-every", type=int, metavar="N", help="steps (default: steps / 4, from 25 to 500)")
+    add("--cache", type=Path, metavar="DIR", help="for encoded pictures (default: cache/ in --out)")
+    add("--save-every", type=int, metavar="N", help="in steps (default: steps / 4, 25 to 500)")
     add("--resume", action="store_true", help="continue from the last state in --out")
     add = parser.add_argument_group("steps").add_argument
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")

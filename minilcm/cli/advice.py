@@ -86,7 +86,9 @@ def lora_tags(prompt: str) -> list[tuple[str, str]]:
 
 
 def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> Iterator[str]:
-    """About a prompt; `names`: all that the model knows; `styled`: a LoRA may know more styles."""
+    """About a prompt; `names`: all that the model knows; `art`: the folder of the drawings that it
+    learned from; `styled`: a LoRA may know more styles.
+    """
     if parts := other_syntax(prompt):
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
@@ -134,7 +136,7 @@ def on_settings(
         what = "burnt" if total > 1 else "blurred"
         yield f"LCM-LoRAs of {total:g} in all, where 1 is right: pictures will be {what}"
     if not needs_lcm and args.steps < (10 if is_large(config) else 4):
-        yield f"{args.sampler} in {args.steps} steps will be blurred; give --steps 25"
+        yield f"{args.sampler} with --steps {args.steps} will be blurred; give --steps 25"
     if needs_lcm and not loras and not lcm and not full_lcm:
         yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
     if needs_lcm and loras and not lcm and shipped:

@@ -48,7 +48,7 @@ def parse_lora(text: str) -> Lora:
 
 def lora_file(path: Path) -> Path:
     """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first. Of a
-    run's folder its lora.safetensors.
+    run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
     """
     word = str(path)
     if (path / "lora.safetensors").is_file():
@@ -61,6 +61,7 @@ def lora_file(path: Path) -> Path:
 
 
 def is_shipped(model: Path) -> bool:
+    """Whether a checkpoint is the model of weights/emoji."""
     return model.resolve() == (EMOJI / "model.safetensors").resolve()
 
 
