@@ -37,8 +37,8 @@ from minilcm.files.identify import Config, is_large, open_checkpoint
 from minilcm.files.lora_file import (
     EMOJI,
     Lora,
+    find_lora,
     is_shipped,
-    lora_file,
     parse_lora,
     read_taus,
     speeds_up,
@@ -212,7 +212,7 @@ def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau])
     merge_into(unet, of_unet)
     merge_into(lora_weights(text), of_text)
     for path, lam in loras:
-        name = path.parent.name if path.stem == "lora" else path.stem  # of a run, its folder's
+        name = f"{path.parent.name}/lora" if path.stem == "lora" else path.stem  # each run's is so
         print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {name}, times {lam:g}")
 
 
@@ -300,7 +300,7 @@ def main(args: Namespace) -> None:
     how = dict(sampler=args.sampler, steps=args.timesteps or args.steps, strength=args.strength)
     grid = timesteps(**how)
     pixels = pictures.read_image(args.image, args.size) if args.image else None
-    loras = [(lora_file(path), lam) for path, lam in map(parse_lora, args.lora)]
+    loras = [(find_lora(path), lam) for path, lam in map(parse_lora, args.lora)]
     taus = read_taus(loras, weight_shapes(checkpoint.header))
     for path in [args.out] + ([args.sheet] if args.sheet else []):
         pictures.make_place(path)

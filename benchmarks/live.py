@@ -12,14 +12,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from minilcm.files.lora_file import EMOJI, lora_file, parse_lora
-from minilcm.run.live import SHIPPED, Studio
+from minilcm.files.lora_file import EMOJI, find_lora, parse_lora
+from minilcm.run.live import SLIDERS, Studio
 
 WISH = {"prompt": "pizza", "sampler": "lcm", "steps": 4, "guidance": 1, "gamma": 1, "size": 128}
 
 
 def main() -> None:
-    loras = [(lora_file(path), lam) for path, lam in map(parse_lora, SHIPPED)]
+    loras = [(find_lora(path), lam) for path, lam in map(parse_lora, SLIDERS)]
     studio, times = Studio(EMOJI / "model.safetensors", loras, "cpu"), []
     for i in tqdm(range(41), "pictures", disable=None):
         wish = json.dumps(WISH | {"seed": i, "lambdas": [1, i / 40, 0]}).encode()

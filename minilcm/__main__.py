@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .cli.output import run_script
-from .files.lora_file import lora_file, parse_lora
+from .files.lora_file import find_lora, parse_lora
 from .files.tools import check_out, combine_files, diff, extract_file, info, merge_file, resize_file
 from .model.precision import DTYPES
 
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     given = map(parse_lora, getattr(args, "loras", []))
-    loras = [(lora_file(path), lam) for path, lam in given]
+    loras = [(find_lora(path), lam) for path, lam in given]
     if "out" in args:
         given = [getattr(args, x) for x in ("lora", "checkpoint", "base", "tuned") if x in args]
         check_out(args.out, [*given, *(path for path, _ in loras)], args.force)
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
             failed = []
             for path in args.files:
                 try:
-                    info(lora_file(path))
+                    info(find_lora(path))
                 except (ValueError, OSError) as error:  # and go on with the others
                     failed.append(str(error))
             if failed:
@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         case "combine":
             combine_files(loras, *to)
         case "resize":
-            resize_file(lora_file(args.lora), *to, args.rank, args.energy, args.against)
+            resize_file(find_lora(args.lora), *to, args.rank, args.energy, args.against)
         case "merge" | "unmerge":
             merge_file(args.checkpoint, loras, args.out, 1.0 if args.command == "merge" else -1.0)
         case "extract":

@@ -521,19 +521,19 @@ def test_the_shipped_loras_have_words(files, tmp_path, monkeypatch, word):
     monkeypatch.setattr(lora_file, "EMOJI", tmp_path)
     monkeypatch.chdir(tmp_path)
     name, lam = lora_file.parse_lora(word)
-    assert lora_file.lora_file(name) == tmp_path / f"{name}.safetensors" and lam == 1
+    assert lora_file.find_lora(name) == tmp_path / f"{name}.safetensors" and lam == 1
     (tmp_path / name).mkdir()  # a folder is none
-    assert lora_file.lora_file(name) != name
+    assert lora_file.find_lora(name) != name
     (tmp_path / name).rmdir()
     (tmp_path / name).touch()
-    assert lora_file.lora_file(name) == name
+    assert lora_file.find_lora(name) == name
     with pytest.raises(ValueError, match="^openmoji: no such file; the shipped ones are lcm, blue"):
-        lora_file.lora_file(Path("openmoji"))
+        lora_file.find_lora(Path("openmoji"))
 
 
 def test_the_folder_of_a_run_is_its_lora(tmp_path):
     (tmp_path / "lora.safetensors").touch()
-    assert lora_file.lora_file(tmp_path) == tmp_path / "lora.safetensors"
+    assert lora_file.find_lora(tmp_path) == tmp_path / "lora.safetensors"
 
 
 def test_forgotten_quotes_are_said(draw, capsys):

@@ -107,7 +107,7 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
         yield f"{', '.join(unknown)}: in no caption this model was trained on"
     for style in re.findall(r"(\w+) style\b", prompt.lower()):
         if style not in STYLES and not styled:
-            near = difflib.get_close_matches(style, [*STYLES, "blueprint", "papercut"], n=1)
+            near = difflib.get_close_matches(style, [*STYLES, *SHIPPED.keys() - {"lcm"}], n=1)
             more = f"; nearest: {near[0]}" if near and near[0] != style else ""
             if near and near[0] in SHIPPED:
                 more += f"; give --lora {near[0]} --lora lcm"

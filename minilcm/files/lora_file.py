@@ -46,7 +46,7 @@ def parse_lora(text: str) -> Lora:
     return Path(name), lam
 
 
-def lora_file(path: Path) -> Path:
+def find_lora(path: Path) -> Path:
     """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first. Of a
     run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
     """

@@ -121,10 +121,8 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:
             raise damaged(path, f"expected a header, found {size} bytes")
         if head[8:9] != b"{" or head[:1] == b"{" and n >> 56:
             pickled = "; pickle files (.ckpt, .pt, .bin) can run code: convert to safetensors"
-            picture = ", but a picture; sample.py --again FILE.png draws it again" * (
-                b"PNG" in head
-            )
-            what = picture or what_instead(head + f.read(191)) or pickled
+            picture = ", but a picture; sample.py --again FILE.png draws it again"
+            what = picture if b"PNG" in head else what_instead(head + f.read(191)) or pickled
             raise ValueError(f"{path}: not a safetensors file{what}")
         if n > size - 8:
             raise damaged(path, f"expected a header of {n:,} bytes, found {size - 8:,}")

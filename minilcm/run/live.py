@@ -19,7 +19,7 @@ import torch
 
 from ..data.pictures import to_images
 from ..files.checkpoint import load_model
-from ..files.lora_file import EMOJI, Lora, lora_file, parse_lora, read_taus, speeds_up
+from ..files.lora_file import EMOJI, Lora, find_lora, parse_lora, read_taus, speeds_up
 from ..generate import SAMPLERS, generate
 from ..merge import combine, merge_into
 from ..model.precision import default_dtype
@@ -27,7 +27,7 @@ from ..model.text import lora_weights
 from ..schedule import make_schedule
 from ..solver import guided_eps
 
-SHIPPED = "lcm:1", "blueprint:0", "papercut:0"
+SLIDERS = "lcm:1", "blueprint:0", "papercut:0"  # of the shipped model, where they start
 # the most of each; BODY: bytes of a request
 LETTERS, SEED, STEPS, GUIDANCE, LAMBDA, BODY = 300, (1 << 32) - 1, 50, 10, 2, 1 << 16
 
@@ -202,9 +202,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def live(model: Path | None, words: list[str]) -> None:
     """Serve until Ctrl-C: MODEL with LoRAs FILE[:LAMBDA], or the shipped model with its own."""
-    loras = map(parse_lora, words or ([] if model else SHIPPED))
+    loras = map(parse_lora, words or ([] if model else SLIDERS))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model or EMOJI / "model.safetensors"
-    server = Server(Studio(model, [(lora_file(path), lam) for path, lam in loras], device))
+    server = Server(Studio(model, [(find_lora(path), lam) for path, lam in loras], device))
     print(f"open {server.url}\nCtrl-C stops it")
     server.serve_forever()
