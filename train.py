@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     rate = "learning rate (default 3e-4), after a warm-up of at most 100 steps; then a cosine to 0"
     add("--lr", type=float, default=3e-4, help=rate)
     add("--constant-lr", action="store_true", help="no warm-up, no cosine: as the official scripts")
-    average = "write an average of the weights, of decay MU (default: 0.9995 for diffusion --full)"
+    average = "write the weights' average (EMA), decay MU (default with diffusion --full: 0.9995)"
     add("--average", type=float, metavar="MU", help=average)
     add("--seed", type=int, default=0, help="of all randomness, 0 to 2^64 - 1 (default 0)")
     add = parser.add_argument_group("memory and speed").add_argument
@@ -236,7 +236,7 @@ def train(
     args: Namespace, objective: Objective, base: Model, source: Source, reading: Reading
 ) -> None:
     device, size, first = args.device, reading.size, reading.process == 0
-    say = print if first else lambda *_, **__: None
+    say = tqdm.write if first else lambda _: None  # above the bar, not into it
 
     # ---- the state to continue from
     model_sha256 = sha256(args.model)  # kept in the LoRA, so that its base can be told
@@ -246,7 +246,7 @@ def train(
         states.check_flags(flags, states.read_run(state)["flags"])
 
     # ---- the data; what encodes it leaves the GPU before the UNet comes
-    say(f"reading and encoding {args.data}, before the first step", flush=True)
+    say(f"reading and encoding {args.data}, before the first step")
     vae, text = base.vae.to(device), base.text.to(device, torch.float32)
     data = open_data(source, base, model_sha256, args.cache or args.out / "cache", reading)
     null_cond = text.null_cond(args.batch)
@@ -277,7 +277,7 @@ def train(
         fixed_loss, tau = diagnostics.loss_on(fixed, batch_loss), get_tau(training.unet)
         record, columns = diagnostics.measure(objective, networks, probe, schedule, tau)
         training.swap_average()
-        say(f"step {step}: loss {loss:.4f}, fixed loss {fixed_loss:.4f}", flush=True)
+        say(f"step {step}: loss {loss:.4f}, fixed loss {fixed_loss:.4f}")
         if first:
             losses = {"step": step, "loss": loss, "fixed_loss": fixed_loss}
             diagnostics.append_metrics(args.out / "metrics.jsonl", losses | record)
@@ -304,9 +304,9 @@ def loop(
     reading: Reading,
 ) -> None:
     unet, nets, named, average, optimizer = training
-    device, first = args.device, reading.process == 0
-    pictures = args.batch * args.accumulate * reading.world
-    bar = {"unit": " pictures", "unit_scale": pictures, "disable": None if first else True}
+    first = reading.process == 0
+    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * reading.world}
+    bar |= {"disable": not first, "mininterval": 0.1 if sys.stderr.isatty() else 60}  # seconds
     progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
@@ -326,8 +326,8 @@ def loop(
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(named.values(), 1.0)).item()
         loss, stopping = processes.mean_over_processes(loss, float(bool(stop)))  # all decide alike
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}, norm of its gradient {norm} at step {step}"
-            what += f", with {batch.captions[0]!r} and others"
+            where = f"at step {step}, with {batch.captions[0]!r} and others"
+            what = f"loss is {loss}, norm of its gradient {norm} {where}"
             raise ValueError(f"{what}; the last saved state is good; try a new --out, lower --lr")
         optimizer.step()
         optimizer.zero_grad()
@@ -336,7 +336,7 @@ def loop(
         if average:
             training.update_average(args.average, step)
 
-        memory = f"{peak_bytes(device) / 1e9:.1f} GB"
+        memory = f"{peak_bytes(args.device) / 1e9:.1f} GB"
         progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", memory=memory, refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
             save(step + 1, loss)

@@ -178,10 +178,11 @@ def plan(objective: Objective, config: Config, step: Step, capacity: float = 0.0
         more = f"{(vae + text) / 1e9:.2f} GB more"
         print(f".tar shards are encoded while training, with VAE and text on the GPU: {more}")
     if capacity:
+        full = objective.rank is None
         left = capacity - total - RUNTIME[step.device]
         fits = "fits, {:.2f} GB are left" if left >= 0 else "{:.2f} GB are missing"
-        more = "; try --batch 1 with --accumulate, --quantize, a lower --rank" * (left < 0)
-        fits = fits.format(abs(left)) + more
+        more = "--rank N in place of --full" if full else "--quantize, a lower --rank"
+        fits = fits.format(abs(left)) + f"; try --batch 1 with --accumulate, {more}" * (left < 0)
         runtime = "CUDA" if step.device == "cuda" else "Python"
         print(f"in {capacity:g} GB, {RUNTIME[step.device]} for {runtime} itself: {fits}")
     print(f"total {total:.2f} GB")

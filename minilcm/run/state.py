@@ -81,6 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # Windows keeps a file that is open
                 (folder / ".lock").unlink()
+                folder.rmdir()  # only if nothing was written into it
 
 
 def start_folder(folder: Path, resume: bool) -> None:
