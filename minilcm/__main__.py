@@ -128,13 +128,14 @@ def main(args: argparse.Namespace) -> None:
         case "combine":
             combine_files(loras, *to)
         case "resize":
-            resize_file(find_lora(args.lora), *to, args.rank, args.energy, args.against)
+            against = args.against and find_lora(args.against)
+            resize_file(find_lora(args.lora), *to, args.rank, args.energy, against)
         case "merge" | "unmerge":
             merge_file(args.checkpoint, loras, args.out, 1.0 if args.command == "merge" else -1.0)
         case "extract":
             extract_file(args.base, args.tuned, args.rank, *to)
         case "diff":
-            diff(args.a, args.b)
+            diff(find_lora(args.a), find_lora(args.b))
         case "plot":
             from .run.plot import plot_run  # the other commands need no metrics
 

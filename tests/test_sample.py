@@ -764,7 +764,7 @@ MISTAKES = [
     ),
     (
         "pizza --model {f}/lcm.safetensors",
-        "lcm.safetensors: this is a LoRA file; pass it with --lora",
+        "lcm.safetensors: this is a LoRA file, not a checkpoint; pass it with --lora",
     ),
     ("pizza --model {f}/words.txt", "words.txt: not a safetensors file"),
     ("--list --model {f}/none.safetensors", "none.safetensors: no such file"),

@@ -165,7 +165,7 @@ def identify_header(
 ) -> Config:
     """`open_checkpoint` for a header that has been read; `path` is for messages."""
     if lora := [key for key in header if of_adapter(key)]:
-        what = "this is a LoRA file; pass it with --lora, not as the checkpoint"
+        what = "this is a LoRA file, not a checkpoint; pass it with --lora, or after the checkpoint"
         raise ValueError(f"{path}: {what} ({min(lora)})")
     unet = {k: shape for k, (_, shape) in part_of(header, UNET).items()}  # no prefix
     if "minilcm.config" not in metadata and "input_blocks.0.0.weight" not in unet:

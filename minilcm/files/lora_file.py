@@ -55,6 +55,10 @@ def find_lora(path: Path) -> Path:
         return path / "lora.safetensors"
     if word in SHIPPED and not path.is_file():
         return EMOJI / f"{SHIPPED[word]}.safetensors"
+    if re.fullmatch(r"[\d.]+", word) and not path.exists():
+        raise ValueError(
+            f"{word}: no such file; a LAMBDA follows its file and a colon: FILE:{word}"
+        )
     if not path.exists() and (not path.suffix or path.stem in SHIPPED):
         raise ValueError(f"{word}: no such file; the shipped ones are {', '.join(SHIPPED)}")
     return path

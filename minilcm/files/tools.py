@@ -48,8 +48,8 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
     check_name(out)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; give a file, for example {out}/new.safetensors")
-    if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):  # which other programs open as pickles
-        raise ValueError(f"{out}: what is written is a .safetensors file; give -o such a name")
+    if out.suffix != ".safetensors":  # by which other programs know the format
+        raise ValueError(f"{out}: its name does not end in .safetensors; give -o one that does")
     for path in inputs:
         if out.exists() and path.exists() and os.path.samefile(out, path):
             raise ValueError(f"{out}: is one of the inputs; give another -o")
@@ -311,7 +311,7 @@ def diff(path_a: Path, path_b: Path) -> None:
     for keys, path in ((a.keys() - b.keys(), path_a), (b.keys() - a.keys(), path_b)):
         if keys:
             print(f"{len(keys)} keys only in {path}, first: {', '.join(sorted(keys)[:5])}")
-    same = 0
+    same, furthest = 0, (0.0, "")
     with safe_open(path_a, "pt") as fa, safe_open(path_b, "pt") as fb:
         for key in tqdm(sorted(a.keys() & b.keys()), desc="tensors", disable=None):
             if no_kernel(a[key].shape) != no_kernel(b[key].shape):
@@ -326,8 +326,11 @@ def diff(path_a: Path, path_b: Path) -> None:
                 same += 1
                 continue
             far = ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
+            furthest = max(furthest, (far, key))
             print(f"  {far:.3e} of the norm, at most {(x - y).abs().max().item():.3e}  {key}")
-    print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal")
+    far, key = furthest
+    more = f"; furthest apart: {far:.3e} of the norm, {key}" if key else ""
+    print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal{more}")
     if any(map(of_lora, a)) and any(map(of_lora, b)):  # B R and R^-1 A are the same LoRA as B and A
         far = distance(read_tau(path_a), read_tau(path_b))
         print(f"their changes of the weights differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")

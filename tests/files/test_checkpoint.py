@@ -775,7 +775,8 @@ def test_no_config_and_a_config_of_another_version(tmp_path, contents):
 def test_a_lora_given_as_checkpoint(tmp_path):
     """The message says what the file is and which flag takes it."""
     write_tau(tmp_path / "lora.safetensors", random_tau(tiny_unet(), 0, 2, 3.0), {})
-    assert "this is a LoRA file; pass it with --lora" in error_of(tmp_path / "lora.safetensors")
+    error = error_of(tmp_path / "lora.safetensors")
+    assert "this is a LoRA file, not a checkpoint; pass it with --lora" in error
 
 
 @pytest.mark.parametrize("fraction", [0, 1e-6, 1e-3, 0.01, 0.5, 0.9999])

@@ -242,11 +242,13 @@ def test_extract_writes_what_can_be_read(tmp_path, capsys):
     g = torch.Generator().manual_seed(0)
     changed = {k: v + torch.randn(v.shape, generator=g).half() / 16 for k, v in tensors.items()}
     save_file(changed, tuned, metadata)
-    run("extract", base, tuned, "--rank", 64, "-o", tmp_path / "e", "--dtype", "float32")
+    run(
+        "extract", base, tuned, "--rank", 64, "-o", tmp_path / "e.safetensors", "--dtype", "float32"
+    )
     modules = places(read_header(base)[0])
     # which the emoji model, whose names these are, has not
     modules = {p: place for p, place in modules.items() if not p.startswith("label_emb")}
-    tau = read_tau(tmp_path / "e")
+    tau = read_tau(tmp_path / "e.safetensors")
     assert tau.keys() == modules.keys()
     for path, place in modules.items():
         before, after = (place.view(x[place.key].float()) for x in (tensors, changed))
@@ -277,20 +279,20 @@ def test_metadata_is_kept(files, tmp_path, capsys):
         tensors, own = load_file(files / f"{name}.safetensors"), {"ss_epoch": name}
         save_file(tensors, tmp_path / f"{name}.safetensors", head | stale | own)
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    run("resize", a, "--rank", 2, "-o", tmp_path / "small")
-    kept = read_header(tmp_path / "small")[1]
+    run("resize", a, "--rank", 2, "-o", tmp_path / "small.safetensors")
+    kept = read_header(tmp_path / "small.safetensors")[1]
     assert kept.items() > (HEADS[0] | {"ss_epoch": "a", "ss_network_dim": "2"}).items()
     assert not {"sshs_model_hash", "modelspec.hash_sha256"} & kept.keys()
     capsys.readouterr()
-    run("combine", a, b, "-o", tmp_path / "mix")
-    kept = read_header(tmp_path / "mix")[1]
+    run("combine", a, b, "-o", tmp_path / "mix.safetensors")
+    kept = read_header(tmp_path / "mix.safetensors")[1]
     assert kept["modelspec.license"] == "mit; cc-by" and kept["ss_sd_model_name"] == "x"
     assert kept["modelspec.trigger_phrase"] == "in style a"
     assert kept["ss_tag_frequency"] == HEADS[1]["ss_tag_frequency"] and "ss_epoch" not in kept
     line = "1 entries of metadata differ and are left out, first: 'ss_epoch'\n"
     assert capsys.readouterr().out.startswith(line)
-    run("merge", files / "model.safetensors", a, "-o", tmp_path / "merged")
-    kept = read_header(tmp_path / "merged")[1]
+    run("merge", files / "model.safetensors", a, "-o", tmp_path / "merged.safetensors")
+    kept = read_header(tmp_path / "merged.safetensors")[1]
     assert kept["modelspec.license"] == "mit" and "minilcm.config" in kept
 
 
@@ -301,7 +303,7 @@ def test_merge_leaves_its_recipe(files, tmp_path):
     lcm, style = tmp_path / "lcm.safetensors", files / "b.safetensors"
     tau = read_tau(files / "a.safetensors")
     write_tau(lcm, tau, {"objective": "lcm", "w": "7.5", "seed": "0"})
-    one, two, back = (tmp_path / x for x in ("one", "two", "back"))
+    one, two, back = (tmp_path / f"{x}.safetensors" for x in ("one", "two", "back"))
     run("merge", files / "model.safetensors", lcm, "-o", one)
     run("merge", one, f"{style}:0.5", "-o", two)
     recipe = json.loads(read_header(two)[1]["minilcm.loras"])
@@ -324,22 +326,22 @@ def test_a_sum_beyond_float16(files, tmp_path):
     """W + lambda dW above 65504: one line with the key, and no file; in float32 it is written."""
     huge = f"{files}/a.safetensors:1e6"
     with pytest.raises(ValueError, match=r"model\.diffusion_model\..*weight: .* float16's largest"):
-        run("merge", files / "model.safetensors", huge, "-o", tmp_path / "m")
+        run("merge", files / "model.safetensors", huge, "-o", tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="too large for float16; give --dtype float32"):
-        run("combine", huge, "-o", tmp_path / "c")
+        run("combine", huge, "-o", tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
-    run("combine", huge, "-o", tmp_path / "c", "--dtype", "float32")
-    assert read_tau(tmp_path / "c").keys() == read_tau(files / "a.safetensors").keys()
+    run("combine", huge, "-o", tmp_path / "c.safetensors", "--dtype", "float32")
+    assert read_tau(tmp_path / "c.safetensors").keys() == read_tau(files / "a.safetensors").keys()
 
 
 def test_names_of_outputs(files, tmp_path):
-    """A folder that is missing is made; one that is there is no file; pickles' endings are
-    refused.
-    """
+    """A folder that is missing is made, one that is there is no file, other endings are refused."""
     a = files / "a.safetensors"
     run("combine", a, "-o", tmp_path / "new/and/c.safetensors")
     assert read_tau(tmp_path / "new/and/c.safetensors").keys() == read_tau(a).keys()
-    for name, line in (("new", "is a folder; give a file, for example"), ("c.ckpt", "safetensors")):
+    ending = "its name does not end in .safetensors; give -o one that does"
+    lines = {"new": "is a folder; give a file, for example", "c.ckpt": ending, "0.8": ending}
+    for name, line in lines.items():
         for force in ([], ["--force"]):
             with pytest.raises(ValueError, match=line):
                 run("combine", a, "-o", tmp_path / name, *force)
@@ -392,18 +394,34 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
             "combine {f}/a.safetensors -o {f}/b.safetensors",
             "b.safetensors: exists; give another -o, or --force",
         ),
-        ("combine {f}/a.safetensors:x -o {t}/o", "'x' is not a number"),
-        ("merge {f}/a.safetensors {f}/a.safetensors -o {t}/o", "this is a LoRA file"),
-        ("merge {f}/model.safetensors {f}/model.safetensors -o {t}/o", "this is a checkpoint"),
-        ("merge {f}/no.safetensors {f}/a.safetensors -o {t}/o", "no.safetensors: no such file"),
-        ("resize {f}/a.safetensors --rank 0 -o {t}/o", "--rank is 0; give 1 or more"),
-        ("resize {f}/a.safetensors --energy 1.5 -o {t}/o", "--energy is 1.5"),
-        ("resize {f}/a.safetensors -o {t}/o", "one of the arguments --rank --energy is required"),
+        ("combine {f}/a.safetensors:x -o {t}/o.safetensors", "'x' is not a number"),
+        ("merge {f}/a.safetensors {f}/a.safetensors -o {t}/o.safetensors", "this is a LoRA file"),
         (
-            "extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o",
+            "combine {f}/a.safetensors 0.8 -o {t}/o.safetensors",
+            "a LAMBDA follows its file and a colon",
+        ),
+        (
+            "merge {f}/model.safetensors {f}/model.safetensors -o {t}/o.safetensors",
+            "this is a checkpoint",
+        ),
+        (
+            "merge {f}/no.safetensors {f}/a.safetensors -o {t}/o.safetensors",
+            "no.safetensors: no such file",
+        ),
+        ("resize {f}/a.safetensors --rank 0 -o {t}/o.safetensors", "--rank is 0; give 1 or more"),
+        ("resize {f}/a.safetensors --energy 1.5 -o {t}/o.safetensors", "--energy is 1.5"),
+        (
+            "resize {f}/a.safetensors -o {t}/o.safetensors",
+            "one of the arguments --rank --energy is required",
+        ),
+        (
+            "extract {f}/model.safetensors {f}/model.safetensors --rank 2 -o {t}/o.safetensors",
             "and other values",
         ),
-        ("extract {f}/model.safetensors {f}/a.safetensors --rank 2 -o {t}/o", "and its fine-tune"),
+        (
+            "extract {f}/model.safetensors {f}/a.safetensors --rank 2 -o {t}/o.safetensors",
+            "and its fine-tune",
+        ),
         ("unknown", "invalid choice: 'unknown'"),
     ],
 )

@@ -383,11 +383,11 @@ def bad_loras() -> dict[str, Case]:
         "R3 LoRA": case(
             "model",
             save(good_lora()),
-            r"this is a LoRA file; pass it with --lora, not as the checkpoint \(",
+            r"this is a LoRA file, not a checkpoint; pass it with --lora, or after the chec.* \(",
             DOWN,
         ),
         "R3 LoRA of PEFT": Case(
-            "model", save(peft_lora()), r"this is a LoRA file; pass it with --lora.*lora_A"
+            "model", save(peft_lora()), r"this is a LoRA file, not a checkpoint; pass it.*lora_A"
         ),
         "R3 LoRA as VAE": Case(
             "vae", save(good_lora()), "no VAE in the file; give one with --vae FILE"

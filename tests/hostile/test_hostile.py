@@ -138,7 +138,9 @@ READERS = {
     "model": (load_model,),
     "vae": (lambda path: load_model(beside(path, "model"), vae_path=path),),
     "merge a LoRA into": (
-        lambda path: run("merge", path, beside(path, "lora"), "-o", path.with_name("out")),
+        lambda path: run(
+            "merge", path, beside(path, "lora"), "-o", path.with_name("out.safetensors")
+        ),
     ),
     "onto the model": (
         lambda path: run("merge", path, beside(path, "lora"), "-o", path, "--force"),
@@ -149,7 +151,7 @@ READERS = {
 for family in FAMILIES:
     READERS[f"merge into {family}"] = (
         lambda path, family=family: run(
-            "merge", beside(path, family), path, "-o", path.with_name("out")
+            "merge", beside(path, family), path, "-o", path.with_name("out.safetensors")
         ),
     )
 
