@@ -168,6 +168,13 @@ def test_sd15_from_its_name(capsys, monkeypatch):
     assert lines[-2] == f"in 4 GB, 0.5 for CUDA itself: fits, {4 - total - 0.5:.2f} GB are left"
 
 
+def test_what_to_do_if_it_does_not_fit(capsys):
+    """Without a LoRA neither --quantize nor a lower --rank."""
+    train.main(train.parse("--objective diffusion --full --batch 1 --plan 0.1".split()))
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert line.endswith("missing; try --batch 1 with --accumulate, --rank N in place of --full")
+
+
 def test_official_counts():
     """Trained parameters at rank 64 of the three official LCM-LoRAs; on shapes alone."""
     expected = {"sd15": 67_252_224, "ssd1b": 104_902_656, "sdxl": 196_751_360}
