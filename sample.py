@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from minilcm.cli.advice import advise, list_names, lora_tags
 from minilcm.cli.output import run_script
-from minilcm.cli.recipe import check_same_files, command_line, parameters, read_command, recipe_of
+from minilcm.cli.recipe import check_same_files, command_again, command_line, parameters, recipe_of
 from minilcm.data import pictures
 from minilcm.data.folders import one_line
 from minilcm.files.checkpoint import load_checkpoint, weight_shapes
@@ -43,7 +43,6 @@ from minilcm.files.lora_file import (
     read_taus,
     speeds_up,
 )
-from minilcm.files.names import split_parts
 from minilcm.files.safetensors_file import all_finite
 from minilcm.generate import SAMPLERS, generate, timesteps
 from minilcm.lcm import GRID, guidance_embedding
@@ -95,11 +94,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if args.again:
         if args.prompts:
             parser.error(f"--again draws the picture's own prompt; leave out {args.prompts[0]!r}")
-        flags, prompt = read_command(args.again)
-        drop = ("--steps=", "--strength=") if args.timesteps else ()  # in whose place they come
-        drop = ("--timesteps=",) if args.steps or args.strength else drop
-        flags = [flag for flag in flags if not flag.startswith(drop)]
-        args = parser.parse_args([*flags, *argv, "--", prompt])
+        args = parser.parse_args(command_again(args.again, argv))
     args.argv = argv
     check_values(args, parser.error)
     return args
@@ -155,7 +150,8 @@ def check_values(args: Namespace, error: Callable[[str], None]) -> None:
         error(f"--out {args.out} is one file for {count} pictures; give a folder: DIR/")
     if not png and args.out[-1:] != "/" and suffix in Image.registered_extensions():
         error(f"--out {args.out}: pictures are written as .png, with their recipe inside")
-    if args.sheet and (not pictures.is_png(args.sheet) or args.sheet == Path(args.out)):
+    same = args.sheet and args.sheet.resolve() == Path(args.out).resolve()
+    if args.sheet and (not pictures.is_png(args.sheet) or same):
         error(f"--sheet {args.sheet}: give a file that ends in .png, other than --out")
     if args.gamma is not None and not SAMPLERS[args.sampler].stochastic:
         error(f"--gamma needs --sampler lcm; {args.sampler} draws no noise between steps")
@@ -208,9 +204,8 @@ def settle(args: Namespace, config: Config) -> tuple[int, int]:
 
 def add_loras(unet: UNet, text: TextEncoder, loras: list[Lora], taus: list[Tau]) -> None:
     """tau_mix = lambda1 tau_style + lambda2 tau_lcm, into the weights, summed in float32."""
-    of_unet, of_text = split_parts(combine(taus, [lam for _, lam in loras]))
-    merge_into(unet, of_unet)
-    merge_into(lora_weights(text), of_text)
+    weights = dict(unet.named_parameters()) | lora_weights(text)
+    merge_into(weights, combine(taus, [lam for _, lam in loras]))
     for path, lam in loras:
         name = f"{path.parent.name}/lora" if path.stem == "lora" else path.stem  # each run's is so
         print(f"{'LCM-LoRA' if speeds_up(path) else 'LoRA'} added: {name}, times {lam:g}")
@@ -306,7 +301,7 @@ def main(args: Namespace) -> None:
         pictures.make_place(path)
     recipe = recipe_of(args, loras)
     if args.again:
-        check_same_files(args.again, recipe)
+        check_same_files(args.again, recipe, args.argv)
     advise(args, checkpoint, loras)
 
     # ---- the model, with the LoRA in its weights
@@ -334,6 +329,8 @@ def main(args: Namespace) -> None:
         print(f"seed {seed}: values not finite in {args.dtype}, so the picture is black; {more}")
     images = [pictures.to_images(x)[0] for x in pixels]
     write_pictures(args, images, recipe)
+    if len(images) < len(args.prompts) * args.count:
+        sys.exit(1)  # by Ctrl-C
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def load_base(args: Namespace, checkpoint: Checkpoint, objective: Objective) -> 
 def start_training(
     args: Namespace, objective: Objective, unet: UNet, reading: Reading
 ) -> states.Training:
-    wrap = processes.shard if args.full else processes.replicate
+    wrap = processes.shard if args.full else torch.nn.parallel.DistributedDataParallel
     wrap = wrap if reading.world > 1 else one_process
     nets = make_networks(objective, unet, forward_dtype(args.device), args.seed, wrap)
     if args.init is not None:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.check import EQUAL, check, difference
 from minilcm.files.checkpoint import load_vae
-from minilcm.files.identify import identify
+from minilcm.files.identify import open_checkpoint
 from minilcm.files.lora_file import read_tau, write_tau
 from minilcm.files.names import to_diffusers_path
 from minilcm.files.safetensors_file import read_header, read_tensors, write_tensors
@@ -107,7 +107,7 @@ def tiny_difference(model: Path) -> float:
 
     path = model.with_name("taesd.safetensors")
     z0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    ours = load_vae(path, read_header(path)[0], identify(model)).decode(z0)
+    ours = load_vae(path, read_header(path)[0], open_checkpoint(model).config).decode(z0)
     theirs = AutoencoderTiny()
     # diffusers counts from 0, after the clamp that is layer 0 of the file
     keys = ((k.split(".", 1), w.float()) for k, w in read_tensors(path)[0].items())

@@ -33,66 +33,46 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, what: str, writes: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, what: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=what, description=what)
-        if writes:
+        if name in ("combine", "resize", "extract", "merge", "unmerge"):
             sub.add_argument("-o", "--out", type=Path, required=True, help="file to write")
             sub.add_argument("--force", action="store_true", help="overwrite --out if it exists")
-        if writes and name not in ("merge", "unmerge"):
-            sub.add_argument(
-                "--dtype",
-                choices=DTYPES,
-                default="float16",
-                help="of the LoRA written (default float16)",
-            )
+        if name in ("combine", "resize", "extract"):
+            dtype = "of the LoRA written (default float16)"
+            sub.add_argument("--dtype", choices=DTYPES, default="float16", help=dtype)
             styles = "module names: diffusers, ldm or peft (default: what most programs read)"
             sub.add_argument("--style", choices=["diffusers", "ldm", "peft"], help=styles)
         return sub
 
-    sub = command(
-        "info", "Family, ranks, alphas, norm of each block's delta, recipe.", writes=False
-    )
+    sub = command("info", "Family, ranks, alphas, norm of each block's delta, recipe.")
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub = command(
-        "combine", "tau_mix = sum_i lambda_i tau_i, exact because ranks are concatenated."
-    )
-    sub.add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")
+    what = "tau_mix = sum_i lambda_i tau_i, exact because ranks are concatenated."
+    command("combine", what).add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")
     sub = command("resize", "The best approximation of a lower rank, by SVD; prints what it loses.")
     sub.add_argument("lora", type=Path)
     size = sub.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="at most this rank in each module")
-    size.add_argument(
-        "--energy",
-        type=float,
-        help="keep this share of the sum of squared singular values, e.g. 0.99",
-    )
+    energy = "keep this share of the sum of squared singular values, e.g. 0.99"
+    size.add_argument("--energy", type=float, help=energy)
     against = "also print how far another LoRA, of a lower rank, is from the given one"
     sub.add_argument("--against", type=Path, help=against)
     for name, sign in (("merge", "+"), ("unmerge", "-")):
-        what = (
-            f"W {sign} lambda dW for each LoRA in a checkpoint file, rounded to its number format"
-        )
+        what = f"W {sign} lambda dW for each LoRA in a checkpoint, rounded to its number format"
         sub = command(name, f"{what}; all other tensors stay byte for byte.")
         sub.add_argument("checkpoint", type=Path)
         sub.add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")
-    sub = command(
-        "extract", "The LoRA of a given rank that is nearest to the difference of two checkpoints."
-    )
+    what = "The LoRA of a given rank that is nearest to the difference of two checkpoints."
+    sub = command("extract", what)
     sub.add_argument("base", type=Path)
     sub.add_argument("tuned", type=Path)
     sub.add_argument("--rank", type=int, required=True)
-    sub = command(
-        "diff",
-        "Which keys two files do not share, and how far their tensors are apart.",
-        writes=False,
-    )
+    sub = command("diff", "Which keys two files do not share, and how far their tensors are apart.")
     sub.add_argument("a", type=Path)
     sub.add_argument("b", type=Path)
-    sub = command(
-        "plot", "RUN/plot.png from the RUN/metrics.jsonl that train.py writes.", writes=False
-    )
+    sub = command("plot", "RUN/plot.png from the RUN/metrics.jsonl that train.py writes.")
     sub.add_argument("run", type=Path, metavar="RUN", help="the run's --out folder")
-    sub = command("live", "A page that draws as you type, for this machine only.", writes=False)
+    sub = command("live", "A page that draws as you type, for this machine only.")
     shipped = "default: the shipped model with its own"
     sub.add_argument("--model", type=Path, help=f"a checkpoint ({shipped})")
     lora = "gets a slider, at LAMBDA first (default 1); repeatable"

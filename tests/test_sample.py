@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -87,7 +88,7 @@ def same_picture(a: bytes, b: bytes) -> bool:
 # ---- what is drawn
 
 
-def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the third of four pictures: the first two are written, as they would have been."""
     whole, calls = draw("pizza", "--count", "4", "--steps", "1"), itertools.count(1)
 
@@ -97,8 +98,10 @@ def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch, capsys):
         return sample_lcm(*args, **more)
 
     monkeypatch.setitem(SAMPLERS, "lcm", SAMPLERS["lcm"]._replace(sample=interrupted))
-    kept = draw("pizza", "--count", "4", "--steps", "1")
-    assert len(kept) == 2 and kept.items() <= whole.items()
+    with pytest.raises(SystemExit) as stopped:
+        draw("pizza", "--count", "4", "--steps", "1", out=f"{tmp_path}/stopped/")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "stopped").iterdir()}
+    assert stopped.value.code == 1 and len(kept) == 2 and kept.items() <= whole.items()
     assert "stopped after 2 of 4 pictures" in capsys.readouterr().out
 
 
@@ -376,6 +379,29 @@ def test_steps_and_timesteps_take_each_others_place_with_again(draw, files, tmp_
         assert same_picture(*((tmp_path / f"{x}{i}.png").read_bytes() for x in ("", "again")))
 
 
+def test_flags_beside_again_take_the_place_of_those_inside(draw, files, tmp_path, monkeypatch):
+    """Another --lora is not added to the picture's, another --image is no other file, and another
+    --sampler brings its own steps and guidance.
+    """
+    monkeypatch.chdir(tmp_path)
+    picture, style = str(files / "picture.png"), str(files / "style.safetensors")
+    draw("pizza", "--gamma", "0.5", "--image", picture, "--strength", "0.3", out="first.png")
+
+    def again(*flags: str) -> list[str]:
+        (tmp_path / "x.png").unlink(missing_ok=True)
+        sample.main(sample.parse(["--again", "first.png", "--out", "x.png", *flags]))
+        return shlex.split(Image.open("x.png").text["command"])[2:-2]
+
+    words = again("--lora", f"{style}:0.5")
+    assert [x for x in words if "lora" in x] == [f"--lora={style}:0.5"] and "--gamma=0.5" in words
+    Image.open(picture).rotate(90).save("turned.png")
+    words = again("--image", "turned.png")
+    assert "--image=turned.png" in words and "--strength=0.5" in words and "--gamma=0.5" in words
+    words = again("--sampler=ddim", f"--lora={style}:0", "--strength=1")
+    assert {"--sampler=ddim", "--steps=25", f"--lora={style}:0.0"} < {*words}
+    assert not any("gamma" in x or x == "--guidance=1.0" for x in words)
+
+
 def test_gamma_and_timesteps_reach_the_sampler(draw, monkeypatch):
     """As `sample_lcm` gets them: a wrong gamma would be a picture of another kind, not an error."""
     seen = []
@@ -522,9 +548,10 @@ def test_the_shipped_loras_have_words(files, tmp_path, monkeypatch, word):
     monkeypatch.chdir(tmp_path)
     name, lam = lora_file.parse_lora(word)
     assert lora_file.find_lora(name) == tmp_path / f"{name}.safetensors" and lam == 1
-    (tmp_path / name).mkdir()  # a folder is none
-    assert lora_file.find_lora(name) != name
-    (tmp_path / name).rmdir()
+    (tmp_path / name).mkdir()  # a folder is none, even a run's: the default is `lcm`
+    (tmp_path / name / "lora.safetensors").touch()
+    assert lora_file.find_lora(name) == tmp_path / f"{name}.safetensors"
+    shutil.rmtree(tmp_path / name)
     (tmp_path / name).touch()
     assert lora_file.find_lora(name) == name
     with pytest.raises(ValueError, match="^openmoji: no such file; the shipped ones are lcm, blue"):
@@ -773,7 +800,7 @@ MISTAKES = [
     ("pizza --lora {f}/cut_lcm.safetensors", "cut_lcm.safetensors: file is damaged or incomplete"),
     (
         "pizza --lora {f}/model.safetensors",
-        "model.safetensors: this is a checkpoint; pass it with --model",
+        "model.safetensors: this is a checkpoint, not a LoRA file; pass it with --model",
     ),
     ("pizza --lora {f}/other_lora.safetensors", "other_lora.safetensors: made for another model: "),
     (

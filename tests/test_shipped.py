@@ -8,7 +8,7 @@ import sample
 from minilcm.cli.advice import nearest_names, on_prompt
 from minilcm.data.pictures import read_image
 from minilcm.files.checkpoint import load_judge, load_model
-from minilcm.files.identify import identify
+from minilcm.files.identify import open_checkpoint
 from minilcm.files.lora_file import read_recipe, read_tau
 from minilcm.merge import check_fit
 from minilcm.metrics import accuracy
@@ -53,7 +53,7 @@ def test_the_loras_fit_the_model():
 def test_the_first_command_draws_what_it_says(tmp_path):
     """`sample.py NAME`, eight names: the judge finds at least six (chance: one in 300)."""
     judge = load_judge(WEIGHTS / "judge.safetensors")
-    assert judge.names == list(identify(WEIGHTS / "model.safetensors").names)
+    assert judge.names == list(open_checkpoint(WEIGHTS / "model.safetensors").config.names)
     chosen = [
         "pizza",
         "red apple",

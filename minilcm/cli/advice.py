@@ -74,11 +74,6 @@ OTHER_SYNTAX = re.compile(
 )
 
 
-def other_syntax(prompt: str) -> list[str]:
-    """The parts of a prompt that mean something to other programs, and are plain words here."""
-    return OTHER_SYNTAX.findall(prompt)
-
-
 def lora_tags(prompt: str) -> list[tuple[str, str]]:
     """(tag, FILE:LAMBDA) of A1111's <lora:name:0.8> in a prompt."""
     tags = re.finditer(r"<(?:lora|lyco):([^<>:]*)(?::(-?[\d.]+))?[^<>]*>", prompt)
@@ -89,7 +84,7 @@ def on_prompt(prompt: str, names: tuple[str, ...], art: Path, styled: bool) -> I
     """About a prompt; `names`: all that the model knows; `art`: the folder of the drawings that it
     learned from; `styled`: a LoRA may know more styles.
     """
-    if parts := other_syntax(prompt):
+    if parts := OTHER_SYNTAX.findall(prompt):
         yield f"{' '.join(parts)}: read as plain words, not as other programs would"
     if not names:
         return

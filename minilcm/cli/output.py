@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -44,14 +45,18 @@ def run_script(
 ) -> None:
     """Parse and run `main`; an error, or Ctrl-C (`stopped`), is one line and exit 1."""
     plain_output()
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, below its error
     try:
         main(parse())
-    except (ValueError, OSError) as error:
+    except OSError as error:  # Python's own: [Errno 17] File exists: 'x'
+        sys.exit(f"{name}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except ValueError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: {stopped}")
     except (RuntimeError, MemoryError) as error:  # torch's, on a GPU or a CPU; Python's
         what = str(error).split("\n")[0][:200]
-        if type(error) is RuntimeError and not re.search("out of memory|allocate memory", what):
+        short = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", what)
+        if not short:
             raise
         sys.exit(f"{name}: out of memory; a smaller --size or --batch needs less ({what})")

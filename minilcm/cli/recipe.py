@@ -70,22 +70,46 @@ def read_texts(path: Path) -> dict[str, str]:
             texts = image.info
         if "parameters" in texts and shlex.split(texts["command"])[:2] == ["python", "sample.py"]:
             return texts
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, Image.DecompressionBombError):
         pass
     raise ValueError(f"{path}: holds no recipe of sample.py; a sheet has none, its pictures have")
 
 
-def read_command(path: Path) -> tuple[list[str], str]:
-    """(flags, prompt) of the command line inside a picture."""
+def names_of(words: list[str]) -> list[str]:
+    """`steps` of --steps=4, of --steps, and "" of what is no flag."""
+    return [re.match("(?:--([a-z-]+))?", word)[1] or "" for word in words]
+
+
+# flags of a picture that do not fit one given in their place
+INSTEAD = {
+    "timesteps": ("steps", "strength"),
+    "steps": ("timesteps",),
+    "strength": ("timesteps",),
+    "image": ("strength",),
+    "sampler": ("gamma", "steps", "timesteps", "guidance"),
+}
+
+
+def command_again(path: Path, argv: list[str]) -> list[str]:
+    """The command line inside a picture, with the flags of `argv` in place of its own."""
     *flags, _, prompt = shlex.split(read_texts(path)["command"])[2:]
-    return flags, prompt
+    drop = {*names_of(argv)}.union(*(INSTEAD.get(name, ()) for name in names_of(argv)))
+    kept = [flag for flag, name in zip(flags, names_of(flags)) if name not in drop]
+    return [*kept, *argv, "--", prompt]
 
 
-def check_same_files(path: Path, recipe: dict[str, object]) -> None:
-    """Raises ValueError unless the picture was drawn with files of the hashes in the recipe."""
-    drawn = read_texts(path)["parameters"]
+def check_same_files(path: Path, recipe: dict[str, object], argv: list[str]) -> None:
+    """Raises ValueError unless the picture was drawn with files of the hashes in the recipe, those
+    aside that `argv` gives anew.
+    """
+    drawn, given = read_texts(path)["parameters"], names_of(argv)
+    anew = {"Lora": "lora", "VAE": "vae", "Init": "image", "Model": "model"}
     for name, value in recipe.items():
-        if "hash" in name and f"{name}: {value}" not in drawn:
+        if (
+            "hash" in name
+            and anew[name.split()[0]] not in given
+            and f"{name}: {value}" not in drawn
+        ):
             then = re.search(rf'{name}: ("[^"]*"|\w+)', drawn)
             then = then[1] if then else "none"
             raise ValueError(f"{path}: drawn with other files: {name} {then}, now {value}")

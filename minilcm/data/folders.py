@@ -38,7 +38,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     path = Path(path)
     if not path.is_dir():
         how = "give a folder of pictures with .txt captions, a .tar, or a .txt of prompts"
-        raise ValueError(f"{path}: no such file or folder; {how}")
+        what = "is none of these" if path.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {what}; {how}")
     listed: dict[Path, list[str]] = {}
     tables = sorted(p for p in path.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
     for table in tables:
@@ -75,6 +76,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
     if bare:
         count = f"{len(bare)} of {len(files)} pictures have no caption, first: {bare[0].name}"
         raise ValueError(f"{path}: {count}; put its text into {bare[0].stem}.txt beside it")
+    if empty := sum(not picture.caption for picture in pictures):
+        print(f"{path}: {empty} of {len(pictures)} captions are empty")
     if not pictures:
         inside = [kind.removeprefix("in ") for kind in sorted(left) if kind.startswith("in ")]
         how = "add some with .txt captions, a metadata.jsonl, or in 10_NAME/"
@@ -99,7 +102,7 @@ def read_table(table: Path) -> Iterator[tuple[Path, str]]:
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{table}: not UTF-8 with one picture a line ({error})") from None
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):

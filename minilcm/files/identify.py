@@ -150,11 +150,6 @@ def open_checkpoint(path: str | Path, prediction: str | None = None) -> Checkpoi
     return Checkpoint(Path(path), header, metadata, config)
 
 
-def identify(path: str | Path) -> Config:
-    """The Config of a checkpoint: what `load_model` would build. ValueError: `open_checkpoint`."""
-    return open_checkpoint(path).config
-
-
 def of_adapter(key: str) -> bool:
     """Whether a key is of a LoRA file, or of a relative that `read_tau` refuses by name."""
     return of_lora(key) or bool(re.search(r"^lora_|\.hada_|\.lokr_|\.processor\.", key))

@@ -14,20 +14,14 @@ from ..lora import Tau
 from ..merge import check_fit, no_kernel, with_kernel
 from ..model.unet import small_sd, tiny_sd
 from .identify import FAMILIES, Family
-from .lora_keys import Module, by_module
-from .names import (
-    TOWERS,
-    module_table,
-    split_parts,
-    text_paths,
-    text_table,
-    to_diffusers_path,
-    to_ldm_path,
-)
+from .lora_keys import by_module
+from .names import TOWERS, module_table, text_paths, text_table, to_diffusers_path
 from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, write_tensors
 
 Lora = tuple[Path, float]  # file and lambda
 EMOJI = Path(__file__).parents[2] / "weights/emoji"  # the shipped model and its LoRAs
+# how the modules of SD3's and Flux's LoRAs begin
+OF_TRANSFORMERS = re.compile("(joint|double|single)_blocks|(single_)?transformer_")
 SHIPPED = {"lcm": "lcm_lora", "blueprint": "blueprint", "papercut": "papercut"}
 
 
@@ -47,14 +41,14 @@ def parse_lora(text: str) -> Lora:
 
 
 def find_lora(path: Path) -> Path:
-    """The shipped file for `lcm`, `blueprint` or `papercut`; a file of that name comes first. Of a
-    run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
+    """The shipped file for `lcm`, `blueprint` or `papercut`; only a file of that name comes first.
+    Of a run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
     """
     word = str(path)
-    if (path / "lora.safetensors").is_file():
-        return path / "lora.safetensors"
     if word in SHIPPED and not path.is_file():
         return EMOJI / f"{SHIPPED[word]}.safetensors"
+    if (path / "lora.safetensors").is_file():
+        return path / "lora.safetensors"
     if re.fullmatch(r"[\d.]+", word) and not path.exists():
         raise ValueError(
             f"{word}: no such file; a LAMBDA follows its file and a colon: FILE:{word}"
@@ -86,18 +80,8 @@ def find_family(modules: dict[str, tuple[Tensor, Tensor]]) -> Family:
 
 def family_of(tau: Tau) -> Family:
     """`find_family` for a tau."""
-    of_unet, _ = split_parts(tau)
-    return find_family({path.replace(".", "_"): parts[:2] for path, parts in of_unet.items()})
-
-
-def check_lora(weights: dict[str, Tensor], tau: Tau, name: str) -> None:
-    """`merge.check_fit` for all parts of a model; a text encoder that is missing is named."""
-    for te, tower in TOWERS.items():
-        first = next((path for path in tau if path.startswith(te)), None)
-        if first and not any(key.startswith(te) for key in weights):
-            what = f"{tower}, a text encoder that is not here"
-            raise ValueError(f"{name}: changes {what}, first: {first}")
-    check_fit(weights, tau, name)
+    of_unet = [path for path in tau if not path.startswith(tuple(TOWERS))]
+    return find_family({path.replace(".", "_"): tau[path][:2] for path in of_unet})
 
 
 def read_tau(path: str | Path) -> Tau:
@@ -114,13 +98,15 @@ def read_tau(path: str | Path) -> Tau:
     if not settings and any(key.startswith("base_model.model.") for key in tensors):
         what = "lora_alpha is taken as the rank; PEFT's default is 8"
         print(f"{path}: no adapter_config.json: {what}")
-    paths = {m: text_table().get(m[1]) if m[0] else to_ldm_path(m[1], family.unet) for m in modules}
+    table = {flat: path for flat, (path, _) in module_table(family.unet).items()}
+    paths = {(te, flat): (text_table() if te else table).get(flat) for te, flat in modules}
     paths.pop(("te1.", "text_projection"), None)  # CLIP-L has none
     unknown = [module for module in modules if paths.get(module) is None]
     acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
     if acts:
         what = f"{len(acts)} of {len(modules)} modules are in no known UNet"
-        hint = "; it is for SD3 or Flux, which are no UNets" if of_transformer(acts) else ""
+        transformer = all(OF_TRANSFORMERS.match("".join(module)) for module in acts)
+        hint = "; it is for SD3 or Flux, which are no UNets" if transformer else ""
         first = ", ".join(module[0] + spelled[module] for module in acts[:5])
         raise ValueError(f"{path}: {what}, first: {first}{hint}")
     if unknown:  # ComfyUI's LoraSave writes embeddings that are the same in both models, too
@@ -152,7 +138,12 @@ def read_taus(loras: list[Lora], weights: dict[str, Tensor]) -> list[Tau]:
     """`read_tau` of each file, all checked to fit `weights`, {key: tensor or shape}, of a model."""
     taus = [read_tau(path) for path, _ in loras]
     for (path, _), tau in zip(loras, taus):
-        check_lora(weights, tau, str(path))
+        for te, tower in TOWERS.items():
+            first = next((x for x in tau if x.startswith(te)), None)
+            if first and not any(key.startswith(te) for key in weights):
+                what = f"{tower}, a text encoder that is not here"
+                raise ValueError(f"{path}: changes {what}, first: {first}")
+        check_fit(weights, tau, str(path))
     return taus
 
 
@@ -171,12 +162,6 @@ class PeftSettings(NamedTuple):
             if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names):
                 return alpha * scale
         return self.default * scale
-
-
-def of_transformer(modules: list[Module]) -> bool:
-    """Whether these are modules of a diffusion transformer, as SD3's and Flux's are."""
-    marks = "joint_blocks", "double_blocks", "single_blocks", "transformer_", "single_transformer_"
-    return all("".join(module).startswith(marks) for module in modules)
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict[str, PeftSettings]:
@@ -261,8 +246,9 @@ def write_tau(
         if no_kernel((1, 1, *shape[2:])) == no_kernel((1, 1, *down.shape[2:])):
             up, down = with_kernel(up, down, shape[2:])  # as the official weight, for other readers
         for x in (up, down):
-            if all_finite(x) and not all_finite(x.to(dtype)):
-                what = f"values too large for {str(dtype)[6:]}; give --dtype float32"
+            if not all_finite(x.to(dtype)):
+                how = "give --dtype float32" if all_finite(x) else "lower LAMBDA"
+                what = f"values too large for {str(dtype)[6:]}; {how}"
                 raise ValueError(f"{path}: {target} has {what}")
         if style == "peft":
             name = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]

@@ -84,7 +84,8 @@ def by_module(
     keys = {key: split_key(key) for key in sorted(tensors) if not key.startswith(BUNDLED)}
     if not any(keys.values()):
         is_model = any("diffusion_model." in key for key in keys)
-        what = "a checkpoint; pass it with --model" if is_model else "not a LoRA file"
+        model = "a checkpoint, not a LoRA file; pass it with --model, or before the LoRA files"
+        what = model if is_model else "not a LoRA file"
         raise ValueError(f"{path}: this is {what} (first key: {min(keys, default='none')})")
 
     modules: dict[Module, dict[str, Tensor]] = {}

@@ -17,7 +17,6 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..lora import Tau
 from ..model.unet import UNet, UNetConfig
 
 RES = {  # inside a ResBlock: LDM's name -> diffusers'
@@ -57,12 +56,6 @@ def official_key(key: str) -> str:
     """Other spellings in a UNet (cond_proj) or text encoder (bigG's projection) -> the official."""
     key = key.replace("time_embed.cond_proj.", "time_embedding.cond_proj.")
     return key.replace("transformer.text_projection", "text_projection")
-
-
-def split_parts(tau: Tau) -> tuple[Tau, Tau]:
-    """(modules of the UNet, modules of text encoders)."""
-    text = {path: parts for path, parts in tau.items() if path.startswith(tuple(TOWERS))}
-    return {path: parts for path, parts in tau.items() if path not in text}, text
 
 
 @cache
@@ -135,8 +128,3 @@ def text_paths() -> set[str]:
     """All paths of text encoders in a tau; CLIP-L has no text_projection."""
     paths = {te + path for te in TOWERS for path in text_table().values()}
     return paths - {"te1.text_projection"}
-
-
-def to_ldm_path(flat: str, config: Callable[[], UNetConfig]) -> str | None:
-    """`input_blocks_1_0_in_layers_2`, `down_blocks_0_resnets_0_conv1` -> the path in a tau."""
-    return module_table(config).get(flat, (None,))[0]

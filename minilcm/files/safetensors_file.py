@@ -96,7 +96,7 @@ MALFORMED = ValueError, TypeError, KeyError, AttributeError, RecursionError, Ove
 
 
 def damaged(path: str | Path, what: object) -> ValueError:
-    return ValueError(f"{path}: file is damaged or incomplete ({what}); download it again")
+    return ValueError(f"{path}: file is damaged or incomplete ({what}); download or make it again")
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, str]]:

@@ -208,13 +208,13 @@ def resize_file(
     against: Path | None,
 ) -> None:
     """The best tau of a lower rank, and what it loses."""
-    tau = read_tau(lora)
+    tau, other = read_tau(lora), read_tau(against) if against else None
     small, residual = reduce_rank(tau, rank, energy)
     for path, lost in residual.items():
         print(f"  {lost:.4f}  rank {tau[path][1].shape[0]} -> {small[path][1].shape[0]}  {path}")
     print(f"total ||dW - dW'|| / ||dW|| = {distance(small, tau):.4f}")
-    if against:
-        print(f"{against}: ||dW_it - dW|| / ||dW|| = {distance(read_tau(against), tau):.4f}")
+    if other:
+        print(f"{against}: ||dW_it - dW|| / ||dW|| = {distance(other, tau):.4f}")
     recipe = read_recipe(lora) | {"resized": f"from {lora.name}"}
     write_tau(out, small, recipe, dtype, style, kept_metadata([lora]))
     print(out)

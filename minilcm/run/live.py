@@ -8,6 +8,7 @@ LoRAs adapt. No file is read again.
 
 import io
 import json
+import re
 import secrets
 import threading
 from contextlib import suppress
@@ -95,12 +96,12 @@ class Studio:
                 ("gamma", wish.gamma, 0, 1, int | float),
                 *[("lambda", x, -LAMBDA, LAMBDA, int | float) for x in wish.lambdas],
             ]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"give JSON of {', '.join(Wish._fields)}") from None
         if not isinstance(wish.prompt, str) or len(wish.prompt) > LETTERS:
             raise ValueError(f"the prompt is too long; give at most {LETTERS} letters")
         for name, value, low, high, kind in numbers:
-            if not isinstance(value, kind) or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise ValueError(f"{name} is {str(value)[:20]}; give {low} to {high}")
         if wish.size not in self.sizes:
             raise ValueError(f"size is {wish.size}; give a multiple of {self.sizes[0]}")
@@ -171,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def drawing(self) -> tuple:
         studio, length = self.server.studio, self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > BODY:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY:
             return 413, b"the request is too long"
         try:
             return 200, studio.draw(studio.read_wish(self.rfile.read(int(length)))), "image/png"
@@ -179,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
             return 400, str(error).encode()
         except Superseded:
             return 409, b"a newer request came"
+        except ConnectionError:  # the browser has gone away, and so will the answer
+            return 400, b"cut off"
 
     def refusal(self, path: str) -> tuple[int, bytes] | None:
         """For another name of this machine, another page's script, or no token."""
@@ -202,7 +205,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def live(model: Path | None, words: list[str]) -> None:
     """Serve until Ctrl-C: MODEL with LoRAs FILE[:LAMBDA], or the shipped model with its own."""
-    loras = map(parse_lora, words or ([] if model else SLIDERS))
+    loras = list(map(parse_lora, words or ([] if model else SLIDERS)))
+    for path, lam in loras:
+        if not -LAMBDA <= lam <= LAMBDA:
+            raise ValueError(f"--lora {path}:{lam:g}: give a LAMBDA from -{LAMBDA} to {LAMBDA}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model or EMOJI / "model.safetensors"
     server = Server(Studio(model, [(find_lora(path), lam) for path, lam in loras], device))

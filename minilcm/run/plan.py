@@ -6,9 +6,8 @@ CPU, because autograd's backward pass asks for a real GPU; the shapes are the sa
 
 import sys
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from typing import NamedTuple
 from unittest.mock import patch
@@ -93,16 +92,14 @@ def size_of(tensors) -> int:
 # ---- the plan
 
 
-@contextmanager
-def norms_as_on_cuda() -> Iterator[None]:
+def norms_as_on_cuda() -> AbstractContextManager:
     """CUDA's autocast, not the CPU's, normalises in float32 and keeps the widened inputs."""
 
     def widened(norm):
         return lambda *args: norm(*(a.float() if isinstance(a, Tensor) else a for a in args))
 
     norms = {"group_norm": widened(F.group_norm), "layer_norm": widened(F.layer_norm)}
-    with patch.multiple(F, **norms):
-        yield
+    return patch.multiple(F, **norms)
 
 
 def step_bytes(objective: Objective, config: Config, step: Step) -> tuple[dict[str, int], int]:

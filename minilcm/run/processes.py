@@ -28,13 +28,6 @@ def start_processes(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def replicate(unet: nn.Module) -> nn.Module:
-    """DDP: every process has the whole UNet; the gradients of what is trained are averaged."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel(unet)
-
-
 def shard(unet: nn.Module) -> nn.Module:
     """FSDP2, in place: a block's weights are whole only while it runs, else shared out."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files.checkpoint import Model, save_model
 from ..files.lora_file import write_tau
-from ..files.safetensors_file import read_header, read_tensors, sha256, write_tensors
+from ..files.safetensors_file import check_name, read_header, read_tensors, sha256, write_tensors
 from ..lcm import GRID, T_SCALE
 from ..lora import get_tau
 from ..model.unet import UNet
@@ -86,6 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def start_folder(folder: Path, resume: bool) -> None:
     """Refuse to write over a run, and remove what a killed run left half written."""
+    check_name(folder)
     if states_in(folder) and not resume:
         how = "continue it with --resume, or give another --out"
         raise ValueError(f"{folder} already holds a run; {how}")
@@ -250,4 +251,8 @@ def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
         words += ["--lora", "lcm"] if shipped and not args.full else ["--sampler", "ddim"]
     line = shlex.join(["python", "sample.py", prompt, *map(str, words)])
     sheet = args.out / f"step_{args.steps:06d}.png"
-    return f"{result} is done, {sheet} is its sheet; to draw with it:\n{line}"
+    if not result.exists():
+        how = f"remove {latest_state(args.out)} and give --resume, to take the last steps again"
+        raise ValueError(f"{result}: gone, though the run is finished; {how}")
+    looks = f", {sheet} is its sheet" if sheet.exists() else ""
+    return f"{result} is done{looks}; to draw with it:\n{line}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CONFIG, ROOT, write_art
 
-from minilcm.cli.advice import lora_tags, nearest_names, on_prompt, on_settings, other_syntax
+from minilcm.cli.advice import OTHER_SYNTAX, lora_tags, nearest_names, on_prompt, on_settings
 from minilcm.files.identify import Checkpoint
 
 EMOJI = ROOT / "weights/emoji"
@@ -128,7 +128,7 @@ def test_unknown_looks_are_said(prompt, styled, told):
     ],
 )
 def test_syntax_of_other_programs_is_said(prompt, parts):
-    assert other_syntax(prompt) == parts
+    assert OTHER_SYNTAX.findall(prompt) == parts
     assert [line.split(": read as")[0] for line in on_prompt(prompt, (), EMOJI, False)] == (
         [" ".join(parts)] if parts else []
     )

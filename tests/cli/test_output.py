@@ -74,6 +74,16 @@ def test_no_memory_is_one_line(cuda):
         assert len(said) == 1 or line == "Traceback"
 
 
+def test_errors_of_the_system_name_the_file(tmp_path):
+    """And no number; what is no lack of memory is not called one, though RuntimeError's child."""
+    for code, line in {
+        f"open({str(tmp_path)!r})": f"x: {tmp_path}: Is a directory",
+        "import json; json.loads('[' * 10**6)": "Traceback (most recent call last):",
+    }.items():
+        run = start(FAIL.format(code), stderr=subprocess.PIPE, text=True)
+        assert run.communicate()[1].splitlines()[0] == line and run.returncode == 1
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_letters_that_the_encoding_lacks(encoding):
     """They are shown by their number, as is a byte of a file name that is no letter at all."""

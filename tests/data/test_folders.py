@@ -247,6 +247,11 @@ TABLE = '{"file_name": "1.png", "text": "one"}\n'
             "not UTF-8 with one picture a line",
         ),
         (
+            {"1.png": None, "metadata.jsonl": "[" * 200_000},
+            "metadata.jsonl",
+            "not UTF-8 with one picture a line",
+        ),
+        (
             {"1.png": None, "metadata.csv": b"\xff"},
             "metadata.csv",
             "not UTF-8 with one picture a line",
@@ -289,9 +294,15 @@ def test_bad_folders_give_one_line(tmp_path, files, at, message):
 
 def test_no_such_folder(tmp_path):
     put(tmp_path, {"1.png": None})
-    for path in (tmp_path / "none", tmp_path / "1.png"):
-        with pytest.raises(ValueError, match=f"{path}: no such file or folder; give"):
-            read_pictures(path)
+    for name, what in (("none", "no such file or folder"), ("1.png", "is none of these")):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name}: {what}; give"):
+            read_pictures(tmp_path / name)
+
+
+def test_empty_captions_are_counted(tmp_path, capsys):
+    """They are allowed, as captions are dropped, too; but more often they are a mistake."""
+    read_pictures(put(tmp_path, {"1.png": None, "1.txt": " \n", "2.png": None, "2.txt": "x"}))
+    assert capsys.readouterr().out == f"{tmp_path}: 1 of 2 captions are empty\n"
 
 
 # ---- pixels

@@ -18,7 +18,6 @@ from minilcm.files import safetensors_file as safefile
 from minilcm.files.checkpoint import load_model, places, save_model
 from minilcm.files.identify import (
     from_json,
-    identify,
     open_checkpoint,
     sd2_config,
     sd15_config,
@@ -118,19 +117,18 @@ def single_file(official_keys, family: str) -> dict[str, list[int]]:
 def test_families_are_identified_by_their_header(tmp_path, official_keys, family, config):
     """The official key lists as files of full size without data; the UNet under three prefixes."""
     shapes = single_file(official_keys, family)
-    assert identify(header_file(tmp_path / "whole.safetensors", shapes)) == config()
+    assert open_checkpoint(header_file(tmp_path / "whole.safetensors", shapes)).config == config()
     for prefix in (UNET, "diffusion_model.", ""):
         unet = {prefix + k: s for k, s in official_keys[family].items()}
-        assert identify(header_file(tmp_path / "unet.safetensors", unet)) == config()
+        assert open_checkpoint(header_file(tmp_path / "unet.safetensors", unet)).config == config()
 
 
 def test_full_lcm_is_identified(tmp_path):
     """A UNet with cond_proj takes w: w_dim 256, under either name."""
     for name in ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight"):
         keys = unet_keys(sd15()) | {UNET + name: [320, 256]}
-        assert identify(
-            header_file(tmp_path / "lcm.safetensors", keys)
-        ).unet == dataclasses.replace(sd15(), w_dim=256)
+        path = header_file(tmp_path / "lcm.safetensors", keys)
+        assert open_checkpoint(path).config.unet == dataclasses.replace(sd15(), w_dim=256)
 
 
 def with_shape(shapes: dict, key: str, axis: int, size: int) -> dict:
@@ -155,7 +153,7 @@ def koala_700m() -> UNetConfig:
 @pytest.mark.parametrize("make", [sd15, small_sd, tiny_sd, sdxl, ssd1b, vega, koala, koala_700m])
 def test_sizes_are_read_from_the_shapes(tmp_path, make):
     """The sizes that distilled models change, from a file of their full size that holds no data."""
-    config = identify(header_file(tmp_path / "model.safetensors", unet_keys(make())))
+    config = open_checkpoint(header_file(tmp_path / "model.safetensors", unet_keys(make()))).config
     family = sdxl_config() if make().adm else sd15_config()
     assert config == dataclasses.replace(family, unet=make())
 
@@ -197,7 +195,7 @@ def test_gaps_in_the_numbers_of_small_unets(tmp_path, make):
     assert len(theirs) == len(unet_keys(make())) and theirs.keys() != unet_keys(make()).keys()
     shapes = {k: unet_keys(make())[ours] for k, ours in theirs.items()}
     path = header_file(tmp_path / "model.safetensors", shapes)
-    assert identify(path).unet == make()
+    assert open_checkpoint(path).config.unet == make()
     where = {
         place.key: f"{UNET}{path}.weight" for path, place in places(read_header(path)[0]).items()
     }
@@ -256,7 +254,7 @@ def test_other_files_are_named(tmp_path, keys, message):
     """What it is instead, in one line, from the header; nothing is guessed from a missing key."""
     path = header_file(tmp_path / "x.safetensors", keys())
     with pytest.raises(ValueError) as caught:
-        identify(path)
+        open_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert message in str(caught.value)
 
@@ -281,7 +279,7 @@ def test_files_that_predict_v(tmp_path, marks, metadata, v, zero_snr):
     path, keys = tmp_path / "model.safetensors", dict.fromkeys(marks, [0])
     header_file(path, unet_keys(ssd1b()) | keys, metadata=metadata)
     says = ssd1b_config().unet
-    assert identify(path).unet == dataclasses.replace(says, v=v, zero_snr=zero_snr)
+    assert open_checkpoint(path).config.unet == dataclasses.replace(says, v=v, zero_snr=zero_snr)
     assert open_checkpoint(path, "eps").config.unet == says
     by_flag = dataclasses.replace(says, v=True, zero_snr=zero_snr)
     assert open_checkpoint(path, "v").config.unet == by_flag
@@ -502,14 +500,14 @@ def test_sd2_by_its_header(tmp_path, capsys):
     line says so unless the metadata does.
     """
     path = header_file(tmp_path / "sd2.safetensors", unet_keys(sd2()))
-    assert identify(path) == sd2_config()
+    assert open_checkpoint(path).config == sd2_config()
     assert "SD2.x, taken to predict noise; give --prediction v" in capsys.readouterr().out
     by_v = dataclasses.replace(sd2_config(), size=768, unet=dataclasses.replace(sd2(), v=True))
     assert open_checkpoint(path, "v").config == by_v
     assert open_checkpoint(path, "eps").config == sd2_config()
     for word, config in (("v", by_v), ("epsilon", sd2_config())):
         said = {"modelspec.prediction_type": word}
-        assert identify(header_file(path, unet_keys(sd2()), metadata=said)) == config
+        assert open_checkpoint(header_file(path, unet_keys(sd2()), metadata=said)).config == config
     assert capsys.readouterr().out == ""
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from minilcm.files import safetensors_file as safefile
 from minilcm.files.lora_file import read_recipe, read_tau, speeds_up, write_tau
 from minilcm.files.lora_keys import of_lora, split_key
-from minilcm.files.names import text_table, to_diffusers_path, to_ldm_path
+from minilcm.files.names import module_table, text_table, to_diffusers_path
 from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
 from minilcm.merge import combine, delta, distance
 from minilcm.model.unet import UNet, emoji, sd2, sd15, sdxl, small_sd, ssd1b, tiny_sd, vega
@@ -175,9 +175,10 @@ def test_names_are_a_bijection(family):
         unet = UNet(family())
     paths = [path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     diffusers = [to_diffusers_path(path, unet.cfg) for path in paths]
+    table = module_table(family)
     assert len(set(diffusers)) == len(paths) and set(target_paths(unet)) <= set(paths)
-    assert [to_ldm_path(path.replace(".", "_"), family) for path in paths] == paths
-    assert [to_ldm_path(path.replace(".", "_"), family) for path in diffusers] == paths
+    assert [table[path.replace(".", "_")][0] for path in paths] == paths
+    assert [table[path.replace(".", "_")][0] for path in diffusers] == paths
 
 
 @pytest.mark.parametrize("family", [sd15, ssd1b, sdxl])
@@ -199,7 +200,7 @@ def test_official_lcm_lora_keys(official_lora_keys, family, modules, parameters)
     found, count = set(), 0
     for key, shape in keys.items():
         prefix, module, part = split_key(key)
-        path = to_ldm_path(module.replace(".", "_"), family)
+        path = module_table(family).get(module.replace(".", "_"), (None,))[0]
         assert prefix == "" and path
         found.add(path)
         weight = unet.get_submodule(path).weight.shape
@@ -368,7 +369,7 @@ def test_spellings(key, prefix, path, part):
     """All spellings, UNet and text: SD1.5's module (or tower) and the part that the key names."""
     got_prefix, module, got_part = split_key(key)
     flat = module.replace(".", "_")
-    got = text_table().get(flat) if got_prefix else to_ldm_path(flat, sd15)
+    got = text_table().get(flat) if got_prefix else module_table(sd15)[flat][0]
     assert (got_prefix, got, got_part) == (prefix, path, part)
     assert of_lora(key) == (part in ("up", "down"))  # for `info`, and refused as --model
 
@@ -718,7 +719,7 @@ def test_missing_file(tmp_path):
 
 def test_not_a_lora(tmp_path):
     """A checkpoint is told where it belongs; any other file is named by its first key, or empty."""
-    assert "this is a checkpoint; pass it with --model" in one_line(
+    assert "this is a checkpoint, not a LoRA file; pass it with --model" in one_line(
         write_model(tmp_path / "model.safetensors")
     )
     save_file({"b": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "x.safetensors")

@@ -330,6 +330,10 @@ def test_a_sum_beyond_float16(files, tmp_path):
     with pytest.raises(ValueError, match="too large for float16; give --dtype float32"):
         run("combine", huge, "-o", tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="too large for float32; lower LAMBDA"):
+        beyond = f"{files}/a.safetensors:1e39"
+        run("combine", beyond, "-o", tmp_path / "c.safetensors", "--dtype", "float32")
+    assert list(tmp_path.iterdir()) == []
     run("combine", huge, "-o", tmp_path / "c.safetensors", "--dtype", "float32")
     assert read_tau(tmp_path / "c.safetensors").keys() == read_tau(files / "a.safetensors").keys()
 
@@ -407,6 +411,11 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
         (
             "merge {f}/no.safetensors {f}/a.safetensors -o {t}/o.safetensors",
             "no.safetensors: no such file",
+        ),
+        (
+            "resize {f}/a.safetensors --rank 2 -o {t}/o.safetensors"
+            " --against {f}/model.safetensors",
+            "this is a checkpoint, not a LoRA file",
         ),
         ("resize {f}/a.safetensors --rank 0 -o {t}/o.safetensors", "--rank is 0; give 1 or more"),
         ("resize {f}/a.safetensors --energy 1.5 -o {t}/o.safetensors", "--energy is 1.5"),

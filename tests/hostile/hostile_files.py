@@ -116,7 +116,7 @@ def cuts() -> dict[str, Case]:
     cut = {0, 1, 7, 8, *entries, 8 + n - 1, 8 + n, 8 + n + 1, *tensors, len(whole) - 1} - {
         len(whole)
     }
-    line = r"file is damaged or incomplete \(.+\); download it again"
+    line = r"file is damaged or incomplete \(.+\); download or make it again"
     return {
         f"R2 cut at byte {i} of {len(whole)}": Case("any", whole[:i], line) for i in sorted(cut)
     }
@@ -192,7 +192,7 @@ def malformed() -> dict[str, Case]:
         "key of half a surrogate": (key("\ud800"), "header: "),
         "key of 10,000 letters": (key("a" * 10_000), "header: "),
     }
-    start, end = r"file is damaged or incomplete \(", r".*\); download it again"
+    start, end = r"file is damaged or incomplete \(", r".*\); download or make it again"
     return {
         f"R2 {name}": case("any", content, start, why, end)
         for name, (content, why) in files.items()
@@ -374,7 +374,7 @@ def bad_loras() -> dict[str, Case]:
         "R3 checkpoint": case(
             "lora",
             save({PLACE: x}),
-            r"this is a checkpoint; pass it with --model \(first key: model\.diff",
+            r"this is a checkpoint, not a LoRA file; pass it with --model, .* \(first key: model\.diff",
         ),
         "R3 empty": Case("lora", save({}), r"this is not a LoRA file \(first key: none\)"),
         "R3 textual inversion": Case(

@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from tiny import CONFIG, random_tau, tiny_unet, write_model
 import sample
 from minilcm.files.lora_file import write_tau
 from minilcm.lora import ATTENTION
-from minilcm.run.live import BODY, LETTERS, STEPS, Server, Studio
+from minilcm.run.live import BODY, LETTERS, STEPS, Server, Studio, live
 
 WISH = {"prompt": "pizza", "seed": 3, "sampler": "lcm", "steps": 2, "guidance": 1, "size": 32}
 WISH |= {"lambdas": [1, 0.5], "gamma": 1}
@@ -37,6 +39,23 @@ def test_a_lora_of_another_model_is_refused_at_the_start(files):
     write_tau(path, random_tau(tiny_unet(cfg=other), 0, 2, 3.0), {})
     with pytest.raises(ValueError, match="other.safetensors: made for another model"):
         Studio(files / "model.safetensors", [(path, 1.0)], "cpu")
+
+
+def test_a_lambda_beyond_its_slider_is_refused_at_the_start(files):
+    with pytest.raises(ValueError, match="lcm.safetensors:5: give a LAMBDA from -2 to 2"):
+        live(files / "model.safetensors", [f"{files}/lcm.safetensors:5"])
+
+
+def test_a_browser_that_goes_away_is_no_error(server, capfd):
+    """While its request arrives: the connection is reset, and the console stays silent."""
+    client = socket.create_connection(("127.0.0.1", server.server_port))
+    head = f"POST /{server.token}/draw HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+    client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    time.sleep(0.2)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()  # by RST
+    time.sleep(0.5)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +117,9 @@ def test_it_draws_what_sample_draws(files, tmp_path, ask):
     [
         (b"{", "JSON"),
         (b"[1]", "JSON"),
+        (b"[" * 60_000, "JSON"),
+        (WISH | {"seed": True}, "seed is True"),
+        (WISH | {"lambdas": [False, 1]}, "lambda is False"),
         ({"prompt": "pizza"}, "JSON"),
         (WISH | {"more": 1}, "JSON"),
         (WISH | {"prompt": "x" * (LETTERS + 1)}, str(LETTERS)),
@@ -139,7 +161,7 @@ def test_only_its_own_page_is_answered(server, ask):
     for host in ("example.com", f"example.com:{server.server_port}", "127.0.0.1"):
         assert ask(WISH, headers={"Host": host})[0] == 403
         assert ask(None, "GET", path="/", headers={"Host": host})[0] == 403
-    for length in (str(BODY + 1), "-1", "many", "1" * 30):
+    for length in (str(BODY + 1), "-1", "many", "1" * 30, "1" * 5000):
         assert ask(b"", headers={"Content-Length": length})[0] == 413
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from argparse import Namespace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minilcm.files.safetensors_file import write_tensors
 from minilcm.run.state import (
+    how_to_draw,
     latest_state,
     load_state,
     locked,
@@ -82,6 +85,26 @@ def test_a_state_is_read_once(tmp_path):
     with open(path, "r+b") as file:
         file.write(bytes(size))
     assert moment.count_nonzero() == 4096
+
+
+def test_a_finished_run_whose_result_is_gone(tmp_path):
+    """It is not called done, and what is not there is not named; the next line is the way on."""
+    args = Namespace(out=tmp_path, full=False, objective="lcm", steps=2, model=Path("m"))
+    for step in (1, 2):
+        path = tmp_path / f"state_{step:06d}.safetensors"
+        write_tensors(path, {}, {"minilcm.run": "{}"})
+    with pytest.raises(ValueError, match="lora.*: gone, .* remove .*state_000002.safetensors and"):
+        how_to_draw(args, "pizza", True)
+    (tmp_path / "lora.safetensors").touch()
+    assert how_to_draw(args, "pizza", True).startswith(f"{tmp_path}/lora.safetensors is done; to")
+    (tmp_path / "step_000002.png").touch()
+    assert "is done, " in how_to_draw(args, "pizza", True)
+
+
+def test_a_folder_that_no_result_could_be_written_to(tmp_path):
+    """Before the work: the safetensors library takes no name that is not UTF-8."""
+    with pytest.raises(ValueError, match="is not UTF-8; rename it"):
+        start_folder(Path(os.fsdecode(bytes(tmp_path) + b"/b\xff")), resume=False)
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
