@@ -305,8 +305,8 @@ def loop(
 ) -> None:
     unet, nets, named, average, optimizer = training
     first = reading.process == 0
-    bar = {"unit": " pictures", "unit_scale": args.batch * args.accumulate * reading.world}
-    bar |= {"disable": not first, "mininterval": 0.1 if sys.stderr.isatty() else 60}  # seconds
+    often = 0.1 if sys.stderr.isatty() else 60  # seconds; a log is not watched
+    bar = {"unit": " steps", "mininterval": often, "disable": not first}
     progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save

@@ -130,6 +130,9 @@ def on_settings(
     if lambdas and needs_lcm and not 0.5 < total < 1.5:
         what = "burnt" if total > 1 else "blurred"
         yield f"LCM-LoRAs of {total:g} in all, where 1 is right: pictures will be {what}"
+    for path, lam in loras:
+        if abs(lam) > 2 and not speeds_up(path):
+            yield f"{path.stem} times {lam:g} is far from 1: shapes will break up"
     if not needs_lcm and args.steps < (10 if is_large(config) else 4):
         yield f"{args.sampler} with --steps {args.steps} will be blurred; give --steps 25"
     if needs_lcm and not loras and not lcm and not full_lcm:

@@ -66,7 +66,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
             left[f"in {inside.parent}/"] += 1
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in sorted(left.items()))
-        print(f"{path}: left out: {kinds}; read is what Pillow opens, here and in N_NAME/")
+        print(f"{path}: left out: {kinds}; only pictures here and in folders N_NAME are read")
     pictures, bare = [], []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
@@ -75,7 +75,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
         pictures += [Picture(file, caption, repeats) for caption in captions]
     if bare:
         count = f"{len(bare)} of {len(files)} pictures have no caption, first: {bare[0].name}"
-        raise ValueError(f"{path}: {count}; put its text into {bare[0].stem}.txt beside it")
+        how = f"put its text into {bare[0].stem}.txt beside it, or all into a folder 1_CAPTION"
+        raise ValueError(f"{path}: {count}; {how}")
     if empty := sum(not picture.caption for picture in pictures):
         print(f"{path}: {empty} of {len(pictures)} captions are empty")
     if not pictures:

@@ -306,11 +306,16 @@ def extract_file(
 
 
 def diff(path_a: Path, path_b: Path) -> None:
-    """Print which keys two files do not share, and how far their tensors are apart."""
+    """Print which keys two files do not share, and how far their tensors are apart; of two LoRAs
+    how far their deltas are, as B R and R^-1 A are the same LoRA as B and A.
+    """
     (a, _), (b, _) = read_header(path_a), read_header(path_b)
     for keys, path in ((a.keys() - b.keys(), path_a), (b.keys() - a.keys(), path_b)):
         if keys:
             print(f"{len(keys)} keys only in {path}, first: {', '.join(sorted(keys)[:5])}")
+    if any(map(of_lora, a)) and any(map(of_lora, b)):
+        far = distance(read_tau(path_a), read_tau(path_b))
+        return print(f"the LoRAs differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")
     same, furthest = 0, (0.0, "")
     with safe_open(path_a, "pt") as fa, safe_open(path_b, "pt") as fb:
         for key in tqdm(sorted(a.keys() & b.keys()), desc="tensors", disable=None):
@@ -331,6 +336,3 @@ def diff(path_a: Path, path_b: Path) -> None:
     far, key = furthest
     more = f"; furthest apart: {far:.3e} of the norm, {key}" if key else ""
     print(f"{same} of {len(a.keys() & b.keys())} common tensors are equal{more}")
-    if any(map(of_lora, a)) and any(map(of_lora, b)):  # B R and R^-1 A are the same LoRA as B and A
-        far = distance(read_tau(path_a), read_tau(path_b))
-        print(f"their changes of the weights differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")

@@ -214,7 +214,15 @@ def test_info_and_diff(files, capsys):
     assert "VAE " in out and "CLIP-L " in out and "bigG" not in out
     run("diff", files / "a.safetensors", files / "b.safetensors")
     out = capsys.readouterr().out
-    assert "keys only in" in out and "shape" in out
+    assert "keys only in" in out and out.count("\n") <= 3 and "the LoRAs differ by" in out
+    tensors, metadata = read_tensors(files / "model.safetensors")
+    key = f"{UNET}out.2.weight"
+    save_file(tensors | {key: 2 * tensors[key]}, files / "other.safetensors", metadata)
+    run("diff", files / "other.safetensors", files / "model.safetensors")
+    *_, line, total = capsys.readouterr().out.splitlines()
+    assert line.startswith("  1.000e+00 of the norm, at most") and line.endswith(key)
+    equal = f"{len(tensors) - 1} of {len(tensors)} common tensors are equal; furthest apart: "
+    assert total == f"{equal}1.000e+00 of the norm, {key}"
 
 
 def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
@@ -378,9 +386,11 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
         assert any(v.shape != tensors[k].shape for k, v in flat.items())
         run("diff", tmp_path / "flat", files / f"{name}.safetensors")
         out = capsys.readouterr().out
-        assert f"{len(tensors)} of {len(tensors)} common tensors are equal" in out
-        assert "shape" not in out
-    assert out.rstrip().endswith("= 0.000e+00")
+        equal = f"{len(tensors)} of {len(tensors)} common tensors are equal\n"
+        assert (
+            out
+            == ("the LoRAs differ by ||dW - dW'|| / ||dW'|| = 0.000e+00\n", equal)[name == "model"]
+        )
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def bad_loras() -> dict[str, Case]:
         "R3 checkpoint": case(
             "lora",
             save({PLACE: x}),
-            r"this is a checkpoint, not a LoRA file; pass it with --model, .* \(first key: model\.diff",
+            r"this is a checkpoint, not a LoRA file; pass it with --model, .*: model\.diff",
         ),
         "R3 empty": Case("lora", save({}), r"this is not a LoRA file \(first key: none\)"),
         "R3 textual inversion": Case(
