@@ -9,7 +9,16 @@ from pathlib import Path
 
 from ..data.emoji import COLORS, STYLES, read_labels
 from ..files.identify import Checkpoint, is_large
-from ..files.lora_file import EMOJI, SHIPPED, Lora, is_shipped, read_recipe, speeds_up
+from ..files.lora_file import (
+    EMOJI,
+    SHIPPED,
+    Lora,
+    is_shipped,
+    lcm_scale,
+    read_recipe,
+    recipe_in,
+    speeds_up,
+)
 from ..generate import SAMPLERS
 
 # ---- prompts
@@ -122,8 +131,9 @@ def on_settings(
     config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
     full_lcm, (width, height) = config.unet.w_dim is not None, args.size
     merged = checkpoint.metadata.get("minilcm.merged", "")
-    merged_lcm = "lcm" in (merged + checkpoint.metadata.get("minilcm.loras", "")).lower()
-    lambdas = [lam for path, lam in loras if speeds_up(path)]
+    merged_lcm = lcm_scale(recipe_in(checkpoint.metadata))
+    lambdas = [lam * lcm_scale(read_recipe(path), path.name) for path, lam in loras]
+    lambdas = [lam for lam in lambdas if lam]
     lcm, total = merged_lcm or lambdas, merged_lcm + sum(lambdas)
     if merged:
         yield f"merged into this model: {merged}"

@@ -200,12 +200,21 @@ def read_recipe(path: str | Path) -> dict[str, str]:
     return recipe_in(read_header(path)[1])
 
 
+def lcm_scale(recipe: dict[str, str], name: str = "") -> float:
+    """By how much a LoRA file, or a model into which some are merged, seems to hold an LCM-LoRA: 1
+    alone, the sum of its lambdas in a combination.
+    """
+    try:
+        parts = [(x.get("objective"), x["file"], x["scale"]) for x in json.loads(recipe["loras"])]
+        return float(sum(x for kind, file, x in parts if kind == "lcm" or "lcm" in file.lower()))
+    except MALFORMED:  # no combination, or one by an older version
+        marks = recipe.get("objective", ""), name, recipe.get("merged", "")
+        return float(any("lcm" in mark.lower() for mark in marks) or "combined" in recipe)
+
+
 def speeds_up(lora: Path) -> bool:
     """Whether a file seems to hold an LCM-LoRA, alone or combined, by its recipe or its name."""
-    recipe = read_recipe(lora)
-    if recipe.get("objective") == "lcm" or "lcm" in lora.name.lower():
-        return True
-    return "lcm" in recipe["loras"].lower() if "loras" in recipe else "combined" in recipe
+    return lcm_scale(read_recipe(lora), lora.name) != 0
 
 
 def recipe_in(metadata: dict[str, str]) -> dict[str, str]:

@@ -147,6 +147,8 @@ def test_lora_tags():
 
 # ---- settings
 
+MIX = {"loras": '[{"file": "a", "scale": 0.1, "objective": "lcm"}, {"file": "b", "scale": 1.0}]'}
+
 
 @pytest.mark.parametrize(
     "flags, told",
@@ -160,6 +162,17 @@ def test_lora_tags():
         ({"lambdas": [8.0]}, "LCM-LoRAs of 8 in all, where 1 is right: pictures will be burnt"),
         ({"lambdas": [0.25]}, "LCM-LoRAs of 0.25 in all, where 1 is right: pictures will be blur"),
         ({"lambdas": [0.75]}, ""),
+        ({"merged": ["fast.safetensors:0.1", "lcm"], "loras": []}, ""),
+        ({"merged": ["fast.safetensors:-1", "lcm"], "lambdas": [2.0]}, ""),
+        (
+            {"loras": [Path("mix.safetensors")], "recipe": MIX},
+            "LCM-LoRAs of 0.1 in all, where 1 is right: pictures will be blurred",
+        ),
+        ({"loras": [Path("mix.safetensors")], "recipe": MIX, "lambdas": [10.0]}, ""),
+        (
+            {"loras": [Path("x.safetensors"), Path("lcm.safetensors")], "lambdas": [5.0, 1.0]},
+            "x times 5",
+        ),
         ({"lambdas": [0.25], "sampler": "ddim"}, ""),
         ({"loras": [], "sampler": "ddim", "steps": 3}, "ddim with --steps 3 will be blurred"),
         ({"loras": [], "sampler": "dpmpp", "steps": 4}, ""),
@@ -189,11 +202,13 @@ def test_lora_tags():
 )
 def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     """One line where a picture will be spoilt or a flag ignored, and none where it will not."""
-    monkeypatch.setattr("minilcm.cli.advice.speeds_up", lambda path: "lcm" in path.name)
+    monkeypatch.setattr("minilcm.files.lora_file.read_recipe", lambda path: flags.get("recipe", {}))
+    monkeypatch.setattr("minilcm.cli.advice.read_recipe", lambda path: flags.get("recipe", {}))
     monkeypatch.setattr("minilcm.cli.advice.is_large", lambda config: "large" in flags)
     args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32), steps=4) | flags
     merged, objective = flags.get("merged", (None, None))
-    recipe = json.dumps([{"file": "x.safetensors", "objective": objective}])
+    file, _, scale = (merged or "x:1").rpartition(":")
+    recipe = json.dumps([{"file": file, "scale": float(scale), "objective": objective}])
     metadata = {"minilcm.merged": merged, "minilcm.loras": recipe} if merged else {}
     unet = replace(CONFIG.unet, w_dim=flags.get("w_dim"))
     checkpoint = Checkpoint(Path("x"), {}, metadata, replace(CONFIG, unet=unet))

@@ -14,7 +14,7 @@ from tiny import random_tau, tiny_unet, write_model
 from torch import nn
 
 from minilcm.files import safetensors_file as safefile
-from minilcm.files.lora_file import read_recipe, read_tau, speeds_up, write_tau
+from minilcm.files.lora_file import lcm_scale, read_recipe, read_tau, speeds_up, write_tau
 from minilcm.files.lora_keys import of_lora, split_key
 from minilcm.files.names import module_table, text_table, to_diffusers_path
 from minilcm.lora import ATTENTION, TARGETS, Tau, target_paths
@@ -127,13 +127,21 @@ def test_keys_are_kohyas(lora):
         ("fast", {"objective": "lcm"}, True),
         ("sd15-LCM", {}, True),
         ("style", {"objective": "diffusion"}, False),
-        ("mix", {"combined": "a + b", "loras": '[{"file": "a", "objective": "lcm"}]'}, True),
-        ("mix", {"combined": "a + b", "loras": '[{"file": "a", "objective": "diffusion"}]'}, False),
+        ("mix", {"combined": "a:1 b:1"}, True),
+        ("mix", {"loras": '[{"file": "a", "scale": 0.5, "objective": "lcm"}]'}, 0.5),
+        ("mix", {"loras": '[{"file": "my_LCM.safetensors", "scale": 0.5}]'}, 0.5),
+        ("lcm", {"loras": '[{"file": "a", "scale": 1, "objective": "diffusion"}]'}, False),
+        ("mix", {"loras": '[{"file": "a", "scale": 1, "objective": "diffusion"}]'}, False),
+        ("mix", {"loras": '[{"file": "a", "scale": "1", "objective": "lcm"}]'}, False),
+        ("mix", {"loras": "["}, False),
     ],
 )
 def test_an_lcm_lora_is_told_by_recipe_or_name(tmp_path, name, recipe, expected):
-    write_tau(tmp_path / f"{name}.safetensors", mixed_tau(), recipe)
-    assert speeds_up(tmp_path / f"{name}.safetensors") == expected
+    """And by how much it is in a combination, as far as the recipe can be read."""
+    path = tmp_path / f"{name}.safetensors"
+    write_tau(path, mixed_tau(), recipe)
+    assert lcm_scale(read_recipe(path), path.name) == expected
+    assert speeds_up(path) == bool(expected)
 
 
 def test_recipe_is_in_the_header(tmp_path):
