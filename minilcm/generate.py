@@ -27,7 +27,7 @@ class Sampler(NamedTuple):
     default_steps: int
     most_steps: int
     needs_lcm_lora: bool  # to be sharp; guidance is then in the weights, and off while sampling
-    # draws noise between steps: takes generators=, and gamma=, how much of the noise is fresh
+    # draws noise between steps: takes generators=, and gamma=, from 0, no fresh noise, to 1
     stochastic: bool = False
 
 
@@ -51,9 +51,11 @@ def noise(
 def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Where the sampler evaluates the network, descending: so many steps, or the timesteps given.
 
-    Raises ValueError for steps, timesteps or a strength out of range.
+    Raises ValueError for steps, timesteps or a strength out of range, or both of the latter.
     """
     if not isinstance(steps, int):
+        if strength != 1:
+            raise ValueError("timesteps say where to begin; leave out strength")
         if steps != sorted(set(steps) & set(range(T)), reverse=True) or not steps:
             raise ValueError(f"timesteps are {steps}; give them descending, each 0 to {T - 1}")
         return steps
@@ -82,8 +84,10 @@ def generate(
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
     redrawn by `strength`, at most 1. `steps` may be a list of timesteps. `gamma`: see `sample_lcm`.
-    Raises ValueError as `timesteps`, or if the sampler takes no gamma.
+    Raises ValueError as `timesteps`, if the sampler takes no gamma, or for strength without image.
     """
+    if strength != 1 and image is None:
+        raise ValueError(f"strength is {strength}, but there is no image to redraw")
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     grid = timesteps(sampler, way.default_steps if steps is None else steps, strength)
     z_T, generators = noise(seeds, shape, device)

@@ -6,7 +6,8 @@ samples in one to eight steps. Student, teacher and target are callables (z_t, t
 eps_hat, or v if `schedule.v`: nothing here runs a UNet, opens a file or changes a LoRA.
 
 z_0 is the point at t = 0 of a trajectory, which still holds noise of sigma 0.029; z0 is a clean
-latent from data, x0 the network's estimate of it. The autoencoder decodes z_0 as it is.
+latent from data, x0 the network's estimate of it. Two liberties of the official code: the decoder
+gets z_0 as it is, and the sampler adds fresh noise to f's z_0 as if it were a clean z0.
 """
 
 import math
@@ -76,7 +77,9 @@ def train_grid() -> Tensor:
 
 
 def huber(a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
-    """Algorithm 1's distance d: pseudo-Huber, with the official commands' c."""
+    """The distance d, which Algorithm 1 leaves open: pseudo-Huber of each value, with the official
+    commands' c.
+    """
     # mean of sqrt((a - b)^2 + c^2) - c
     return ((a - b).square() + huber_c**2).sqrt().sub(huber_c).mean()
 
@@ -87,8 +90,10 @@ def draw(
     """What Algorithm 1 draws for latents of `shape` (b, c, h, w).
 
     n ~ U{0, ..., 49}, w ~ U[w_range], eps ~ N(0, 1), all on the CPU. n (b,) indexes the grid at the
-    pair's noisier end: grid[n] = t_start, which the paper calls t_{n+k}. An LCM-LoRA has no input
-    for w: of a range it can only learn a mixture, so one value is its default.
+    pair's noisier end: grid[n] = t_start, which the paper calls t_{n+k}. The paper draws from the
+    whole schedule; a grid of 50, whose first skip ends at t = 0, is the official scripts'. An
+    LCM-LoRA has no input for w: of a range it can only learn a mixture, so one value is its
+    default.
     """
     n = torch.randint(0, GRID, shape[:1], generator=generator)
     w = torch.empty(shape[:1]).uniform_(*w_range, generator=generator)
@@ -120,8 +125,9 @@ def lcd_loss(
     `k` is the length of a skip in timesteps. f is known only at t = 0, and each skip carries that k
     timesteps further up. So a large k needs fewer skips to reach t = 999; but a DDIM step of that
     length has a larger error. `psi_steps` shorter ones have a smaller error, for that many times
-    the teacher's time. k is a multiple of 20, so that every skip ends on the grid or at t = 0. With
-    k < 20 none would end at t = 0, and then any constant f has a loss near 0.
+    the teacher's time. k is a multiple of 20, so that every skip ends on the grid, where the
+    student is trained, or at t = 0, where f is known. With k < 19 none would end at t = 0, and then
+    any constant f has a loss near 0.
     `one_batch`: the teacher gets cond and null_cond (b rows each) at once, 2b rows: more memory,
     faster on a GPU.
     """

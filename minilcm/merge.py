@@ -83,9 +83,7 @@ def add_delta_(
         low, high = wide.aminmax()
         if not -most <= low <= high <= most:
             kind = str(weight.dtype)[6:]
-            raise ValueError(
-                f"the sum is beyond {kind}'s largest number, {most:,.0f}; lower lambda"
-            )
+            raise ValueError(f"the sum is beyond {kind}'s largest number, {most:.5g}; lower lambda")
         weight[i : i + n] = wide
 
 
@@ -179,10 +177,10 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
     """W <- W + scale dW for every path of tau, summed in float32 and rounded once to the weight's
     dtype.
 
-    Of LoRAs merged one by one each keeps a scale of its own: `merge_into(model, tau, new - old)`
-    changes it, and -1.0 takes tau out again, exact to float32 rounding for float32 weights.
-    Raises ValueError if the model lacks a path or its shape differs, and nothing has changed then;
-    or if a sum is beyond the weight's dtype, and the layers before that one have changed.
+    Merge again with new - old to change a LoRA's scale, and with minus its scale to remove it:
+    exact to float32 rounding for float32 weights. Raises ValueError if the model lacks a path or
+    its shape differs, and nothing has changed then; or if a sum is beyond the weight's dtype, when
+    that layer and those before it may have changed.
     """
     check_fit(model, tau)
     weights = weights_of(model)
@@ -215,8 +213,8 @@ def reduce_rank(
 ) -> tuple[Tau, dict[str, float]]:
     """The best tau of a lower rank (Eckart-Young); {path: what it loses, ||dW - dW'|| / ||dW||}.
 
-    `rank`: at most this rank in each module; `energy`: the lowest rank that keeps this share of the
-    sum of squared singular values. Exact up to float32, in Frobenius norms;
+    Give one of `rank`, at most this rank in each module, and `energy`, the lowest rank that keeps
+    this share of the sum of squared singular values. Exact up to float32, in Frobenius norms;
     B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank.
     """
     small, residual = {}, {}
@@ -236,8 +234,8 @@ def reduce_rank(
 
 
 def extract_module(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best (up, down, lora_alpha) of this rank of a difference of weights (out, in) or
-    (out, in, k, k); randomised SVD (Halko et al. 2011), seed 0.
+    """(up, down, lora_alpha) of this rank, close to the best, of a difference of weights (out, in)
+    or (out, in, k, k); randomised SVD (Halko et al. 2011), seed 0.
     """
     matrix = difference.float().flatten(1)  # (out, in k k)
     r = min(rank, *matrix.shape)

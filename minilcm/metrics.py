@@ -52,8 +52,8 @@ def accuracy(
     styles: list[str] | None = None,
     choices: list[str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(does the judge see its own name in each picture, among all that it knows; and its own style,
-    among `choices`).
+    """(does the judge see the name that was asked for in each picture, among all that it knows; and
+    the style that was asked for, among `choices`).
 
     pixels (b, 3, H, W) in [-1, 1], names and styles of length b -> (b,) bool each; without styles
     the second is None.
@@ -112,8 +112,8 @@ def interval(
 
     point, by_groups, by_runs = means(x)
     if y is not None:
-        sign = torch.div if ratio else torch.sub
-        point, by_groups, by_runs = map(sign, (point, by_groups, by_runs), means(y))
+        compare = torch.div if ratio else torch.sub
+        point, by_groups, by_runs = map(compare, (point, by_groups, by_runs), means(y))
     stretch = STUDENT[runs] * (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0
     drawn = by_groups + stretch * (by_runs - point)
     return [
@@ -130,7 +130,7 @@ def decide(interval: list[float], above: float | None = None, below: float | Non
     """
     _, low, high = interval
     if below is not None:
-        low, high, above = -high, -low, -below
+        return "shown" if high < below else "refuted" if low > below else "not shown"
     return "shown" if low > above else "refuted" if high < above else "not shown"
 
 
@@ -141,10 +141,11 @@ def together(verdicts: Iterable[str]) -> str:
 
 
 def holm(intervals: dict[str, list[float]], bound: float = 0.0, runs: int = 1) -> list[str]:
-    """Whose number differs from `bound`, with 5 % for one false alarm among all. Holm (1979).
+    """Whose number differs from `bound`, at 5 % for one false alarm or more among all. Holm (1979).
 
-    The p-value of each is a normal's, with the interval's half width for 1.96 of its deviations; of
-    three `runs` Student's t of two degrees of freedom, whose tails are wider.
+    The standard error of each is its interval's half width / 1.96, the p-value a normal's; for
+    three `runs` that of Student's t of two degrees of freedom, whose tails are wider. `runs` is 1
+    or 3.
     """
     p = {}
     for name, (mean, low, high) in intervals.items():

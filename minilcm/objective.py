@@ -38,7 +38,9 @@ class Objective(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """(z_t, t, cond, w) -> eps_hat or v, three times; w is for a full LCM only."""
+    """Three networks (z_t, t, cond, w) -> eps_hat or v, of which only a full LCM's read w, and what
+    is behind them.
+    """
 
     student: Network
     teacher: Network
@@ -77,8 +79,8 @@ def make_networks(
 ) -> Networks:
     """Prepare the UNet for training, in place, and say what student, teacher and target are.
 
-    `dtype` is that of the forward pass; `wrap` gets every UNet that is run and returns what to run
-    instead. Raises ValueError as `lora.check_rank` does.
+    `dtype` is that of the forward pass; `wrap` gets a UNet and returns what to run in its place: of
+    a full LCM all three, of a LoRA the student's. Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
         return lora_networks(objective, unet, dtype, seed, wrap)
@@ -122,13 +124,13 @@ def lora_networks(
         add_checkpointing(unet)
     net = wrap(unet)
 
+    # teacher and target do not run `net`: DDP expects one forward pass per backward pass
     student, target = without_w(net, dtype), without_w(unet, dtype)
 
     def teacher(z_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         with lora_off(unet):
             return target(z_t, t, cond)
 
-    # teacher and target do not run `net`: DDP expects one forward pass per backward pass
     return Networks(student, teacher, target, net, schedule_of(unet))
 
 
@@ -197,7 +199,8 @@ def learning_rate(
 ) -> float:
     """At step 0 ... steps - 1: a linear warm-up, times a cosine from 1 to `floor`.
 
-    The warm-up takes a tenth of the steps, 100 at most, unless `warmup` says how many.
+    The warm-up takes a tenth of the steps, 100 at most, unless `warmup`, 1 or more, says how many;
+    `floor` is a share of the peak.
     """
     warmup = min(100, steps / 10) if warmup is None else warmup
     rising = min(1, (step + 1) / warmup)

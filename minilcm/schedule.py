@@ -44,10 +44,11 @@ def make_schedule(v: bool = False, zero_snr: bool = False) -> Schedule:
     """Stable Diffusion's "scaled linear" schedule: Rombach et al. 2022, the official configs
     (tour/01).
 
-    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in the official code: alpha_bar
-    in float64 differs by 4.7e-7. With `zero_snr` alpha is shifted and scaled to be 0 at t = 999,
-    pure noise, and unchanged at t = 0 (2305.08891 algorithm 1). Only a network that predicts v can
-    start from pure noise.
+    betas = linspace(sqrt(0.00085), sqrt(0.012), 1000)^2. float32 as in diffusers, and so in the
+    official LCM scripts; Stable Diffusion's own code computes it in float64, and alpha_bar differs
+    by 4.7e-7. With `zero_snr` alpha is shifted and scaled to be 0 at t = 999, pure noise, and
+    unchanged at t = 0 (2305.08891 algorithm 1). A network that predicts eps cannot start from pure
+    noise: x0 = (z_t - sigma eps_hat) / alpha.
     """
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - beta, dim=0)

@@ -27,7 +27,8 @@ def guided_eps(unet: Callable[..., Tensor], cond: Cond, null_cond: Cond | None, 
 
     w as in 2310.04378 section 4.2 and Ho & Salimans (2207.12598) eq. 6; other programs' "guidance
     scale" is 1 + w. cond and null_cond have b rows; for a negative prompt give its Cond as
-    null_cond. v is guided in the same way, since it is affine in eps at a fixed z_t.
+    null_cond. v is guided in the same way: x0 and eps_hat are affine in it, as in eps_hat, and the
+    weights 1 + w and -w add up to 1.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()
@@ -60,8 +61,8 @@ def trailing_grid(steps: int, strength: float = 1.0) -> list[int]:
     """Descending timesteps of DDIM and DPM-Solver++: 4 steps are 999 749 499 249.
 
     They begin at 999, the noisiest timestep ("trailing" in 2305.08891 table 2), which is fair to
-    few steps; SD1.5's own config ("leading") begins at 751. strength < 1 (image to image) keeps the
-    lower part, and there are still `steps` steps.
+    few steps; SD1.5's own config ("leading") begins 4 steps at 751. strength < 1 (image to image)
+    keeps the lower part, and there are still `steps` steps.
     """
     top = lower_part(T, steps, strength)
     # numpy rounds half to even; arange can have one entry too many, for 61 steps as an example

@@ -75,9 +75,18 @@ def test_a_sampler_asks_the_network_where_its_grid_says(sampler):
 
     for steps, strength in ((3, 1.0), (3, 0.5), ([800, 3, 0], 1.0)):
         seen.clear()
-        generate(eps_fn, SEEDS, SHAPE, sampler, steps, strength=strength)
+        image = torch.zeros(1, *SHAPE) if strength < 1 else None
+        generate(eps_fn, SEEDS, SHAPE, sampler, steps, image=image, strength=strength)
         assert seen == timesteps(sampler, steps, strength)
         assert seen == steps or len(seen) == steps and max(seen) <= 1000 * strength - 1
+
+
+def test_a_strength_that_means_nothing_is_refused():
+    """Without an image noise would begin at a low t; timesteps say themselves where to begin."""
+    with pytest.raises(ValueError, match="strength is 0.5, but there is no image to redraw"):
+        generate(toy_eps, SEEDS, SHAPE, steps=4, strength=0.5)
+    with pytest.raises(ValueError, match="timesteps say where to begin; leave out strength"):
+        generate(toy_eps, SEEDS, SHAPE, steps=[99], image=torch.zeros(1, *SHAPE), strength=0.5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

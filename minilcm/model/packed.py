@@ -32,9 +32,9 @@ class Packed(nn.Module):
 
 
 def pack(unet: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the UNet's layers, in place, but for 1x1 kernels and the first and last convolution,
-    which compute in float32. Nothing changes where PyTorch has no such operators, as on Apple
-    silicon, or not for this dtype on this processor.
+    """Replace the UNet's layers, in place, but for 1x1 kernels, LoRA layers, and the first and last
+    convolution, which stay in float32. A packed weight is no parameter any more. Nothing changes
+    where PyTorch has no such operators, as on Apple silicon, or not for this dtype on this CPU.
     """
     known = hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
     if not known or dtype not in (torch.float32, default_dtype("cpu")):
@@ -48,8 +48,8 @@ def pack(unet: nn.Module, dtype: torch.dtype) -> None:
 
 
 def pack_for_sampling(unet: nn.Module, vae: nn.Module, dtype: torch.dtype) -> None:
-    """For a large model on a processor, in place: the UNet's weights packed, the VAE channels last,
-    and in bfloat16 where the UNet is, not in float16, in which SDXL's decoder overflows.
+    """For a large model on a CPU, in place: the UNet's weights packed; the VAE channels last, in
+    bfloat16 if the UNet is, else in float32, as SDXL's decoder overflows in float16.
     """
     pack(unet, dtype)
     vae.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

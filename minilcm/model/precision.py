@@ -27,8 +27,8 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 def forward_dtype(device: str) -> torch.dtype:
     """Of the forward pass: bfloat16 where it is fast. Trained weights and loss are float32."""
-    on_gpu = device == "cuda" and torch.cuda.is_available()
-    if on_gpu and torch.cuda.get_device_capability() < (8, 0):  # emulates bfloat16
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.get_device_capability(device) < (8, 0):  # emulates bfloat16
         return torch.float32
     return torch.bfloat16 if default_dtype(device) != torch.float32 else torch.float32
 
@@ -83,13 +83,14 @@ def quantize(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def is_narrow(layer: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
-    """Whether the frozen weight is int8; or float16, while x, outside autocast, is float32."""
+    """Whether the frozen weight is int8, or float16 while x is float32."""
     half = x.dtype == torch.float32 and layer.weight.dtype == torch.float16
     return half or layer.weight.dtype == torch.int8
 
 
 def widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer's output, from a weight that is widened where it is used, both ways.
+    """The layer's output, from a weight that is cast to x's dtype in the forward pass, and again in
+    the backward pass.
 
     Autograd would keep a plain `weight.float()` until the backward pass, for all layers at once.
     """
