@@ -291,7 +291,7 @@ def train(
     if device == "cuda" and not data.positions:  # saved positions must not be ahead of the step
         drawn = in_background(drawn)
     loop(args, drawn, training, batch_loss, save, start, reading)
-    say(states.how_to_draw(args, data.prompts[0], is_shipped(args.model)))
+    say(states.how_to_draw(args, data.prompts[0], is_shipped(args.model)) if first else "")
 
 
 def loop(
