@@ -63,12 +63,13 @@ SEEDS = 1 << 64  # PyTorch's generators take 0 to one less; on the CPU the lower
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    how = dict(formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, **how)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, exit 1
     add, group = parser.add_argument, parser.add_argument_group
     add("prompts", nargs="*", metavar="PROMPT", help="NAME[, STYLE style][, on a COLOR background]")
     add("--list", action="store_true", help="print the names, styles, colours it knows, and stop")
-    again = "draw this picture again, from the recipe inside it, with the flags given besides"
+    again = "draw this picture again, by the recipe inside it; flags beside it replace its own"
     add("--again", type=Path, metavar="FILE.png", help=again)
     add("--count", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
     add("--batch", type=int, metavar="N", help="pictures at a time (default: what fits; CPU: 1)")
@@ -94,7 +95,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if args.again:
         if args.prompts:
             parser.error(f"--again draws the picture's own prompt; leave out {args.prompts[0]!r}")
-        args = parser.parse_args(command_again(args.again, argv))
+        args = parser.parse_args(command_again(args.again, argv, args.sampler))
     args.argv = argv
     check_values(args, parser.error)
     return args

@@ -305,9 +305,9 @@ def loop(
 ) -> None:
     unet, nets, named, average, optimizer = training
     first = reading.process == 0
-    often = 0.1 if sys.stderr.isatty() else 60  # seconds; a log is not watched
-    bar = {"unit": " steps", "mininterval": often, "disable": not first}
-    progress = tqdm(range(start, args.steps), total=args.steps, initial=start, **bar)
+    log = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60}  # seconds
+    bar = {"total": args.steps, "initial": start, "unit": " steps", "disable": not first}
+    progress = tqdm(range(start, args.steps), **bar, **log)
     stop = []
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: finish the step, then save
     if args.compile:

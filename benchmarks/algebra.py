@@ -97,9 +97,9 @@ def resize(folder: Path, lora: Path, tau: Tau) -> None:
         norm += whole.double().square().sum().item()
     # four digits are printed
     say("resize to 16: printed residual against the direct one, worst", worst, 6e-5)
-    in_all = float(re.search(r"total .* = (\S+)", printed)[1])
-    what = f"resize to 16: printed total {in_all:.4f}, against the direct one"
-    say(what, abs(in_all - (lost / norm) ** 0.5), 6e-5)
+    total = float(re.search(r"total .* = (\S+)", printed)[1])
+    what = f"resize to 16: printed total {total:.4f}, against the direct one"
+    say(what, abs(total - (lost / norm) ** 0.5), 6e-5)
 
 
 def extract(folder: Path, base: Path, tau: Tau) -> None:

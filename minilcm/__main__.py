@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         sub = command(name, f"{what}; all other tensors stay byte for byte.")
         sub.add_argument("checkpoint", type=Path)
         sub.add_argument("loras", nargs="+", metavar="FILE[:LAMBDA]")
-    what = "The LoRA of a given rank that is nearest to the difference of two checkpoints."
+    what = "A LoRA of a given rank, close to the best, for the difference of two checkpoints."
     sub = command("extract", what)
     sub.add_argument("base", type=Path)
     sub.add_argument("tuned", type=Path)

@@ -51,7 +51,8 @@ def noise(
 def timesteps(sampler: str, steps: int | list[int], strength: float = 1.0) -> list[int]:
     """Where the sampler evaluates the network, descending: so many steps, or the timesteps given.
 
-    Raises ValueError for steps, timesteps or a strength out of range, or both of the latter.
+    Raises ValueError for steps, timesteps or a strength out of range, or a strength beside
+    timesteps.
     """
     if not isinstance(steps, int):
         if strength != 1:

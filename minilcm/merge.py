@@ -179,7 +179,7 @@ def merge_into(model: nn.Module | dict[str, Tensor], tau: Tau, scale: float = 1.
 
     Merge again with new - old to change a LoRA's scale, and with minus its scale to remove it:
     exact to float32 rounding for float32 weights. Raises ValueError if the model lacks a path or
-    its shape differs, and nothing has changed then; or if a sum is beyond the weight's dtype, when
+    its shape differs, and nothing has changed then; or if a sum is beyond the weight's dtype: then
     that layer and those before it may have changed.
     """
     check_fit(model, tau)

@@ -141,7 +141,8 @@ def together(verdicts: Iterable[str]) -> str:
 
 
 def holm(intervals: dict[str, list[float]], bound: float = 0.0, runs: int = 1) -> list[str]:
-    """Whose number differs from `bound`, at 5 % for one false alarm or more among all. Holm (1979).
+    """Whose number differs from `bound`, with a chance of at most 5 % of any false alarm. Holm
+    (1979).
 
     The standard error of each is its interval's half width / 1.96, the p-value a normal's; for
     three `runs` that of Student's t of two degrees of freedom, whose tails are wider. `runs` is 1

@@ -38,8 +38,8 @@ class Objective(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Three networks (z_t, t, cond, w) -> eps_hat or v, of which only a full LCM's read w, and what
-    is behind them.
+    """Student, teacher and target, (z_t, t, cond, w) -> eps_hat or v, and the modules behind them.
+    Only a full LCM's read w.
     """
 
     student: Network
@@ -79,8 +79,8 @@ def make_networks(
 ) -> Networks:
     """Prepare the UNet for training, in place, and say what student, teacher and target are.
 
-    `dtype` is that of the forward pass; `wrap` gets a UNet and returns what to run in its place: of
-    a full LCM all three, of a LoRA the student's. Raises ValueError as `lora.check_rank` does.
+    `dtype` is that of the forward pass; `wrap` gets each UNet, of a LoRA the student's alone, and
+    returns what to run in its place. Raises ValueError as `lora.check_rank` does.
     """
     if objective.rank is not None:
         return lora_networks(objective, unet, dtype, seed, wrap)

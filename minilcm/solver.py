@@ -27,8 +27,8 @@ def guided_eps(unet: Callable[..., Tensor], cond: Cond, null_cond: Cond | None, 
 
     w as in 2310.04378 section 4.2 and Ho & Salimans (2207.12598) eq. 6; other programs' "guidance
     scale" is 1 + w. cond and null_cond have b rows; for a negative prompt give its Cond as
-    null_cond. v is guided in the same way: x0 and eps_hat are affine in it, as in eps_hat, and the
-    weights 1 + w and -w add up to 1.
+    null_cond. v is guided in the same way: at a fixed z_t eps_hat is affine in v, and the weights
+    1 + w and -w add up to 1.
     """
     if w == 0:
         return lambda z_t, t: unet(z_t, t, cond).float()

@@ -400,6 +400,9 @@ def test_flags_beside_again_take_the_place_of_those_inside(draw, files, tmp_path
     words = again("--sampler=ddim", f"--lora={style}:0", "--strength=1")
     assert {"--sampler=ddim", "--steps=25", f"--lora={style}:0.0"} < {*words}
     assert not any("gamma" in x or x == "--guidance=1.0" for x in words)
+    assert again("--sampler", "lcm", "--seed", "3") == again("--seed=3")
+    with pytest.raises(SystemExit, match="unrecognized arguments: --lo"):  # it would be added
+        again("--lo", style)
 
 
 def test_gamma_and_timesteps_reach_the_sampler(draw, monkeypatch):

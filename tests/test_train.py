@@ -997,7 +997,7 @@ def test_a_crash_while_saving_keeps_the_last_state(files, tmp_path, monkeypatch)
         ("--objective lcm --rank 2 --data none", "none: no such file or folder"),
         (
             "--objective lcm --rank 2 --data {f}/model.safetensors",
-            "model.safetensors: is none of these; give a folder of pictures",
+            "model.safetensors: is no folder, .tar or .txt; give a folder of pictures",
         ),
         ("--objective lcm --rank 2 --model {f}/art/noto.tar", "noto.tar: not a safetensors file"),
         ("--objective lcm --rank 2 --out {f}/model.safetensors", "exists"),

@@ -131,18 +131,18 @@ def on_settings(
     config, needs_lcm = checkpoint.config, SAMPLERS[args.sampler].needs_lcm_lora
     full_lcm, (width, height) = config.unet.w_dim is not None, args.size
     merged = checkpoint.metadata.get("minilcm.merged", "")
+    shares = [lcm_scale(read_recipe(path), path.name) for path, _ in loras]  # of an LCM-LoRA
     merged_lcm = lcm_scale(recipe_in(checkpoint.metadata))
-    lambdas = [lam * lcm_scale(read_recipe(path), path.name) for path, lam in loras]
-    lambdas = [lam for lam in lambdas if lam]
-    lcm, total = merged_lcm or lambdas, merged_lcm + sum(lambdas)
+    parts = [merged_lcm, *(lam * share for (_, lam), share in zip(loras, shares))]
+    lcm, total = any(parts), sum(parts)
     if merged:
         yield f"merged into this model: {merged}"
-    if lambdas and needs_lcm and not 0.5 < total < 1.5:
+    if lcm and needs_lcm and not 0.5 < total < 1.5:
         what = "burnt" if total > 1 else "blurred"
         yield f"LCM-LoRAs of {total:g} in all, where 1 is right: pictures will be {what}"
-    for path, lam in loras:
-        if abs(lam) > 2 and not speeds_up(path):
-            yield f"{path.stem} times {lam:g} is far from 1: shapes will break up"
+    for (path, lam), share in zip(loras, shares):
+        if abs(lam) > 2 and not share:
+            yield f"--lora {path.stem}:{lam:g} is far from 1: shapes will break up"
     if not needs_lcm and args.steps < (10 if is_large(config) else 4):
         yield f"{args.sampler} with --steps {args.steps} will be blurred; give --steps 25"
     if needs_lcm and not loras and not lcm and not full_lcm:

@@ -48,15 +48,16 @@ def run_script(
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, below its error
     try:
         main(parse())
-    except OSError as error:  # Python's own: [Errno 17] File exists: 'x'
-        sys.exit(f"{name}: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except OSError as error:  # Python's own words: [Errno 17] File exists: 'x'
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        sys.exit(f"{name}: {what}")
     except ValueError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: {stopped}")
     except (RuntimeError, MemoryError) as error:  # torch's, on a GPU or a CPU; Python's
         what = str(error).split("\n")[0][:200]
-        short = isinstance(error, MemoryError) or re.search("out of memory|allocate memory", what)
-        if not short:
+        in_words = re.search("out of memory|allocate memory", what)
+        if not isinstance(error, MemoryError) and not in_words:
             raise
         sys.exit(f"{name}: out of memory; a smaller --size or --batch needs less ({what})")

@@ -80,7 +80,7 @@ def names_of(words: list[str]) -> list[str]:
     return [re.match("(?:--([a-z-]+))?", word)[1] or "" for word in words]
 
 
-# flags of a picture that do not fit one given in their place
+# {flag given: the picture's flags that it removes}
 INSTEAD = {
     "timesteps": ("steps", "strength"),
     "steps": ("timesteps",),
@@ -90,17 +90,20 @@ INSTEAD = {
 }
 
 
-def command_again(path: Path, argv: list[str]) -> list[str]:
-    """The command line inside a picture, with the flags of `argv` in place of its own."""
+def command_again(path: Path, argv: list[str], sampler: str) -> list[str]:
+    """The command line inside a picture, with the flags of `argv`, of which one may be another
+    `sampler`, in place of its own.
+    """
     *flags, _, prompt = shlex.split(read_texts(path)["command"])[2:]
-    drop = {*names_of(argv)}.union(*(INSTEAD.get(name, ()) for name in names_of(argv)))
+    given = {*names_of(argv)} - ({"sampler"} if f"--sampler={sampler}" in flags else set())
+    drop = given.union(*(INSTEAD.get(name, ()) for name in given))
     kept = [flag for flag, name in zip(flags, names_of(flags)) if name not in drop]
     return [*kept, *argv, "--", prompt]
 
 
 def check_same_files(path: Path, recipe: dict[str, object], argv: list[str]) -> None:
-    """Raises ValueError unless the picture was drawn with files of the hashes in the recipe, those
-    aside that `argv` gives anew.
+    """Raises ValueError unless the picture was drawn with files of the hashes in the recipe, except
+    files that `argv` replaces.
     """
     drawn, given = read_texts(path)["parameters"], names_of(argv)
     anew = {"Lora": "lora", "VAE": "vae", "Init": "image", "Model": "model"}

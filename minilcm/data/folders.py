@@ -38,7 +38,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     path = Path(path)
     if not path.is_dir():
         how = "give a folder of pictures with .txt captions, a .tar, or a .txt of prompts"
-        what = "is none of these" if path.exists() else "no such file or folder"
+        what = "is no folder, .tar or .txt" if path.exists() else "no such file or folder"
         raise ValueError(f"{path}: {what}; {how}")
     listed: dict[Path, list[str]] = {}
     tables = sorted(p for p in path.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
@@ -66,7 +66,9 @@ def read_pictures(path: str | Path) -> list[Picture]:
             left[f"in {inside.parent}/"] += 1
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in sorted(left.items()))
-        print(f"{path}: left out: {kinds}; only pictures here and in folders N_NAME are read")
+        print(
+            f"{path}: left out: {kinds}; read are pictures here, in folders N_NAME, and in tables"
+        )
     pictures, bare = [], []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
@@ -75,7 +77,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
         pictures += [Picture(file, caption, repeats) for caption in captions]
     if bare:
         count = f"{len(bare)} of {len(files)} pictures have no caption, first: {bare[0].name}"
-        how = f"put its text into {bare[0].stem}.txt beside it, or all into a folder 1_CAPTION"
+        how = f"put its text into {bare[0].stem}.txt beside it, or move all into a folder 1_CAPTION"
         raise ValueError(f"{path}: {count}; {how}")
     if empty := sum(not picture.caption for picture in pictures):
         print(f"{path}: {empty} of {len(pictures)} captions are empty")

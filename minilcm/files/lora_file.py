@@ -20,8 +20,6 @@ from .safetensors_file import MALFORMED, all_finite, read_header, read_tensors, 
 
 Lora = tuple[Path, float]  # file and lambda
 EMOJI = Path(__file__).parents[2] / "weights/emoji"  # the shipped model and its LoRAs
-# how the modules of SD3's and Flux's LoRAs begin
-OF_TRANSFORMERS = re.compile("(joint|double|single)_blocks|(single_)?transformer_")
 SHIPPED = {"lcm": "lcm_lora", "blueprint": "blueprint", "papercut": "papercut"}
 
 
@@ -41,18 +39,16 @@ def parse_lora(text: str) -> Lora:
 
 
 def find_lora(path: Path) -> Path:
-    """The shipped file for `lcm`, `blueprint` or `papercut`; only a file of that name comes first.
-    Of a run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
+    """The shipped file for `lcm`, `blueprint` or `papercut`, unless a file has that name; for a
+    run's folder its lora.safetensors. Raises ValueError for what looks like another such word.
     """
     word = str(path)
     if word in SHIPPED and not path.is_file():
         return EMOJI / f"{SHIPPED[word]}.safetensors"
     if (path / "lora.safetensors").is_file():
         return path / "lora.safetensors"
-    if re.fullmatch(r"[\d.]+", word) and not path.exists():
-        raise ValueError(
-            f"{word}: no such file; a LAMBDA follows its file and a colon: FILE:{word}"
-        )
+    if re.fullmatch(r"\d*\.?\d+", word) and not path.exists():
+        raise ValueError(f"{word}: no such file; to scale a LoRA, write FILE:{word}")
     if not path.exists() and (not path.suffix or path.stem in SHIPPED):
         raise ValueError(f"{word}: no such file; the shipped ones are {', '.join(SHIPPED)}")
     return path
@@ -105,7 +101,8 @@ def read_tau(path: str | Path) -> Tau:
     acts = [m for m in unknown if modules[m]["up"].any() and modules[m]["down"].any()]
     if acts:
         what = f"{len(acts)} of {len(modules)} modules are in no known UNet"
-        transformer = all(OF_TRANSFORMERS.match("".join(module)) for module in acts)
+        begin = "(joint|double|single)_blocks|(single_)?transformer_"
+        transformer = all(re.match(begin, "".join(module)) for module in acts)
         hint = "; it is for SD3 or Flux, which are no UNets" if transformer else ""
         first = ", ".join(module[0] + spelled[module] for module in acts[:5])
         raise ValueError(f"{path}: {what}, first: {first}{hint}")
@@ -200,16 +197,26 @@ def read_recipe(path: str | Path) -> dict[str, str]:
     return recipe_in(read_header(path)[1])
 
 
-def lcm_scale(recipe: dict[str, str], name: str = "") -> float:
-    """By how much a LoRA file, or a model into which some are merged, seems to hold an LCM-LoRA: 1
-    alone, the sum of its lambdas in a combination.
+def parts_of(recipe: dict[str, str]) -> list[dict]:
+    """[{file, sha256, scale, objective, w}] of a combined LoRA, or of a model that some are merged
+    into; [] of any other.
     """
     try:
-        parts = [(x.get("objective"), x["file"], x["scale"]) for x in json.loads(recipe["loras"])]
-        return float(sum(x for kind, file, x in parts if kind == "lcm" or "lcm" in file.lower()))
-    except MALFORMED:  # no combination, or one by an older version
-        marks = recipe.get("objective", ""), name, recipe.get("merged", "")
-        return float(any("lcm" in mark.lower() for mark in marks) or "combined" in recipe)
+        parts = json.loads(recipe.get("loras", "[]"))
+        return [x | {"scale": float(x["scale"])} for x in parts if x["file"] + x["sha256"]]
+    except MALFORMED:
+        return []
+
+
+def lcm_scale(recipe: dict[str, str], name: str = "") -> float:
+    """By how much a LoRA file, or a model that some are merged into, seems to hold an LCM-LoRA: 1
+    alone, the sum of its lambdas in a combination.
+    """
+    if parts := parts_of(recipe):
+        marked = [x for x in parts if "lcm" in f"{x['file']} {x.get('objective')}".lower()]
+        return sum(x["scale"] for x in marked)
+    marks = recipe.get("objective", ""), name, recipe.get("merged", "")
+    return float(any("lcm" in mark.lower() for mark in marks) or "combined" in recipe)
 
 
 def speeds_up(lora: Path) -> bool:
@@ -256,9 +263,9 @@ def write_tau(
             up, down = with_kernel(up, down, shape[2:])  # as the official weight, for other readers
         for x in (up, down):
             if not all_finite(x.to(dtype)):
-                how = "give --dtype float32" if all_finite(x) else "lower LAMBDA"
-                what = f"values too large for {str(dtype)[6:]}; {how}"
-                raise ValueError(f"{path}: {target} has {what}")
+                large = f"too large for {str(dtype)[6:]}; give --dtype float32"
+                what = large if all_finite(x) else "not finite; lower LAMBDA, if there is one"
+                raise ValueError(f"{path}: {target} has values {what}")
         if style == "peft":
             name = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}[part]
             tensors[f"{name}.{module}.lora_B.weight"] = up.to(dtype)

@@ -26,7 +26,16 @@ from ..merge import (
 )
 from .checkpoint import places, weight_shapes
 from .identify import FAMILIES, identify_header, of_adapter, open_checkpoint, refuse_quantised
-from .lora_file import Lora, family_of, read_recipe, read_tau, read_taus, recipe_in, write_tau
+from .lora_file import (
+    Lora,
+    family_of,
+    parts_of,
+    read_recipe,
+    read_tau,
+    read_taus,
+    recipe_in,
+    write_tau,
+)
 from .lora_keys import of_lora
 from .names import TOWERS, module_table, text_paths
 from .parts import BIG_G, PARTS, part_of
@@ -65,17 +74,17 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
 
 
 def recipe_of_loras(loras: list[Lora], sign: float = 1.0, before: str | None = None) -> list[dict]:
-    """[{file, sha256, scale, objective, w}] of what was added, after those in `before` (JSON)."""
-    try:
-        known = json.loads(before or "[]")
-        recipe = {x["sha256"]: x | {"scale": float(x["scale"])} for x in known if x["file"]}
-    except MALFORMED:
-        recipe = {}
+    """[{file, sha256, scale, objective, w}] of what was added, of a combination its parts, after
+    those in `before` (JSON).
+    """
+    recipe = {x["sha256"]: x for x in parts_of({"loras": before or "[]"})}
     for path, lam in loras:
-        new = {"file": path.name, "sha256": sha256(path)[:10], "scale": sign * lam}
-        new["scale"] += recipe.get(new["sha256"], {"scale": 0.0})["scale"]
         known = read_recipe(path)
-        recipe[new["sha256"]] = new | {k: known[k] for k in ("objective", "w") if k in known}
+        alone = {"file": path.name, "sha256": sha256(path)[:10], "scale": 1.0}
+        alone |= {k: known[k] for k in ("objective", "w") if k in known}
+        for part in parts_of(known) or [alone]:
+            scale = recipe.get(part["sha256"], {"scale": 0.0})["scale"]
+            recipe[part["sha256"]] = part | {"scale": scale + sign * lam * part["scale"]}
     return [x for x in recipe.values() if abs(x["scale"]) > 1e-9]  # the rest is taken away again
 
 
@@ -270,7 +279,7 @@ def differing(a: safe_open, b: safe_open, base: Header, tuned: Header) -> list[s
 def extract_file(
     base: Path, tuned: Path, rank: int, out: Path, dtype: torch.dtype, style: str | None
 ) -> None:
-    """The best tau of this rank for dW = W_tuned - W_base."""
+    """A tau of this rank, close to the best, for dW = W_tuned - W_base."""
     headers = read_header(base)[0], read_header(tuned)[0]
     for path, header in zip((base, tuned), headers):
         refuse_quantised(path, header)
@@ -315,7 +324,8 @@ def diff(path_a: Path, path_b: Path) -> None:
             print(f"{len(keys)} keys only in {path}, first: {', '.join(sorted(keys)[:5])}")
     if any(map(of_lora, a)) and any(map(of_lora, b)):
         far = distance(read_tau(path_a), read_tau(path_b))
-        return print(f"the LoRAs differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")
+        print(f"the LoRAs differ by ||dW - dW'|| / ||dW'|| = {far:.3e}")
+        return
     same, furthest = 0, (0.0, "")
     with safe_open(path_a, "pt") as fa, safe_open(path_b, "pt") as fb:
         for key in tqdm(sorted(a.keys() & b.keys()), desc="tensors", disable=None):
@@ -331,6 +341,7 @@ def diff(path_a: Path, path_b: Path) -> None:
                 same += 1
                 continue
             far = ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
+            far = math.inf if math.isnan(far) else far
             furthest = max(furthest, (far, key))
             print(f"  {far:.3e} of the norm, at most {(x - y).abs().max().item():.3e}  {key}")
     far, key = furthest

@@ -62,6 +62,7 @@ class Training(NamedTuple):
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside the block no other process trains into the folder; `.lock` there says which does."""
+    ours = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
@@ -81,7 +82,8 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # Windows keeps a file that is open
                 (folder / ".lock").unlink()
-                folder.rmdir()  # only if nothing was written into it
+                if ours:
+                    folder.rmdir()  # only if nothing was written into it
 
 
 def start_folder(folder: Path, resume: bool) -> None:
@@ -252,7 +254,8 @@ def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
     line = shlex.join(["python", "sample.py", prompt, *map(str, words)])
     sheet = args.out / f"step_{args.steps:06d}.png"
     if not result.exists():
-        how = f"remove {latest_state(args.out)} and give --resume, to take the last steps again"
+        *before, last = states_in(args.out)
+        how = f"remove {last} and give --resume again" if before else "give another --out"
         raise ValueError(f"{result}: gone, though the run is finished; {how}")
     looks = f", {sheet} is its sheet" if sheet.exists() else ""
     return f"{result} is done{looks}; to draw with it:\n{line}"

@@ -147,7 +147,9 @@ def test_lora_tags():
 
 # ---- settings
 
-MIX = {"loras": '[{"file": "a", "scale": 0.1, "objective": "lcm"}, {"file": "b", "scale": 1.0}]'}
+PARTS = [{"file": "a", "sha256": "0", "scale": 0.1, "objective": "lcm"}]
+PARTS += [{"file": "b", "sha256": "1", "scale": 1.0}]
+MIX = {"loras": json.dumps(PARTS)}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,8 @@ MIX = {"loras": '[{"file": "a", "scale": 0.1, "objective": "lcm"}, {"file": "b",
         ({"lambdas": [8.0]}, "LCM-LoRAs of 8 in all, where 1 is right: pictures will be burnt"),
         ({"lambdas": [0.25]}, "LCM-LoRAs of 0.25 in all, where 1 is right: pictures will be blur"),
         ({"lambdas": [0.75]}, ""),
-        ({"merged": ["fast.safetensors:0.1", "lcm"], "loras": []}, ""),
+        ({"merged": ["fast.safetensors:0.1", "lcm"], "loras": []}, "LCM-LoRAs of 0.1 in all"),
+        ({"lambdas": [0.0], "sampler": "ddim", "guidance": 4.0}, ""),
         ({"merged": ["fast.safetensors:-1", "lcm"], "lambdas": [2.0]}, ""),
         (
             {"loras": [Path("mix.safetensors")], "recipe": MIX},
@@ -171,7 +174,7 @@ MIX = {"loras": '[{"file": "a", "scale": 0.1, "objective": "lcm"}, {"file": "b",
         ({"loras": [Path("mix.safetensors")], "recipe": MIX, "lambdas": [10.0]}, ""),
         (
             {"loras": [Path("x.safetensors"), Path("lcm.safetensors")], "lambdas": [5.0, 1.0]},
-            "x times 5",
+            "--lora x:5 is far from 1",
         ),
         ({"lambdas": [0.25], "sampler": "ddim"}, ""),
         ({"loras": [], "sampler": "ddim", "steps": 3}, "ddim with --steps 3 will be blurred"),
@@ -208,7 +211,8 @@ def test_ruinous_settings_get_a_line(monkeypatch, flags, told):
     args = dict(sampler="lcm", guidance=1.0, negative="", size=(32, 32), steps=4) | flags
     merged, objective = flags.get("merged", (None, None))
     file, _, scale = (merged or "x:1").rpartition(":")
-    recipe = json.dumps([{"file": file, "scale": float(scale), "objective": objective}])
+    part = {"file": file, "sha256": "0", "scale": float(scale), "objective": objective}
+    recipe = json.dumps([part])
     metadata = {"minilcm.merged": merged, "minilcm.loras": recipe} if merged else {}
     unet = replace(CONFIG.unet, w_dim=flags.get("w_dim"))
     checkpoint = Checkpoint(Path("x"), {}, metadata, replace(CONFIG, unet=unet))

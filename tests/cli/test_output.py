@@ -75,7 +75,7 @@ def test_no_memory_is_one_line(cuda):
 
 
 def test_errors_of_the_system_name_the_file(tmp_path):
-    """And no number; what is no lack of memory is not called one, though RuntimeError's child."""
+    """And no number. A RecursionError, which is a RuntimeError, is not called out of memory."""
     for code, line in {
         f"open({str(tmp_path)!r})": f"x: {tmp_path}: Is a directory",
         "import json; json.loads('[' * 10**6)": "Traceback (most recent call last):",

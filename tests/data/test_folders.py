@@ -294,7 +294,7 @@ def test_bad_folders_give_one_line(tmp_path, files, at, message):
 
 def test_no_such_folder(tmp_path):
     put(tmp_path, {"1.png": None})
-    for name, what in (("none", "no such file or folder"), ("1.png", "is none of these")):
+    for name, what in (("none", "no such file or folder"), ("1.png", "is no folder, .tar or .txt")):
         with pytest.raises(ValueError, match=f"{tmp_path}/{name}: {what}; give"):
             read_pictures(tmp_path / name)
 

@@ -1,6 +1,7 @@
 """python -m minilcm: the algebra on files, what stays byte for byte, and what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import TWO_TOWERS, random_tau, tiny_unet, write_model
 
 from minilcm.__main__ import main, parse
 from minilcm.files.checkpoint import load_model, places
-from minilcm.files.lora_file import read_tau, write_tau
+from minilcm.files.lora_file import lcm_scale, read_recipe, read_tau, write_tau
 from minilcm.files.safetensors_file import read_header, read_tensors, sha256
 from minilcm.lora import ATTENTION
 from minilcm.merge import combine, delta, distance, merge_into, reduce_rank
@@ -223,6 +224,9 @@ def test_info_and_diff(files, capsys):
     assert line.startswith("  1.000e+00 of the norm, at most") and line.endswith(key)
     equal = f"{len(tensors) - 1} of {len(tensors)} common tensors are equal; furthest apart: "
     assert total == f"{equal}1.000e+00 of the norm, {key}"
+    save_file(tensors | {key: math.nan * tensors[key]}, files / "other.safetensors", metadata)
+    run("diff", files / "other.safetensors", files / "model.safetensors")
+    assert capsys.readouterr().out.endswith(f"{equal}inf of the norm, {key}\n")
 
 
 def test_diff_of_loras_is_that_of_their_deltas(files, capsys):
@@ -330,6 +334,19 @@ def test_merge_leaves_its_recipe(files, tmp_path):
         assert read_header(two)[1]["minilcm.merged"] == "lcm.safetensors:1"
 
 
+def test_the_parts_of_a_combination_stay_told(files, tmp_path):
+    """In a combination of combinations, and merged: each part with all its lambdas multiplied."""
+    lcm, style = tmp_path / "lcm.safetensors", files / "b.safetensors"
+    write_tau(lcm, read_tau(files / "a.safetensors"), {"objective": "lcm"})
+    mix, more, model = (tmp_path / f"{x}.safetensors" for x in ("mix", "more", "model"))
+    run("combine", f"{lcm}:0.1", style, "-o", mix)
+    run("combine", f"{mix}:0.5", f"{style}:2", "-o", more)
+    assert read_recipe(more)["combined"] == "lcm.safetensors:0.05 b.safetensors:2.5"
+    run("merge", files / "model.safetensors", f"{more}:2", "-o", model)
+    assert read_header(model)[1]["minilcm.merged"] == "lcm.safetensors:0.1 b.safetensors:5"
+    assert [round(lcm_scale(read_recipe(x)), 9) for x in (mix, more, model)] == [0.1, 0.05, 0.1]
+
+
 def test_a_sum_beyond_float16(files, tmp_path):
     """W + lambda dW above 65504: one line with the key, and no file; in float32 it is written."""
     huge = f"{files}/a.safetensors:1e6"
@@ -338,7 +355,7 @@ def test_a_sum_beyond_float16(files, tmp_path):
     with pytest.raises(ValueError, match="too large for float16; give --dtype float32"):
         run("combine", huge, "-o", tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="too large for float32; lower LAMBDA"):
+    with pytest.raises(ValueError, match="has values not finite; lower LAMBDA"):
         beyond = f"{files}/a.safetensors:1e39"
         run("combine", beyond, "-o", tmp_path / "c.safetensors", "--dtype", "float32")
     assert list(tmp_path.iterdir()) == []
@@ -387,10 +404,8 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
         run("diff", tmp_path / "flat", files / f"{name}.safetensors")
         out = capsys.readouterr().out
         equal = f"{len(tensors)} of {len(tensors)} common tensors are equal\n"
-        assert (
-            out
-            == ("the LoRAs differ by ||dW - dW'|| / ||dW'|| = 0.000e+00\n", equal)[name == "model"]
-        )
+        deltas = "the LoRAs differ by ||dW - dW'|| / ||dW'|| = 0.000e+00\n"
+        assert out == (equal if name == "model" else deltas)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +427,7 @@ def test_diff_of_a_matrix_and_a_kernel(files, tmp_path, capsys):
         ("merge {f}/a.safetensors {f}/a.safetensors -o {t}/o.safetensors", "this is a LoRA file"),
         (
             "combine {f}/a.safetensors 0.8 -o {t}/o.safetensors",
-            "a LAMBDA follows its file and a colon",
+            "to scale a LoRA, write FILE:0.8",
         ),
         (
             "merge {f}/model.safetensors {f}/model.safetensors -o {t}/o.safetensors",

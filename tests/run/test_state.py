@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilcm.files.safetensors_file import write_tensors
 from minilcm.run.state import (
     how_to_draw,
     latest_state,
@@ -55,7 +54,10 @@ def test_one_training_in_a_folder(tmp_path):
     assert (folder / ".lock").exists()
     with locked(folder):
         assert str(os.getpid()) in (folder / ".lock").read_text()
-    assert not folder.exists()  # nothing was written into it
+    assert folder.exists() and not list(folder.iterdir())  # it was there before
+    with locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was written into it
 
 
 def test_a_lock_that_cannot_be_removed(tmp_path, monkeypatch):
@@ -90,10 +92,11 @@ def test_a_state_is_read_once(tmp_path):
 def test_a_finished_run_whose_result_is_gone(tmp_path):
     """It is not called done, and what is not there is not named; the next line is the way on."""
     args = Namespace(out=tmp_path, full=False, objective="lcm", steps=2, model=Path("m"))
-    for step in (1, 2):
-        path = tmp_path / f"state_{step:06d}.safetensors"
-        write_tensors(path, {}, {"minilcm.run": "{}"})
-    with pytest.raises(ValueError, match="lora.*: gone, .* remove .*state_000002.safetensors and"):
+    (tmp_path / "state_000002.safetensors").touch()
+    with pytest.raises(ValueError, match="lora.*: gone, though .*; give another --out"):
+        how_to_draw(args, "pizza", True)
+    (tmp_path / "state_000001.safetensors").touch()
+    with pytest.raises(ValueError, match="remove .*state_000002.safetensors and give --resume ag"):
         how_to_draw(args, "pizza", True)
     (tmp_path / "lora.safetensors").touch()
     assert how_to_draw(args, "pizza", True).startswith(f"{tmp_path}/lora.safetensors is done; to")
