@@ -89,6 +89,11 @@ def generate(
     """
     if strength != 1 and image is None:
         raise ValueError(f"strength is {strength}, but there is no image to redraw")
+    if image is not None and image.shape not in ((1, *shape), (len(seeds), *shape)):
+        want = f"latents of {tuple(shape)}, one or {len(seeds)} of them"
+        raise ValueError(f"image has shape {tuple(image.shape)}; give {want}")
+    if gamma is not None and not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; give a number from 0 to 1")
     way, schedule = SAMPLERS[sampler], schedule or make_schedule()
     grid = timesteps(sampler, way.default_steps if steps is None else steps, strength)
     z_T, generators = noise(seeds, shape, device)

@@ -1,5 +1,7 @@
 """generate.py: each sampler of the table is its own function; a picture depends on its seed."""
 
+import math
+
 import pytest
 import torch
 from make_reference import toy_eps
@@ -81,10 +83,18 @@ def test_a_sampler_asks_the_network_where_its_grid_says(sampler):
         assert seen == steps or len(seen) == steps and max(seen) <= 1000 * strength - 1
 
 
-def test_a_strength_that_means_nothing_is_refused():
-    """Without an image noise would begin at a low t; timesteps say themselves where to begin."""
+def test_what_means_nothing_is_refused():
+    """Without an image noise would begin at a low t; timesteps say themselves where to begin; an
+    image of another size would be stretched over the noise.
+    """
     with pytest.raises(ValueError, match="strength is 0.5, but there is no image to redraw"):
         generate(toy_eps, SEEDS, SHAPE, steps=4, strength=0.5)
+    for image in (torch.zeros(1, *SHAPE[:2], 1), torch.zeros(len(SEEDS) + 1, *SHAPE)):
+        with pytest.raises(ValueError, match="image has shape .*; give latents of"):
+            generate(toy_eps, SEEDS, SHAPE, steps=4, image=image, strength=0.5)
+    for gamma in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="gamma is .*; give a number from 0 to 1"):
+            generate(toy_eps, SEEDS, SHAPE, gamma=gamma)
     with pytest.raises(ValueError, match="timesteps say where to begin; leave out strength"):
         generate(toy_eps, SEEDS, SHAPE, steps=[99], image=torch.zeros(1, *SHAPE), strength=0.5)
 

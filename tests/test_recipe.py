@@ -17,6 +17,11 @@ from weights.emoji.train_judge import judge_loss
 from weights.emoji.train_vae import edge_energy, grow, latent_loss, vae_loss
 
 
+def test_a_folder_with_a_space_is_one_word():
+    args = argparse.Namespace(out="my emoji", names=4, device="cpu")
+    assert command(PARTS["styles"], args)[-3:] == ["my emoji/styles", "--names", "4"]
+
+
 def test_edge_energy():
     """A ramp has none; a dot has |4| + 4 |-1| = 8 over the 49 pixels, wherever it is."""
     ramp = torch.linspace(0, 1, 9).expand(1, 3, 9, 9)

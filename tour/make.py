@@ -156,6 +156,9 @@ def measure(only: list[int]) -> None:
     """Draw the figures, of `only` these chapters if any, and write the numbers beside them."""
     from . import figures, panels  # text alone needs no matplotlib
 
+    last = len(figures.CHAPTERS)
+    if absent := [i for i in only if not 1 <= i <= last]:
+        sys.exit(f"--figures {absent[0]}: give numbers of chapters, 1 to {last}")
     torch.set_num_threads(1)  # the bytes depend on it
     path = HERE / "figures/numbers.json"
     numbers = json.loads(path.read_text()) if path.exists() else {}
@@ -186,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figures", nargs="*", type=int, metavar="N", help="draw them (these)")
     parser.add_argument("--all", action="store_true", help="draw all pictures of the tour")
     args = parser.parse_args(argv)
+    if args.check and (args.figures is not None or args.all):
+        parser.error("--check writes nothing; leave out --figures and --all")
     if args.figures is not None or args.all:
         measure(args.figures or [])
     if args.all:

@@ -149,7 +149,9 @@ def on_settings(
         yield "no --lora: few steps will be blurred, unless an LCM-LoRA is merged into this model"
     if needs_lcm and loras and not lcm and shipped:
         yield "no LCM-LoRA among these --lora: few steps will be blurred; add --lora lcm"
-    if lcm and args.guidance > 2:
+    if lcm and full_lcm:
+        yield "this model is an LCM itself: an LCM-LoRA will spoil it; leave it out"
+    elif lcm and args.guidance > 2:
         other = "--guidance 1 to 2" if needs_lcm else "--guidance 1 to 2, or no LCM-LoRA"
         yield f"guidance {args.guidance:g} is too much for an LCM-LoRA; give {other}"
     if args.negative and (full_lcm or args.guidance == 1):

@@ -73,8 +73,10 @@ def read_tar(path: Path) -> list[Art]:
             meta = json.loads(parts["json"])
             image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
             words = meta["label"], *meta["keywords"]
+            if not all(isinstance(word, str) and word for word in (meta["name"], *words)):
+                raise ValueError("name, label and keywords are words")
             art.append(Art(meta["name"], words, meta.get("style"), image))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
     return art
 

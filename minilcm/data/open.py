@@ -36,13 +36,16 @@ class Source(NamedTuple):
     prompts: list[str] = []
 
     def identity(self) -> str:
-        """The same wherever the files lie: of names, sizes and captions; no file is read."""
+        """The same wherever the files lie: of names, sizes and captions, and how shards begin."""
         if self.prompts:
             return f"{len(self.prompts)} prompts, digest {digest(self.prompts)[:10]}"
         of_art = self.path.glob("held_out.txt")
         files = [*self.shards, *of_art] if self.shards else [x.file for x in self.pictures]
         sizes = [(file.name, file.stat().st_size) for file in files]
         said = [(x.caption, x.repeats) for x in self.pictures]
+        for file in self.shards:  # tars have sizes in steps of 10 kB
+            with open(file, "rb") as f:
+                said.append(digest(f.read(1 << 16).hex()))
         return f"{len(files)} files, digest {digest(sizes, said)[:10]}"
 
 

@@ -220,6 +220,16 @@ def test_read_art_errors(tmp_path):
     good = json.dumps({"name": "x", "label": "x", "keywords": []}).encode()
     for files in ({"1.png": b"no", "1.json": good}, {"1.png": png(drawing(0)), "1.json": b"{"}):
         assert "bad.tar" in read_error(write_tar(tmp_path / "bad.tar", files))
+    for odd in (
+        {"keywords": None},
+        {"keywords": [""]},
+        {"keywords": 5},
+        {"label": 7},
+        {"name": ""},
+    ):
+        meta = json.dumps({"name": "x", "label": "x", "keywords": []} | odd).encode()
+        files = {"1.png": png(drawing(0)), "1.json": meta}
+        assert "1 has a broken picture" in read_error(write_tar(tmp_path / "bad.tar", files))
     assert "bad.tar" in read_error(
         write_tar(tmp_path / "bad.tar", {"1.png": png(drawing(0)), "1.json": b"{}"})
     )

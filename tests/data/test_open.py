@@ -59,7 +59,7 @@ def test_what_stands_in_for_a_file_is_named(tmp_path):
 
 def test_identity_is_that_of_the_content(tmp_path, monkeypatch):
     """The same for a copy elsewhere, and for a relative path; another for another caption, name or
-    size of a file.
+    size of a file, or another beginning of a shard.
     """
     write_pictures(tmp_path / "a", ["a cat", "a dog"])
     write_pictures(tmp_path / "b/c", ["a cat", "a dog"])
@@ -77,6 +77,12 @@ def test_identity_is_that_of_the_content(tmp_path, monkeypatch):
         write_art(tmp_path / name / "noto.tar")
     art = find_data(tmp_path / "s").identity()
     assert art == find_data(tmp_path / "t/noto.tar").identity()
+    changed = bytearray((tmp_path / "t/noto.tar").read_bytes())
+    changed[0] ^= 1  # of the first member's name
+    (tmp_path / "t/noto.tar").write_bytes(changed)
+    assert find_data(tmp_path / "t/noto.tar").identity() != art
+    changed[0] ^= 1
+    (tmp_path / "t/noto.tar").write_bytes(changed)
     (tmp_path / "t/held_out.txt").write_text("pizza\tnoto\n")
     assert find_data(tmp_path / "t").identity() != art
 

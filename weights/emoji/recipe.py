@@ -93,7 +93,7 @@ def command(part: Part, args: argparse.Namespace) -> list[str]:
     """The part's command line."""
     script = part.program == "train.py"
     line = [part.program] if script else ["-m", f"weights.emoji.{part.program}"]
-    line += part.flags.format(out=args.out, names=args.names).split()
+    line += [flag.format(out=args.out, names=args.names) for flag in part.flags.split()]
     if part.share:
         batch = args.batch or part.batch[args.device == "cuda"]
         line += ["--steps", str(max(1, round(part.share * args.steps))), "--batch", str(batch)]
@@ -121,6 +121,11 @@ def main() -> None:
     add("--batch", type=int, help="of every part, to try the recipe with tiny numbers")
     add("--looks", type=int, help="compositions of each drawing, likewise")
     args = parser.parse_args()
+    for flag in ("names", "steps", "at_once", "batch", "looks"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} is {value}; give 1 or more")
+    if args.out.is_file():
+        parser.error(f"{args.out} is a file; give a folder")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def done(part: str) -> Path:
