@@ -73,8 +73,9 @@ def read_tar(path: Path) -> list[Art]:
             meta = json.loads(parts["json"])
             image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
             words = meta["label"], *meta["keywords"]
-            if not all(isinstance(word, str) and word for word in (meta["name"], *words)):
-                raise ValueError("name, label and keywords are words")
+            texts = all(isinstance(word, str) for word in (meta["name"], *words))
+            if not texts or not all((meta["name"], *meta["keywords"])):  # a label may be empty
+                raise ValueError("name, label and keywords are not text, or empty")
             art.append(Art(meta["name"], words, meta.get("style"), image))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {stem} has a broken picture or .json ({error!r})") from None
