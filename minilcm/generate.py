@@ -85,7 +85,7 @@ def generate(
     `shape` is (4, h, w). eps_fn(z_t, t) -> eps_hat (or v, by `schedule`) has text, guidance and
     LoRA in it, for the b rows. `image`: latents of that shape, one or b of them, to start from,
     redrawn by `strength`, at most 1. `steps` may be a list of timesteps. `gamma`: see `sample_lcm`.
-    Raises ValueError as `timesteps`, if the sampler takes no gamma, or for strength without image.
+    Raises ValueError as `timesteps`, and for an image, a strength or a gamma that does not fit.
     """
     if strength != 1 and image is None:
         raise ValueError(f"strength is {strength}, but there is no image to redraw")

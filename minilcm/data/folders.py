@@ -66,9 +66,8 @@ def read_pictures(path: str | Path) -> list[Picture]:
             left[f"in {inside.parent}/"] += 1
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in sorted(left.items()))
-        print(
-            f"{path}: left out: {kinds}; read are pictures here, in folders N_NAME, and in tables"
-        )
+        read = "only pictures here, in folders N_NAME and in metadata tables are read"
+        print(f"{path}: left out: {kinds}; {read}")
     pictures, bare = [], []
     for file in sorted(files):
         repeats, name = kohya.get(file.parent, (1, None))
