@@ -2,6 +2,7 @@
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -168,11 +169,17 @@ def test_sd15_from_its_name(capsys, monkeypatch):
     assert lines[-2] == f"in 4 GB, 0.5 for CUDA itself: fits, {4 - total - 0.5:.2f} GB are left"
 
 
-def test_what_to_do_if_it_does_not_fit(capsys):
+@pytest.mark.parametrize(
+    "rank, how", [(None, "--rank N in place of --full"), (4, "--quantize, a lower --rank")]
+)
+def test_what_to_do_if_it_does_not_fit(capsys, monkeypatch, rank, how):
     """Without a LoRA neither --quantize nor a lower --rank."""
-    train.main(train.parse("--objective diffusion --full --batch 1 --plan 0.1".split()))
+    monkeypatch.setattr(plan, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(plan, "step_bytes", lambda *_: ({"activations": 10**9}, 1))
+    monkeypatch.setattr(plan, "vae_and_text_bytes", lambda *_: (0, 0, 0, 0))
+    plan.plan(Objective("diffusion", rank), CONFIG, Step(1, 32, "cuda", torch.bfloat16), 1.0)
     line = capsys.readouterr().out.splitlines()[-2]
-    assert line.endswith("missing; try --batch 1 with --accumulate, --rank N in place of --full")
+    assert line.endswith(f"0.50 GB are missing; try --batch 1 with --accumulate, {how}")
 
 
 def test_official_counts():
