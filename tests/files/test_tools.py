@@ -218,13 +218,17 @@ def test_info_and_diff(files, capsys):
     assert "keys only in" in out and out.count("\n") <= 3 and "the LoRAs differ by" in out
     tensors, metadata = read_tensors(files / "model.safetensors")
     key = f"{UNET}out.2.weight"
-    save_file(tensors | {key: 2 * tensors[key]}, files / "other.safetensors", metadata)
+    later = f"{UNET}time_embed.0.weight"
+    changed = {key: 2 * tensors[key], later: 1.5 * tensors[later]}
+    save_file(tensors | changed, files / "other.safetensors", metadata)
     run("diff", files / "other.safetensors", files / "model.safetensors")
-    *_, line, total = capsys.readouterr().out.splitlines()
+    *_, line, last, total = capsys.readouterr().out.splitlines()
     assert line.startswith("  1.000e+00 of the norm, at most") and line.endswith(key)
-    equal = f"{len(tensors) - 1} of {len(tensors)} common tensors are equal; furthest apart: "
+    assert last.startswith("  5.000e-01 of the norm, at most") and last.endswith(later)
+    equal = f"{len(tensors) - 2} of {len(tensors)} common tensors are equal; furthest apart: "
     assert total == f"{equal}1.000e+00 of the norm, {key}"
-    save_file(tensors | {key: math.nan * tensors[key]}, files / "other.safetensors", metadata)
+    changed[key] = math.nan * tensors[key]
+    save_file(tensors | changed, files / "other.safetensors", metadata)
     run("diff", files / "other.safetensors", files / "model.safetensors")
     assert capsys.readouterr().out.endswith(f"{equal}inf of the norm, {key}\n")
 
