@@ -186,6 +186,7 @@ MIX = {"loras": json.dumps(PARTS)}
         ({"loras": [], "sampler": "dpmpp", "steps": 10, "large": True}, ""),
         ({"loras": [], "sampler": "ddim", "guidance": 8.0}, ""),
         ({"guidance": 2.0}, ""),
+        ({"guidance": 4.0, "w_dim": 256}, "this model is an LCM itself: an LCM-LoRA will spoil it"),
         ({"guidance": 8.0}, "guidance 8 is too much for an LCM-LoRA; give --guidance 1 to 2"),
         ({"guidance": 4.0, "sampler": "ddim"}, "give --guidance 1 to 2, or no LCM-LoRA"),
         (

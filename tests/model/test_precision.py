@@ -21,6 +21,17 @@ def test_apples_gpu_is_not_asked_for_what_the_processor_can():
     assert default_dtype("mps") == torch.float32 and default_dtype("cuda") == torch.float16
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cards_before_ampere_train_in_float32(monkeypatch, device):
+    """They emulate bfloat16; each card of a machine is asked for itself."""
+    capability = {device: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
+    assert forward_dtype(device) == torch.float32
+    capability[device] = 8, 0
+    assert forward_dtype(device) == torch.bfloat16
+
+
 def test_attention_on_apples_gpu_gets_contiguous_inputs(monkeypatch):
     """Others give wrong numbers there in PyTorch 2.8 (pytorch#163597)."""
     there = SimpleNamespace(device=torch.device("mps"), contiguous=lambda: "contiguous")
