@@ -75,6 +75,11 @@ def read_texts(path: Path) -> dict[str, str]:
     raise ValueError(f"{path}: holds no recipe of sample.py; a sheet has none, its pictures have")
 
 
+# of the files in a recipe, and the flag that names each
+HASHES = {"Model hash": "model", "Lora hashes": "lora", "VAE hash": "vae"}
+HASHES |= {"Init image hash": "image"}
+
+
 def names_of(words: list[str]) -> list[str]:
     """`steps` of --steps=4, of --steps, and "" of what is no flag."""
     return [re.match("(?:--([a-z-]+))?", word)[1] or "" for word in words]
@@ -106,13 +111,9 @@ def check_same_files(path: Path, recipe: dict[str, object], argv: list[str]) -> 
     files that `argv` replaces.
     """
     drawn, given = read_texts(path)["parameters"], names_of(argv)
-    anew = {"Lora": "lora", "VAE": "vae", "Init": "image", "Model": "model"}
-    for name, value in recipe.items():
-        if (
-            "hash" in name
-            and anew[name.split()[0]] not in given
-            and f"{name}: {value}" not in drawn
-        ):
+    for name, flag in HASHES.items():
+        value = recipe.get(name)
+        if value and flag not in given and f"{name}: {value}" not in drawn:
             then = re.search(rf'{name}: ("[^"]*"|\w+)', drawn)
             then = then[1] if then else "none"
             raise ValueError(f"{path}: drawn with other files: {name} {then}, now {value}")

@@ -73,8 +73,8 @@ def read_tar(path: Path) -> list[Art]:
             meta = json.loads(parts["json"])
             image = Image.open(io.BytesIO(parts["png"])).convert("RGBA")
             words = meta["label"], *meta["keywords"]
-            texts = all(isinstance(word, str) for word in (meta["name"], *words))
-            if not texts or not all((meta["name"], *meta["keywords"])):  # a label may be empty
+            given = meta["name"], *meta["keywords"]  # a label may be empty
+            if not all(isinstance(x, str) for x in (*given, meta["label"])) or not all(given):
                 raise ValueError("name, label and keywords are not text, or empty")
             art.append(Art(meta["name"], words, meta.get("style"), image))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -203,6 +203,7 @@ def parts_of(recipe: dict[str, str]) -> list[dict]:
     """
     try:
         parts = json.loads(recipe.get("loras", "[]"))
+        # the sum fails, as it should, where one of the two is no text
         return [x | {"scale": float(x["scale"])} for x in parts if x["file"] + x["sha256"]]
     except MALFORMED:
         return []

@@ -245,7 +245,9 @@ def save_run(
 
 
 def how_to_draw(args: Namespace, prompt: str, shipped: bool) -> str:
-    """Where the result and its sheet are, and how to draw; `shipped`: whether the base is."""
+    """Where the result and its sheet are, and how to draw; `shipped`: whether the base is. Raises
+    ValueError if the result is gone.
+    """
     result = args.out / ("model.safetensors" if args.full else "lora.safetensors")
     base = [] if shipped else ["--model", args.model]
     words = ["--model", result] if args.full else [*base, "--lora", result]
